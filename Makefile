@@ -1,0 +1,30 @@
+# Every target sets itself up: `make test` and `make quickstart` work on a fresh clone.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup test lint format quickstart clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 12) else "dalle_jax needs Python 3.11 or 3.12, this is %d.%d: make setup PYTHON=python3.12" % v)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quickstart: setup
+	$(BIN)/python quickstart.py --run_dir runs/quickstart
+
+clean:
+	rm -rf .venv runs/quickstart

@@ -1,0 +1,1 @@
+"""Algorithms over plain arrays and callables."""

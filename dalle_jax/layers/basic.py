@@ -1,0 +1,142 @@
+"""Leaf layers whose parameters carry logical axis names beside their shapes.
+
+Axis legend: B batch, S sequence, D embed (model width), H heads, K head_dim, F mlp, V vocab, C channels.
+Parameters are float32; computation is in `dtype`. The names are turned into mesh axes by `training.sharding`.
+"""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Init = Callable[..., jax.Array]
+Axes = tuple[str | None, ...]
+
+normal_init = nn.initializers.normal
+constrain = nn.with_logical_constraint  # a no-op without a mesh
+
+
+def boxed(init: Init, axes: Axes) -> Init:
+  """Wraps an initialiser so that the parameter carries its logical axes."""
+  return nn.with_logical_partitioning(init, axes)
+
+
+class Einsum(nn.Module):
+  """A weight `kernel[shape]` contracted with the input: `Einsum((D, H, K), axes)('BSD,DHK->BSHK', x)`."""
+
+  shape: tuple[int, ...]
+  axes: Axes
+  bias_axes: tuple[int, ...] = ()  # which axes of `shape` the bias spans; () for none
+  dtype: jnp.dtype = jnp.float32
+  init: Init = normal_init(0.02)
+
+  @nn.compact
+  def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
+    kernel = self.param('kernel', boxed(self.init, self.axes), self.shape, jnp.float32)
+    y = jnp.einsum(eqn, x.astype(self.dtype), kernel.astype(self.dtype))
+    if self.bias_axes:
+      shape = tuple(self.shape[i] for i in self.bias_axes)
+      axes = tuple(self.axes[i] for i in self.bias_axes)
+      y = y + self.param('bias', boxed(nn.initializers.zeros, axes), shape, jnp.float32).astype(self.dtype)
+    return y
+
+
+class Dense(nn.Module):
+  """Linear map of the last axis: `[..., in] -> [..., features]`; `axes` names (in, out)."""
+
+  features: int
+  axes: Axes
+  use_bias: bool = True
+  dtype: jnp.dtype = jnp.float32
+  init: Init = normal_init(0.02)
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param('kernel', boxed(self.init, self.axes), (x.shape[-1], self.features), jnp.float32)
+    y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+    if self.use_bias:
+      bias = self.param('bias', boxed(nn.initializers.zeros, self.axes[1:]), (self.features,), jnp.float32)
+      y = y + bias.astype(self.dtype)
+    return y
+
+
+class Conv(nn.Module):
+  """2-D convolution, NHWC; `padding` as in `lax.conv_general_dilated`: a string or ((top, bottom), (left, right))."""
+
+  features: int
+  kernel_size: int = 3
+  stride: int = 1
+  padding: str | tuple[tuple[int, int], tuple[int, int]] = 'SAME'
+  use_bias: bool = True
+  dtype: jnp.dtype = jnp.float32
+  init: Init = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+    kernel = self.param('kernel', boxed(self.init, (None, None, 'conv_in', 'conv_out')), shape, jnp.float32)
+    y = jax.lax.conv_general_dilated(
+      x.astype(self.dtype),
+      kernel.astype(self.dtype),
+      (self.stride, self.stride),
+      self.padding,
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+    if self.use_bias:
+      bias = self.param('bias', boxed(nn.initializers.zeros, ('conv_out',)), (self.features,), jnp.float32)
+      y = y + bias.astype(self.dtype)
+    return y
+
+
+class Embed(nn.Module):
+  """Lookup table `embedding[vocab, features]`; ids must lie in [0, vocab)."""
+
+  vocab: int
+  features: int
+  axes: Axes = ('vocab', 'embed')
+  dtype: jnp.dtype = jnp.float32
+  init: Init = normal_init(0.02)
+
+  @nn.compact
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    table = self.param('embedding', boxed(self.init, self.axes), (self.vocab, self.features), jnp.float32)
+    return jnp.take(table, ids, axis=0).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+  """Layer normalisation of the last axis; statistics in float32, output in `dtype`."""
+
+  eps: float = 1e-5
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    scale = self.param('scale', boxed(nn.initializers.ones, ('norm',)), (x.shape[-1],), jnp.float32)
+    bias = self.param('bias', boxed(nn.initializers.zeros, ('norm',)), (x.shape[-1],), jnp.float32)
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    var = jnp.square(x - mean).mean(-1, keepdims=True)
+    return ((x - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(self.dtype)
+
+
+class GroupNorm(nn.Module):
+  """Group normalisation over (H, W, C / groups) of NHWC; statistics in float32, output in `dtype`."""
+
+  groups: int = 32
+  eps: float = 1e-6
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    channels = x.shape[-1]
+    groups = min(self.groups, channels)
+    if channels % groups:
+      raise ValueError(f'GroupNorm: {channels} channels are not divisible into {groups} groups; change the channels.')
+    scale = self.param('scale', boxed(nn.initializers.ones, ('norm',)), (channels,), jnp.float32)
+    bias = self.param('bias', boxed(nn.initializers.zeros, ('norm',)), (channels,), jnp.float32)
+    g = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, channels // groups)  # (B, HW, G, C/G)
+    mean = g.mean((1, 3), keepdims=True)
+    var = jnp.square(g - mean).mean((1, 3), keepdims=True)
+    g = (g - mean) * jax.lax.rsqrt(var + self.eps)
+    return (g.reshape(x.shape) * scale + bias).astype(self.dtype)

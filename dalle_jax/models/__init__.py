@@ -1,0 +1,1 @@
+"""One file a network: a module and its VARIANTS."""
