@@ -14,95 +14,93 @@ import numpy as np
 from dalle_jax.data.sources import shapes
 from dalle_jax.data.sources.shapes import Object, Scene
 
-ATTRIBUTES = ("background", "count", "position", "shape", "color", "size")
+ATTRIBUTES = ('background', 'count', 'position', 'shape', 'color', 'size')
 _READABLE = 0.16  # RMS error, of 1, up to which a cell is read as its nearest content; uniform noise is at 0.3
 _MAX_SIZE = 96  # larger pictures are averaged down first: the templates of 9 x 774 cells must fit in memory
 
 
 class Oracle:
-    """Reads square pictures of one size.
+  """Reads square pictures of one size.
 
-    Args:
-      image_size: side of the pictures in pixels; above 96 a multiple of an integer reduction is used.
+  Args:
+    image_size: side of the pictures in pixels; above 96 a multiple of an integer reduction is used.
+  """
+
+  def __init__(self, image_size: int):
+    self.image_size = image_size
+    self._reduce = max(1, -(-image_size // _MAX_SIZE))
+    if image_size % self._reduce:
+      raise ValueError(f'oracle: image_size {image_size} is not divisible by {self._reduce}; use a multiple of it')
+    self._contents = [None, *shapes.all_looks()]
+
+  @functools.cached_property
+  def _templates(self) -> list[tuple[slice, slice, np.ndarray, np.ndarray]]:
+    """A row a cell: rows, columns, templates float32[backgrounds * contents, pixels], their squared norms."""
+    side, table = self.image_size // self._reduce, []
+    for position in range(shapes.GRID**2):
+      rows, cols, _ = shapes.coverage('circle', 'large', position, side)
+      pictures = []
+      for background, content in itertools.product(shapes.BACKGROUNDS, self._contents):
+        objects = () if content is None else (Object(position, *content),)
+        full = self._shrink(shapes.render(Scene(background, objects), self.image_size)[None])
+        pictures.append(full[0, rows, cols].ravel())
+      stack = np.stack(pictures)
+      table.append((rows, cols, stack, np.square(stack).sum(1)))
+    return table
+
+  def _shrink(self, images: np.ndarray) -> np.ndarray:
+    n, f, side = len(images), self._reduce, self.image_size // self._reduce
+    return images.astype(np.float32).reshape(n, side, f, side, f, 3).mean((2, 4)) / 255
+
+  def read(self, images: np.ndarray) -> list[Scene | None]:
+    """Reads uint8[N, S, S, 3]; None where a cell is unreadable or no object is found."""
+    expected = (self.image_size, self.image_size, 3)
+    if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8:
+      raise ValueError(f'oracle: expected uint8 pictures [N, {expected}], got {images.dtype}{list(images.shape)}')
+    x = self._shrink(images)
+    backgrounds, kinds = list(shapes.BACKGROUNDS), len(self._contents)
+    best, error = [], []
+    for rows, cols, templates, norms in self._templates:
+      cell = x[:, rows, cols].reshape(len(x), -1)
+      distance = np.square(cell).sum(1)[:, None] - 2 * cell @ templates.T + norms
+      distance = distance.reshape(len(x), len(backgrounds), kinds) / cell.shape[1]  # mean squared error
+      best.append(distance.argmin(2))
+      error.append(distance.min(2))
+    best, error = np.stack(best, 2), np.stack(error, 2)  # (N, backgrounds, cells)
+    scenes: list[Scene | None] = []
+    for contents, errors in zip(best, error, strict=True):
+      b = int(errors.sum(1).argmin())
+      objects = tuple(Object(p, *self._contents[c]) for p, c in enumerate(contents[b]) if c)
+      readable = bool((errors[b] < _READABLE**2).all())
+      scenes.append(Scene(backgrounds[b], objects) if readable and objects else None)
+    return scenes
+
+  def score(self, images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
+    """What is right in each picture, attribute by attribute: `{attribute or 'all': bool[N]}`.
+
+    Objects are paired so that most attributes agree; an attribute is right when every object has it.
     """
-
-    def __init__(self, image_size: int):
-        self.image_size = image_size
-        self._reduce = max(1, -(-image_size // _MAX_SIZE))
-        if image_size % self._reduce:
-            raise ValueError(
-                f"oracle: image_size {image_size} is not divisible by {self._reduce}; use a multiple of it"
-            )
-        self._contents = [None, *shapes.all_looks()]
-
-    @functools.cached_property
-    def _templates(self) -> list[tuple[slice, slice, np.ndarray, np.ndarray]]:
-        """A row a cell: rows, columns, templates float32[backgrounds * contents, pixels], their squared norms."""
-        side, table = self.image_size // self._reduce, []
-        for position in range(shapes.GRID**2):
-            rows, cols, _ = shapes.coverage("circle", "large", position, side)
-            pictures = []
-            for background, content in itertools.product(shapes.BACKGROUNDS, self._contents):
-                objects = () if content is None else (Object(position, *content),)
-                full = self._shrink(shapes.render(Scene(background, objects), self.image_size)[None])
-                pictures.append(full[0, rows, cols].ravel())
-            stack = np.stack(pictures)
-            table.append((rows, cols, stack, np.square(stack).sum(1)))
-        return table
-
-    def _shrink(self, images: np.ndarray) -> np.ndarray:
-        n, f, side = len(images), self._reduce, self.image_size // self._reduce
-        return images.astype(np.float32).reshape(n, side, f, side, f, 3).mean((2, 4)) / 255
-
-    def read(self, images: np.ndarray) -> list[Scene | None]:
-        """Reads uint8[N, S, S, 3]; None where a cell is unreadable or no object is found."""
-        expected = (self.image_size, self.image_size, 3)
-        if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8:
-            raise ValueError(f"oracle: expected uint8 pictures [N, {expected}], got {images.dtype}{list(images.shape)}")
-        x = self._shrink(images)
-        backgrounds, kinds = list(shapes.BACKGROUNDS), len(self._contents)
-        best, error = [], []
-        for rows, cols, templates, norms in self._templates:
-            cell = x[:, rows, cols].reshape(len(x), -1)
-            distance = np.square(cell).sum(1)[:, None] - 2 * cell @ templates.T + norms
-            distance = distance.reshape(len(x), len(backgrounds), kinds) / cell.shape[1]  # mean squared error
-            best.append(distance.argmin(2))
-            error.append(distance.min(2))
-        best, error = np.stack(best, 2), np.stack(error, 2)  # (N, backgrounds, cells)
-        scenes: list[Scene | None] = []
-        for contents, errors in zip(best, error, strict=True):
-            b = int(errors.sum(1).argmin())
-            objects = tuple(Object(p, *self._contents[c]) for p, c in enumerate(contents[b]) if c)
-            readable = bool((errors[b] < _READABLE**2).all())
-            scenes.append(Scene(backgrounds[b], objects) if readable and objects else None)
-        return scenes
-
-    def score(self, images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
-        """What is right in each picture, attribute by attribute: `{attribute or 'all': bool[N]}`.
-
-        Objects are paired so that most attributes agree; an attribute is right when it is for every object of the scene.
-        """
-        if len(images) != len(scenes):
-            raise ValueError(f"oracle: {len(images)} pictures but {len(scenes)} scenes; expected one scene a picture")
-        rows = [_compare(seen, true) for seen, true in zip(self.read(images), scenes, strict=True)]
-        result = {name: np.array([row[name] for row in rows], bool) for name in ATTRIBUTES}
-        return result | {"all": np.logical_and.reduce([result[name] for name in ATTRIBUTES])}
+    if len(images) != len(scenes):
+      raise ValueError(f'oracle: {len(images)} pictures but {len(scenes)} scenes; expected one scene a picture')
+    rows = [_compare(seen, true) for seen, true in zip(self.read(images), scenes, strict=True)]
+    result = {name: np.array([row[name] for row in rows], bool) for name in ATTRIBUTES}
+    return result | {'all': np.logical_and.reduce([result[name] for name in ATTRIBUTES])}
 
 
 def _compare(seen: Scene | None, true: Scene) -> dict[str, bool]:
-    if seen is None:
-        return dict.fromkeys(ATTRIBUTES, False)
-    same_count = len(seen.objects) == len(true.objects)
-    if len(seen.objects) < len(true.objects):
-        pairings: list[tuple[Object, ...]] = []
-    elif len(seen.objects) > 3:  # too many to pair: the picture is no scene of this world
-        pairings = []
-    else:
-        pairings = list(itertools.permutations(seen.objects, len(true.objects)))
-    names = ("position", "shape", "color", "size")
-    options = [
-        {n: all(getattr(a, n) == getattr(b, n) for a, b in zip(p, true.objects, strict=True)) for n in names}
-        for p in pairings
-    ]
-    best = max(options, key=lambda o: sum(o.values()), default=dict.fromkeys(names, False))
-    return {"background": seen.background == true.background, "count": same_count, **best}
+  if seen is None:
+    return dict.fromkeys(ATTRIBUTES, False)
+  same_count = len(seen.objects) == len(true.objects)
+  if len(seen.objects) < len(true.objects):
+    pairings: list[tuple[Object, ...]] = []
+  elif len(seen.objects) > 3:  # too many to pair: the picture is no scene of this world
+    pairings = []
+  else:
+    pairings = list(itertools.permutations(seen.objects, len(true.objects)))
+  names = ('position', 'shape', 'color', 'size')
+  options = [
+    {n: all(getattr(a, n) == getattr(b, n) for a, b in zip(p, true.objects, strict=True)) for n in names}
+    for p in pairings
+  ]
+  best = max(options, key=lambda o: sum(o.values()), default=dict.fromkeys(names, False))
+  return {'background': seen.background == true.background, 'count': same_count, **best}

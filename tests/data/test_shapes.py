@@ -10,113 +10,113 @@ from dalle_jax.evals.oracle import ATTRIBUTES, Oracle
 
 
 def _pictures(source, count):
-    return np.stack([source[k]["image"] for k in range(count)]), [source.scene(k) for k in range(count)]
+  return np.stack([source[k]['image'] for k in range(count)]), [source.scene(k) for k in range(count)]
 
 
 def _changed(scene, attribute, rng):
-    """The scene with exactly one attribute of the background or of one object changed."""
-    other = lambda table, value: rng.choice([v for v in table if v != value])
-    if attribute == "background":
-        return dataclasses.replace(scene, background=str(other(shapes.BACKGROUNDS, scene.background)))
-    k = int(rng.integers(len(scene.objects)))
-    o = scene.objects[k]
-    rest = scene.objects[:k] + scene.objects[k + 1 :]
-    if attribute == "count":
-        free = [p for p in range(9) if p not in {x.position for x in scene.objects}]
-        extra = dataclasses.replace(o, position=int(rng.choice(free)))
-        return dataclasses.replace(scene, objects=tuple(sorted((*scene.objects, extra))))
-    if attribute == "position":
-        free = [p for p in range(9) if p not in {x.position for x in scene.objects}]
-        new = dataclasses.replace(o, position=int(rng.choice(free)))
-    else:
-        table = {"shape": shapes.SHAPES, "color": shapes.COLORS, "size": shapes.SIZES}[attribute]
-        new = dataclasses.replace(o, **{attribute: str(other(table, getattr(o, attribute)))})
-    return dataclasses.replace(scene, objects=tuple(sorted((*rest, new))))
+  """The scene with exactly one attribute of the background or of one object changed."""
+  other = lambda table, value: rng.choice([v for v in table if v != value])
+  if attribute == 'background':
+    return dataclasses.replace(scene, background=str(other(shapes.BACKGROUNDS, scene.background)))
+  k = int(rng.integers(len(scene.objects)))
+  o = scene.objects[k]
+  rest = scene.objects[:k] + scene.objects[k + 1 :]
+  if attribute == 'count':
+    free = [p for p in range(9) if p not in {x.position for x in scene.objects}]
+    extra = dataclasses.replace(o, position=int(rng.choice(free)))
+    return dataclasses.replace(scene, objects=tuple(sorted((*scene.objects, extra))))
+  if attribute == 'position':
+    free = [p for p in range(9) if p not in {x.position for x in scene.objects}]
+    new = dataclasses.replace(o, position=int(rng.choice(free)))
+  else:
+    table = {'shape': shapes.SHAPES, 'color': shapes.COLORS, 'size': shapes.SIZES}[attribute]
+    new = dataclasses.replace(o, **{attribute: str(other(table, getattr(o, attribute)))})
+  return dataclasses.replace(scene, objects=tuple(sorted((*rest, new))))
 
 
-@pytest.mark.parametrize("split", shapes.SPLITS)
+@pytest.mark.parametrize('split', shapes.SPLITS)
 def test_record_is_a_function_of_seed_split_and_index(split):
-    a, b = shapes.load(split, seed=3), shapes.load(split, seed=3, count=50)
-    for k in (0, 7, 49):
-        assert a[k]["caption"] == b[k]["caption"]
-        np.testing.assert_array_equal(a[k]["image"], b[k]["image"])
-    assert [a[k]["caption"] for k in range(20)] != [shapes.load(split, seed=4)[k]["caption"] for k in range(20)]
+  a, b = shapes.load(split, seed=3), shapes.load(split, seed=3, count=50)
+  for k in (0, 7, 49):
+    assert a[k]['caption'] == b[k]['caption']
+    np.testing.assert_array_equal(a[k]['image'], b[k]['image'])
+  assert [a[k]['caption'] for k in range(20)] != [shapes.load(split, seed=4)[k]['caption'] for k in range(20)]
 
 
 def test_every_scene_is_in_its_split_and_only_test_unseen_shows_the_held_out_pairs():
-    for split in shapes.SPLITS:
-        for max_objects in (2, 9):
-            source = shapes.load(split, max_objects=max_objects)
-            for k in range(200):
-                scene = source.scene(k)
-                assert scene.split == split
-                assert scene.unseen == (split == "test_unseen")
-                assert 1 <= len(scene.objects) <= max_objects
-                assert len({o.position for o in scene.objects}) == len(scene.objects)
+  for split in shapes.SPLITS:
+    for max_objects in (2, 9):
+      source = shapes.load(split, max_objects=max_objects)
+      for k in range(200):
+        scene = source.scene(k)
+        assert scene.split == split
+        assert scene.unseen == (split == 'test_unseen')
+        assert 1 <= len(scene.objects) <= max_objects
+        assert len({o.position for o in scene.objects}) == len(scene.objects)
 
 
 def test_captions_tell_every_attribute_in_several_wordings():
-    source = shapes.load("train")
-    forms = set()
-    for k in range(300):
-        caption, scene = source[k]["caption"], source.scene(k)
-        for o in scene.objects:
-            assert f"a {o.size} {o.color} {o.shape} at the {shapes.POSITIONS[o.position]}" in caption
-        forms.add((caption.startswith("a picture of"), caption[0] == "a", " with " in caption, " and " in caption))
-    assert len(forms) >= 5
+  source = shapes.load('train')
+  forms = set()
+  for k in range(300):
+    caption, scene = source[k]['caption'], source.scene(k)
+    for o in scene.objects:
+      assert f'a {o.size} {o.color} {o.shape} at the {shapes.POSITIONS[o.position]}' in caption
+    forms.add((caption.startswith('a picture of'), caption[0] == 'a', ' with ' in caption, ' and ' in caption))
+  assert len(forms) >= 5
 
 
 def test_edges_are_anti_aliased_and_every_look_is_drawn():
-    assert len(shapes.SHAPES) >= 8 and len(shapes.COLORS) >= 8 and len(shapes.BACKGROUNDS) >= 6
-    for shape in shapes.SHAPES:
-        for size in shapes.SIZES:
-            mask = shapes.coverage(shape, size, 4, 48)[2]
-            assert mask.max() == 1 and mask.min() == 0, (shape, size)
-            assert ((mask > 0.05) & (mask < 0.95)).any(), (shape, size)
-            assert 0.1 < mask.mean() < 0.9, (shape, size)
+  assert len(shapes.SHAPES) >= 8 and len(shapes.COLORS) >= 8 and len(shapes.BACKGROUNDS) >= 6
+  for shape in shapes.SHAPES:
+    for size in shapes.SIZES:
+      mask = shapes.coverage(shape, size, 4, 48)[2]
+      assert mask.max() == 1 and mask.min() == 0, (shape, size)
+      assert ((mask > 0.05) & (mask < 0.95)).any(), (shape, size)
+      assert 0.1 < mask.mean() < 0.9, (shape, size)
 
 
-@pytest.mark.parametrize("image_size", [32, 48, 64])
+@pytest.mark.parametrize('image_size', [32, 48, 64])
 def test_oracle_accepts_true_renderings(image_size):
-    count = 1000
-    for split in ("test", "test_unseen"):
-        images, scenes = _pictures(shapes.load(split, image_size=image_size), count)
-        assert Oracle(image_size).score(images, scenes)["all"].mean() >= 0.999
+  count = 1000
+  for split in ('test', 'test_unseen'):
+    images, scenes = _pictures(shapes.load(split, image_size=image_size), count)
+    assert Oracle(image_size).score(images, scenes)['all'].mean() >= 0.999
 
 
-@pytest.mark.parametrize("attribute", ATTRIBUTES)
+@pytest.mark.parametrize('attribute', ATTRIBUTES)
 def test_oracle_rejects_one_changed_attribute(attribute):
-    rng, source = np.random.default_rng(0), shapes.load("test")
-    scenes = [source.scene(k) for k in range(1000)]
-    wrong = [_changed(s, attribute, rng) for s in scenes]
-    score = Oracle(48).score(np.stack([shapes.render(s, 48) for s in wrong]), scenes)
-    assert score["all"].mean() <= 0.001
-    assert score[attribute].mean() <= 0.001
-    if attribute not in ("count", "position"):
-        others = [a for a in ATTRIBUTES if a != attribute]
-        assert np.mean([score[a] for a in others]) >= 0.95  # a swapped colour can pair the objects the other way round
+  rng, source = np.random.default_rng(0), shapes.load('test')
+  scenes = [source.scene(k) for k in range(1000)]
+  wrong = [_changed(s, attribute, rng) for s in scenes]
+  score = Oracle(48).score(np.stack([shapes.render(s, 48) for s in wrong]), scenes)
+  assert score['all'].mean() <= 0.001
+  assert score[attribute].mean() <= 0.001
+  if attribute not in ('count', 'position'):
+    others = [a for a in ATTRIBUTES if a != attribute]
+    assert np.mean([score[a] for a in others]) >= 0.95  # a swapped colour can pair the objects the other way round
 
 
 def test_blank_and_noise_pictures_score_zero():
-    source = shapes.load("test")
-    scenes = [source.scene(k) for k in range(60)]
-    blank = np.stack([shapes.render(dataclasses.replace(s, objects=()), 48) for s in scenes])
-    noise = np.random.default_rng(0).integers(0, 256, blank.shape, dtype=np.uint8)
-    for images in (blank, noise, np.zeros_like(blank), np.full_like(blank, 255)):
-        assert not any(v.any() for v in Oracle(48).score(images, scenes).values())
+  source = shapes.load('test')
+  scenes = [source.scene(k) for k in range(60)]
+  blank = np.stack([shapes.render(dataclasses.replace(s, objects=()), 48) for s in scenes])
+  noise = np.random.default_rng(0).integers(0, 256, blank.shape, dtype=np.uint8)
+  for images in (blank, noise, np.zeros_like(blank), np.full_like(blank, 255)):
+    assert not any(v.any() for v in Oracle(48).score(images, scenes).values())
 
 
 def test_large_pictures_are_read_too():
-    images, scenes = _pictures(shapes.load("test", image_size=192), 20)
-    assert Oracle(192).score(images, scenes)["all"].all()
+  images, scenes = _pictures(shapes.load('test', image_size=192), 20)
+  assert Oracle(192).score(images, scenes)['all'].all()
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="unknown split"):
-        shapes.load("dev")
-    with pytest.raises(ValueError, match="too small"):
-        shapes.load("train", image_size=16)
-    with pytest.raises(ValueError, match="max_objects"):
-        shapes.load("train", max_objects=10)
-    with pytest.raises(ValueError, match="expected uint8"):
-        Oracle(48).read(np.zeros((1, 48, 48, 3)))
+  with pytest.raises(ValueError, match='unknown split'):
+    shapes.load('dev')
+  with pytest.raises(ValueError, match='too small'):
+    shapes.load('train', image_size=16)
+  with pytest.raises(ValueError, match='max_objects'):
+    shapes.load('train', max_objects=10)
+  with pytest.raises(ValueError, match='expected uint8'):
+    Oracle(48).read(np.zeros((1, 48, 48, 3)))

@@ -1,7 +1,7 @@
 """A procedural world of captioned pictures that needs no download: objects in a 3 x 3 grid of cells on a background.
 
-A `Scene` says what is there, `render` draws it, `describe` puts it into words; the three know nothing of each other, so
-that named characters and settings (stories) can grow out of the same scenes. Record k is a function of (seed, split, k).
+A `Scene` says what is there, `render` draws it, `describe` puts it into words; they know nothing of each other, so that
+named characters and settings (stories) can grow out of the same scenes. Record k is a function of (seed, split, k).
 Every scene belongs to exactly one of train / val / test by its hash, and the pairs in `UNSEEN_PAIRS` appear in
 `test_unseen` alone, so "held out" means: neither this scene nor, there, this combination was ever trained on.
 """
@@ -12,28 +12,28 @@ import itertools
 
 import numpy as np
 
-SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring", "heart", "star")
+SHAPES = ('circle', 'square', 'triangle', 'diamond', 'cross', 'ring', 'heart', 'star')
 COLORS = {
-    "red": (222, 36, 40),
-    "orange": (248, 134, 22),
-    "yellow": (250, 218, 40),
-    "green": (36, 172, 70),
-    "cyan": (48, 206, 224),
-    "blue": (40, 84, 226),
-    "purple": (146, 52, 204),
-    "pink": (252, 142, 196),
+  'red': (222, 36, 40),
+  'orange': (248, 134, 22),
+  'yellow': (250, 218, 40),
+  'green': (36, 172, 70),
+  'cyan': (48, 206, 224),
+  'blue': (40, 84, 226),
+  'purple': (146, 52, 204),
+  'pink': (252, 142, 196),
 }
-SIZES = {"small": 0.66, "large": 0.94}  # half extent of an object, in half cells
+SIZES = {'small': 0.66, 'large': 0.94}  # half extent of an object, in half cells
 POSITIONS = (
   'top left', 'top', 'top right', 'left', 'center', 'right', 'bottom left', 'bottom', 'bottom right',
 )  # fmt: skip
 BACKGROUNDS = {
-    "night": (20, 24, 50),
-    "snow": (240, 243, 247),
-    "sand": (222, 202, 160),
-    "forest": (34, 62, 44),
-    "stone": (122, 126, 132),
-    "dusk": (98, 60, 78),
+  'night': (20, 24, 50),
+  'snow': (240, 243, 247),
+  'sand': (222, 202, 160),
+  'forest': (34, 62, 44),
+  'stone': (122, 126, 132),
+  'dusk': (98, 60, 78),
 }
 GRID = 3  # cells a side
 # One shape and one colour each, so that training shows every shape and every colour with others.
@@ -41,180 +41,180 @@ UNSEEN_PAIRS = frozenset(
   {('circle', 'orange'), ('triangle', 'purple'), ('diamond', 'red'), ('cross', 'yellow'), ('heart', 'cyan'),
    ('star', 'green')}
 )  # fmt: skip
-SPLITS = ("train", "val", "test", "test_unseen")
+SPLITS = ('train', 'val', 'test', 'test_unseen')
 
 _WHERE = {'night': 'at night', 'snow': 'in the snow', 'sand': 'on the sand', 'forest': 'in the forest',
           'stone': 'on grey stone', 'dusk': 'at dusk'}  # fmt: skip
-_SENTENCES = ("{objects} {where}", "{where}, {objects}", "a picture of {objects} {where}", "{objects}, {where}")
-_JOINS = (" and ", " with ", ", ")
+_SENTENCES = ('{objects} {where}', '{where}, {objects}', 'a picture of {objects} {where}', '{objects}, {where}')
+_JOINS = (' and ', ' with ', ', ')
 
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Object:
-    """One thing in a scene; `position` is the index of its cell in raster order."""
+  """One thing in a scene; `position` is the index of its cell in raster order."""
 
-    position: int
-    shape: str
-    color: str
-    size: str
+  position: int
+  shape: str
+  color: str
+  size: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A background and objects in different cells, in raster order."""
+  """A background and objects in different cells, in raster order."""
 
-    background: str
-    objects: tuple[Object, ...]
+  background: str
+  objects: tuple[Object, ...]
 
-    @property
-    def unseen(self) -> bool:
-        return any((o.shape, o.color) in UNSEEN_PAIRS for o in self.objects)
+  @property
+  def unseen(self) -> bool:
+    return any((o.shape, o.color) in UNSEEN_PAIRS for o in self.objects)
 
-    @property
-    def split(self) -> str:
-        """The one split this scene belongs to: 80% train, 10% val, 10% test of those without an unseen pair."""
-        if self.unseen:
-            return "test_unseen"
-        key = list(BACKGROUNDS).index(self.background)
-        for o in self.objects:
-            look = (list(COLORS).index(o.color) * len(SHAPES) + SHAPES.index(o.shape)) * 2 + list(SIZES).index(o.size)
-            key = (key * 128 + look) * 9 + o.position + 1
-        key = (key ^ (key >> 16)) * 0x45D9F3B & 0xFFFFFFFF  # a multiplicative hash: neighbouring keys scatter
-        key = (key ^ (key >> 16)) * 0x45D9F3B & 0xFFFFFFFF
-        bucket = (key ^ (key >> 16)) % 10
-        return "val" if bucket == 0 else "test" if bucket == 1 else "train"
+  @property
+  def split(self) -> str:
+    """The one split this scene belongs to: 80% train, 10% val, 10% test of those without an unseen pair."""
+    if self.unseen:
+      return 'test_unseen'
+    key = list(BACKGROUNDS).index(self.background)
+    for o in self.objects:
+      look = (list(COLORS).index(o.color) * len(SHAPES) + SHAPES.index(o.shape)) * 2 + list(SIZES).index(o.size)
+      key = (key * 128 + look) * 9 + o.position + 1
+    key = (key ^ (key >> 16)) * 0x45D9F3B & 0xFFFFFFFF  # a multiplicative hash: neighbouring keys scatter
+    key = (key ^ (key >> 16)) * 0x45D9F3B & 0xFFFFFFFF
+    bucket = (key ^ (key >> 16)) % 10
+    return 'val' if bucket == 0 else 'test' if bucket == 1 else 'train'
 
 
 def draw_scene(rng: np.random.Generator, split: str, max_objects: int = 2) -> Scene:
-    """Draws a scene of this split: 1 to `max_objects` objects, each number with equal probability."""
-    pick = lambda table, v: tuple(table)[int(v * len(table))]
-    while True:
-        count = 1 + int(rng.integers(max_objects))
-        u = rng.random(1 + GRID**2 + 3 * count)
-        cells = sorted(np.argsort(u[1 : 1 + GRID**2])[:count].tolist())
-        objects = tuple(
-            Object(cell, pick(SHAPES, a), pick(COLORS, b), pick(SIZES, c))
-            for cell, (a, b, c) in zip(cells, u[1 + GRID**2 :].reshape(count, 3), strict=True)
-        )
-        if split == "train" and any((o.shape, o.color) in UNSEEN_PAIRS for o in objects):
-            objects = tuple(_seen(o, rng) for o in objects)
-        if split == "test_unseen":  # rejection alone would throw nine of ten draws away
-            k = int(rng.integers(count))
-            shape, color = sorted(UNSEEN_PAIRS)[int(rng.integers(len(UNSEEN_PAIRS)))]
-            objects = (*objects[:k], dataclasses.replace(objects[k], shape=shape, color=color), *objects[k + 1 :])
-        scene = Scene(pick(BACKGROUNDS, u[0]), objects)
-        if scene.split == split:
-            return scene
+  """Draws a scene of this split: 1 to `max_objects` objects, each number with equal probability."""
+  pick = lambda table, v: tuple(table)[int(v * len(table))]
+  while True:
+    count = 1 + int(rng.integers(max_objects))
+    u = rng.random(1 + GRID**2 + 3 * count)
+    cells = sorted(np.argsort(u[1 : 1 + GRID**2])[:count].tolist())
+    objects = tuple(
+      Object(cell, pick(SHAPES, a), pick(COLORS, b), pick(SIZES, c))
+      for cell, (a, b, c) in zip(cells, u[1 + GRID**2 :].reshape(count, 3), strict=True)
+    )
+    if split == 'train' and any((o.shape, o.color) in UNSEEN_PAIRS for o in objects):
+      objects = tuple(_seen(o, rng) for o in objects)
+    if split == 'test_unseen':  # rejection alone would throw nine of ten draws away
+      k = int(rng.integers(count))
+      shape, color = sorted(UNSEEN_PAIRS)[int(rng.integers(len(UNSEEN_PAIRS)))]
+      objects = (*objects[:k], dataclasses.replace(objects[k], shape=shape, color=color), *objects[k + 1 :])
+    scene = Scene(pick(BACKGROUNDS, u[0]), objects)
+    if scene.split == split:
+      return scene
 
 
 def _seen(o: Object, rng: np.random.Generator) -> Object:
-    """The object, repainted if its look is one that training must not show."""
-    colors = [c for c in COLORS if (o.shape, c) not in UNSEEN_PAIRS]
-    return o if o.color in colors else dataclasses.replace(o, color=colors[int(rng.integers(len(colors)))])
+  """The object, repainted if its look is one that training must not show."""
+  colors = [c for c in COLORS if (o.shape, c) not in UNSEEN_PAIRS]
+  return o if o.color in colors else dataclasses.replace(o, color=colors[int(rng.integers(len(colors)))])
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-    """One of the wordings of a scene; every wording tells every attribute."""
-    words = [f"a {o.size} {o.color} {o.shape} at the {POSITIONS[o.position]}" for o in scene.objects]
-    objects = _JOINS[int(rng.integers(len(_JOINS)))].join(words)
-    return _SENTENCES[int(rng.integers(len(_SENTENCES)))].format(objects=objects, where=_WHERE[scene.background])
+  """One of the wordings of a scene; every wording tells every attribute."""
+  words = [f'a {o.size} {o.color} {o.shape} at the {POSITIONS[o.position]}' for o in scene.objects]
+  objects = _JOINS[int(rng.integers(len(_JOINS)))].join(words)
+  return _SENTENCES[int(rng.integers(len(_SENTENCES)))].format(objects=objects, where=_WHERE[scene.background])
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Distance to the outline (negative inside) of a shape in [-1, 1]^2, y down; exact enough for one-pixel edges."""
-    r = np.hypot(x, y)
-    match shape:
-        case "circle":
-            return r - 0.96
-        case "ring":
-            return np.abs(r - 0.72) - 0.24
-        case "square":
-            return np.maximum(np.abs(x), np.abs(y)) - 0.86
-        case "diamond":
-            return (np.abs(x) + np.abs(y) - 1) / np.sqrt(2)
-        case "cross":  # upright
-            ax, ay = np.abs(x), np.abs(y)
-            return np.maximum(np.minimum(ax, ay) - 0.3, np.maximum(ax, ay) - 0.96)
-        case "triangle":
-            return np.maximum(y - 0.8, (2 * np.abs(x) - y - 1) / np.sqrt(5))
-        case "heart":  # two discs above a wedge
-            discs = np.hypot(np.abs(x) - 0.47, y + 0.4) - 0.5
-            wedge = np.maximum((np.abs(x) * 0.76 + (y - 0.95) * 0.65), -0.4 - y)
-            return np.minimum(discs, wedge)
-        case "star":  # five points: distance to the edge between a tip and its inner corner
-            angle = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-            px, py = r * np.cos(angle), r * np.sin(angle)
-            inner = 0.42 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
-            edge = inner - np.array([1.0, 0.0])
-            return ((px - 1) * edge[1] - py * edge[0]) / np.hypot(*edge)
-    raise ValueError(f"unknown shape {shape!r}; known: {', '.join(SHAPES)}")
+  """Distance to the outline (negative inside) of a shape in [-1, 1]^2, y down; exact enough for one-pixel edges."""
+  r = np.hypot(x, y)
+  match shape:
+    case 'circle':
+      return r - 0.96
+    case 'ring':
+      return np.abs(r - 0.72) - 0.24
+    case 'square':
+      return np.maximum(np.abs(x), np.abs(y)) - 0.86
+    case 'diamond':
+      return (np.abs(x) + np.abs(y) - 1) / np.sqrt(2)
+    case 'cross':  # upright
+      ax, ay = np.abs(x), np.abs(y)
+      return np.maximum(np.minimum(ax, ay) - 0.3, np.maximum(ax, ay) - 0.96)
+    case 'triangle':
+      return np.maximum(y - 0.8, (2 * np.abs(x) - y - 1) / np.sqrt(5))
+    case 'heart':  # two discs above a wedge
+      discs = np.hypot(np.abs(x) - 0.47, y + 0.4) - 0.5
+      wedge = np.maximum((np.abs(x) * 0.76 + (y - 0.95) * 0.65), -0.4 - y)
+      return np.minimum(discs, wedge)
+    case 'star':  # five points: distance to the edge between a tip and its inner corner
+      angle = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+      px, py = r * np.cos(angle), r * np.sin(angle)
+      inner = 0.42 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+      edge = inner - np.array([1.0, 0.0])
+      return ((px - 1) * edge[1] - py * edge[0]) / np.hypot(*edge)
+  raise ValueError(f'unknown shape {shape!r}; known: {", ".join(SHAPES)}')
 
 
 @functools.lru_cache(maxsize=4096)
 def coverage(shape: str, size: str, position: int, image_size: int) -> tuple[slice, slice, np.ndarray]:
-    """Rows, columns and the share of each pixel there, float32[h, w, 1] in [0, 1], that the object covers."""
-    row, col = divmod(position, GRID)
-    cell = image_size / GRID
-    rows = slice(int(row * cell), int(np.ceil((row + 1) * cell)))
-    cols = slice(int(col * cell), int(np.ceil((col + 1) * cell)))
-    half = SIZES[size] * cell / 2  # pixels
-    y = (np.arange(rows.start, rows.stop) + 0.5 - (row + 0.5) * cell) / half
-    x = (np.arange(cols.start, cols.stop) + 0.5 - (col + 0.5) * cell) / half
-    mask = np.clip(0.5 - _distance(shape, x[None, :], y[:, None]) * half, 0, 1)
-    return rows, cols, mask.astype(np.float32)[..., None]
+  """Rows, columns and the share of each pixel there, float32[h, w, 1] in [0, 1], that the object covers."""
+  row, col = divmod(position, GRID)
+  cell = image_size / GRID
+  rows = slice(int(row * cell), int(np.ceil((row + 1) * cell)))
+  cols = slice(int(col * cell), int(np.ceil((col + 1) * cell)))
+  half = SIZES[size] * cell / 2  # pixels
+  y = (np.arange(rows.start, rows.stop) + 0.5 - (row + 0.5) * cell) / half
+  x = (np.arange(cols.start, cols.stop) + 0.5 - (col + 0.5) * cell) / half
+  mask = np.clip(0.5 - _distance(shape, x[None, :], y[:, None]) * half, 0, 1)
+  return rows, cols, mask.astype(np.float32)[..., None]
 
 
 def render(scene: Scene, image_size: int) -> np.ndarray:
-    """Draws a scene with anti-aliased edges: uint8[image_size, image_size, 3]."""
-    image = np.empty((image_size, image_size, 3), np.float32)
-    image[:] = BACKGROUNDS[scene.background]
-    for o in scene.objects:
-        rows, cols, mask = coverage(o.shape, o.size, o.position, image_size)
-        image[rows, cols] += mask * (np.asarray(COLORS[o.color], np.float32) - image[rows, cols])
-    return (image + 0.5).astype(np.uint8)
+  """Draws a scene with anti-aliased edges: uint8[image_size, image_size, 3]."""
+  image = np.empty((image_size, image_size, 3), np.float32)
+  image[:] = BACKGROUNDS[scene.background]
+  for o in scene.objects:
+    rows, cols, mask = coverage(o.shape, o.size, o.position, image_size)
+    image[rows, cols] += mask * (np.asarray(COLORS[o.color], np.float32) - image[rows, cols])
+  return (image + 0.5).astype(np.uint8)
 
 
 def all_looks() -> list[tuple[str, str, str]]:
-    """Every (shape, color, size)."""
-    return list(itertools.product(SHAPES, COLORS, SIZES))
+  """Every (shape, color, size)."""
+  return list(itertools.product(SHAPES, COLORS, SIZES))
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Random-access source: `source[k] -> {'image': uint8[S, S, 3], 'caption': str}`."""
+  """Random-access source: `source[k] -> {'image': uint8[S, S, 3], 'caption': str}`."""
 
-    split: str
-    image_size: int
-    seed: int
-    count: int
-    max_objects: int
+  split: str
+  image_size: int
+  seed: int
+  count: int
+  max_objects: int
 
-    def __len__(self) -> int:
-        return self.count
+  def __len__(self) -> int:
+    return self.count
 
-    def _scene_and_rng(self, k: int) -> tuple[Scene, np.random.Generator]:
-        if not 0 <= k < self.count:
-            raise IndexError(f"picture {k} of a source of {self.count}")
-        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), k])
-        return draw_scene(rng, self.split, self.max_objects), rng
+  def _scene_and_rng(self, k: int) -> tuple[Scene, np.random.Generator]:
+    if not 0 <= k < self.count:
+      raise IndexError(f'picture {k} of a source of {self.count}')
+    rng = np.random.default_rng([self.seed, SPLITS.index(self.split), k])
+    return draw_scene(rng, self.split, self.max_objects), rng
 
-    def scene(self, k: int) -> Scene:
-        return self._scene_and_rng(k)[0]
+  def scene(self, k: int) -> Scene:
+    return self._scene_and_rng(k)[0]
 
-    def __getitem__(self, k: int) -> dict:
-        scene, rng = self._scene_and_rng(k)
-        return {"image": render(scene, self.image_size), "caption": describe(scene, rng)}
+  def __getitem__(self, k: int) -> dict:
+    scene, rng = self._scene_and_rng(k)
+    return {'image': render(scene, self.image_size), 'caption': describe(scene, rng)}
 
 
 def load(split: str, *, image_size: int = 48, seed: int = 0, count: int = 0, max_objects: int = 2) -> Shapes:
-    """The pictures of a split; `count` 0 means 1,000,000 for train and 2,000 for the others.
+  """The pictures of a split; `count` 0 means 1,000,000 for train and 2,000 for the others.
 
-    `max_objects` above 2 gives crowded pictures, from which an image tokenizer learns faster: more looks a picture.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"shapes: unknown split {split!r}; expected one of {', '.join(SPLITS)}")
-    if image_size < 8 * GRID:
-        raise ValueError(f"shapes: image_size {image_size} is too small to tell shapes apart; use {8 * GRID} or more")
-    if not 1 <= max_objects <= GRID**2:
-        raise ValueError(f"shapes: max_objects {max_objects} does not fit the {GRID**2} cells; use 1 to {GRID**2}")
-    return Shapes(split, image_size, seed, count or (1_000_000 if split == "train" else 2_000), max_objects)
+  `max_objects` above 2 gives crowded pictures, from which an image tokenizer learns faster: more looks a picture.
+  """
+  if split not in SPLITS:
+    raise ValueError(f'shapes: unknown split {split!r}; expected one of {", ".join(SPLITS)}')
+  if image_size < 8 * GRID:
+    raise ValueError(f'shapes: image_size {image_size} is too small to tell shapes apart; use {8 * GRID} or more')
+  if not 1 <= max_objects <= GRID**2:
+    raise ValueError(f'shapes: max_objects {max_objects} does not fit the {GRID**2} cells; use 1 to {GRID**2}')
+  return Shapes(split, image_size, seed, count or (1_000_000 if split == 'train' else 2_000), max_objects)
