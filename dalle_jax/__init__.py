@@ -1,3 +1,3 @@
 """Text-to-image transformers and story generation in JAX and Flax."""
 
-__version__ = "0.1.0"
+__version__ = '0.1.0'

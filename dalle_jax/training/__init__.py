@@ -1,1 +1,1 @@
-"""The loop and what it needs; knows no model."""
+"""State, sharding, optimiser, checkpoints and the loop; knows no model."""

@@ -1,0 +1,1 @@
+"""Recipes: strings and numbers, one file each; every one starts from `common.base()`."""

@@ -1,0 +1,128 @@
+"""What recipes share: every field with its default, arguments of a config file, mesh and rule presets."""
+
+import difflib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+# Sizes of the mesh axes; -1 takes the devices that are left.
+MESHES = {
+  'data': dict(data=-1, fsdp=1, tensor=1),  # a copy of the model on every device
+  'fsdp': dict(data=1, fsdp=-1, tensor=1),  # parameters split over all devices, gathered layer by layer
+  'tensor8': dict(data=1, fsdp=-1, tensor=8),  # layers split over the 8 devices of a host, fsdp between hosts
+}
+
+# Logical axis -> mesh axes, in order of precedence; what does not divide is replicated, so is an axis without a rule.
+RULES = (
+  ('batch', ('data', 'fsdp')),
+  ('vocab', 'tensor'),
+  ('heads', 'tensor'),
+  ('mlp', 'tensor'),
+  ('conv_out', 'tensor'),
+  ('embed', 'fsdp'),
+  ('conv_in', 'fsdp'),
+)
+
+
+def base() -> ConfigDict:
+  """Every field that the training code reads; a recipe sets the ones it cares about."""
+  c = ConfigDict()
+  c.run_dir = ''  # where config, metrics, pictures and checkpoints go; an existing run is resumed
+  c.seed = 0
+  c.objective = ''  # dalle_jax/objectives/NAME.py
+  c.model = ConfigDict()  # variant and fields of the model
+  c.loss = ConfigDict()  # fields of the objective
+  c.frozen = ConfigDict()  # network -> run directory; copied into the run, so that it is self-contained
+  c.init = ConfigDict(dict(path='', new=''))  # fine-tuning: a run to start from; regex of parameters it may lack
+  c.root, c.stages = '', ()  # recipes of several runs: their common directory and their order (see choose_stage)
+  c.data = ConfigDict(
+    dict(
+      source='',  # dalle_jax/data/sources/KIND.py, or 'tfds:NAME'
+      split='train',
+      val_split='val',  # '' for none
+      path='',
+      image_size=64,
+      augment='',
+      batch_size=64,  # over all devices and processes
+      workers=0,
+      seed=0,
+      source_args=ConfigDict(),
+    )
+  )
+  c.tokenizer = ConfigDict(dict(vocab_size=0, length=64, dropout=0.1, path=''))  # vocab_size 0: no text
+  c.encode = ConfigDict(dict(enabled=False, batch_size=64, path=''))  # images to codes once, before training
+  c.optim = ConfigDict(
+    dict(
+      name='adamw',  # adam, adamw, adafactor, lion, sgd
+      lr=1e-3,
+      b1=0.9,
+      b2=0.95,
+      eps=1e-8,
+      weight_decay=0.0,
+      decay='kernel$',  # regex: names of the parameters that decay
+      schedule='cosine',  # constant, cosine, linear, rsqrt
+      lr_end=0.0,  # as a fraction of lr
+      warmup=0,
+      clip=1.0,  # global norm; 0.0 for off
+      groups=ConfigDict(),  # player -> any of these fields, or frozen=True
+    )
+  )
+  c.train = ConfigDict(
+    dict(
+      steps=1000,
+      accum=1,  # micro batches an update
+      ema=0.0,
+      log_every=50,
+      checkpoint_every=500,  # 0: at the end alone
+      eval_every=500,  # 0: never
+      evals=('loss', 'pictures'),  # dalle_jax/evals/NAME.py
+      eval_batches=8,
+      pictures=16,
+      keep=3,  # newest checkpoints
+      nan_guard=True,
+      allow_cpu=False,  # train a large model on the CPU
+      peak_flops=0.0,  # of one device; 0.0: from the table in training/metrics.py
+      compilation_cache='',  # directory for compiled programs
+    )
+  )
+  c.mesh = ConfigDict(MESHES['data'])
+  c.rules = RULES
+  return c
+
+
+def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
+  """Reads the part after the colon of `--config file.py:res=448,small`.
+
+  Values take the type of their default; a bare word switches on the bool of that name, or else is the value of the
+  first argument. Raises ValueError for a name that is not in `defaults`.
+  """
+  result = ConfigDict(defaults)
+  for item in filter(None, (arg or '').split(',')):
+    name, equals, value = item.partition('=')
+    if not equals and not isinstance(defaults.get(name), bool) and defaults:
+      name, value = next(iter(defaults)), item
+    if name not in defaults:
+      close = difflib.get_close_matches(name, defaults, 3) or list(defaults)
+      raise ValueError(f'config argument {item!r} is unknown; there are {", ".join(close) or "none"}.')
+    kind = type(defaults[name])
+    if kind is bool:
+      result[name] = value.lower() in ('', '1', 'true', 'yes')
+    else:
+      try:
+        result[name] = kind(value)
+      except ValueError as e:
+        raise ValueError(f'config argument {name}={value!r} is not {kind.__name__}.') from e
+  return result
+
+
+def choose_stage(c: ConfigDict, stage: str, stages: Mapping[str, Callable[[ConfigDict], None]]) -> None:
+  """Turns the config of a recipe with several runs into that of one: `stages[stage](c)`, in the directory root/stage.
+
+  Without a stage chosen, train.py runs all of `c.stages` in order.
+  """
+  if stage not in stages:
+    raise ValueError(f'stage {stage!r} is unknown; there are {", ".join(stages)}.')
+  c.stages = ()
+  c.run_dir = c.get_ref('root') + '/' + stage
+  stages[stage](c)

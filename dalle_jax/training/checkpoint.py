@@ -1,0 +1,271 @@
+"""Checkpoints: asynchronous, atomic, restorable into any mesh, and checked tensor by tensor before they are read.
+
+A run directory holds config.json, checkpoints/STEP/{state, meta} and frozen/NAME, itself a run directory with the
+parameters of a frozen network. `meta` is JSON: config, tokenizer, frozen, axes (logical names of every parameter, by
+which any mesh can lay them out), seconds.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from dalle_jax.training import sharding
+
+Params = Any
+# Orbax tells of every step it takes; what goes wrong reaches us as an exception.
+logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A trained run: `params` are by player ({'dalle': ...}); `frozen` maps names to run directories."""
+
+  config: dict
+  params: Params
+  tokenizer: str | None
+  step: int
+  path: str
+  frozen: dict[str, str] = dataclasses.field(default_factory=dict)
+  axes: dict[str, list] = dataclasses.field(default_factory=dict)
+
+  def network(self, name: str) -> Params:
+    """The parameters of one network: the player of that name, or the only player there is."""
+    if name in self.params:
+      return self.params[name]
+    if len(self.params) == 1:
+      return next(iter(self.params.values()))
+    raise ValueError(f'{self.path} holds the networks {sorted(self.params)}, none is named {name!r}.')
+
+
+# --- Writing
+
+
+def manager(run_dir: str | Path, keep: int) -> ocp.CheckpointManager:
+  options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+  path = Path(run_dir).absolute() / 'checkpoints'
+  return ocp.CheckpointManager(path, options=options, item_names=('state', 'meta'))
+
+
+def save(target: ocp.CheckpointManager, step: int, state: Any, meta: Mapping[str, Any]) -> None:
+  """Starts an asynchronous save; the previous one must have ended well. Raises OSError naming the directory if not."""
+  try:
+    target.wait_until_finished()
+    target.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta))))
+  except Exception as e:
+    raise _save_error(target, e) from e
+
+
+def finish(target: ocp.CheckpointManager) -> None:
+  """Waits for the save under way. Raises OSError naming the directory if it failed."""
+  try:
+    target.wait_until_finished()
+  except Exception as e:
+    raise _save_error(target, e) from e
+
+
+def _save_error(target: ocp.CheckpointManager, e: Exception) -> OSError:
+  return OSError(f'saving to {target.directory} failed: {_one_line(e)}; make room or mend it, then run the same again.')
+
+
+def _one_line(e: Exception) -> str:
+  text = ' '.join(str(e).split())
+  return f'{type(e).__name__}: {text[:300]}'
+
+
+def export_run(path: str | Path, run: Run) -> None:
+  """Writes `run` as a run directory with parameters alone (no optimiser, no EMA beside them), frozen runs included."""
+  path = Path(path)
+  path.mkdir(parents=True, exist_ok=True)
+  for name, source in run.frozen.items():
+    export_run(path / 'frozen' / name, load_run(source))
+  meta = {'config': run.config, 'tokenizer': run.tokenizer, 'axes': run.axes, 'seconds': 0.0}
+  meta['frozen'] = {name: f'frozen/{name}' for name in run.frozen}
+  write_json(path / 'config.json', run.config)
+  target = manager(path, keep=1)
+  save(target, run.step, {'params': run.params}, meta)
+  finish(target)
+  target.close()
+
+
+def write_json(path: str | Path, value: Any) -> None:
+  """Writes atomically; only process 0 does."""
+  if jax.process_index() == 0:
+    partial = Path(f'{path}.tmp')
+    partial.write_text(json.dumps(value, indent=2) + '\n')
+    os.replace(partial, path)
+
+
+# --- Reading
+
+
+def steps(run_dir: str | Path) -> list[int]:
+  """The steps with a checkpoint, newest first; [] for a run that has none."""
+  path = Path(run_dir) / 'checkpoints'
+  names = [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+  return sorted((int(n) for n in names if n.isdigit()), reverse=True)
+
+
+def read_meta(run_dir: str | Path, step: int | None = None) -> dict | None:
+  """The meta of a checkpoint, by default the newest one whose meta can be read; None when there is none."""
+  for s in steps(run_dir) if step is None else [step]:
+    try:
+      return json.loads((Path(run_dir) / 'checkpoints' / str(s) / 'meta' / 'metadata').read_text())
+    except (OSError, json.JSONDecodeError):
+      if step is not None:
+        raise
+  return None
+
+
+def _describe(leaf: Any) -> str:
+  return f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
+
+
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+  """What a strict load has to refuse: tensors missing, unexpected, or of another shape or dtype, by name."""
+  lines = [f'missing {k} {_describe(expected[k])}' for k in sorted(set(expected) - set(found))]
+  lines += [f'unexpected {k} {_describe(found[k])}' for k in sorted(set(found) - set(expected))]
+  for k in sorted(set(expected) & set(found)):
+    if _describe(expected[k]) != _describe(found[k]):
+      lines.append(f'{k} is {_describe(found[k])}, expected {_describe(expected[k])}')
+  return lines
+
+
+class _Mismatch(ValueError):
+  """The checkpoint is whole but of another model."""
+
+
+def _saved(path: Path) -> dict[str, Any]:
+  """Shapes and dtypes in a checkpoint by tensor name, as Orbax recorded them; a torn directory raises."""
+  tree = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).metadata(path / 'state').item_metadata.tree
+  return {k: v for k, v in ocp.tree.to_flat_dict(tree, sep='/').items() if hasattr(v, 'dtype')}
+
+
+def _restore(path: Path, target: Any, *, partial: bool = False) -> Any:
+  """Reads `target`, a tree of shapes with shardings; with `partial`, what else is in the checkpoint stays there."""
+  expected, found = sharding.flatten(target), _saved(path)
+  if partial:
+    found = {k: v for k, v in found.items() if k in expected}
+  if lines := differences(expected, found):  # Orbax would cast a dtype and crop or pad a shape in silence
+    lines.sort(key=lambda line: 'params/' not in line)  # moments and averages only repeat what the parameters say
+    raise _Mismatch(f'{path} does not fit this config: {_summary(lines)}.')
+  args = ocp.checkpoint_utils.construct_restore_args(target)
+  args = ocp.args.PyTreeRestore(item=target, restore_args=args, partial_restore=partial)
+  return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / 'state', args=args)
+
+
+def _summary(lines: Sequence[str], limit: int = 20) -> str:
+  more = f'; and {len(lines) - limit} more' if len(lines) > limit else ''
+  return '; '.join(lines[:limit]) + more
+
+
+def _newest_whole(run_dir: Path, read: Any) -> tuple[int, Any]:
+  """(step, read(path)) of the newest checkpoint that can be read, with a warning line for each that cannot."""
+  for step in steps(run_dir):
+    try:
+      return step, read(run_dir / 'checkpoints' / str(step))
+    except _Mismatch:
+      raise
+    except Exception as e:
+      print(f'warning: checkpoint {step} of {run_dir} is damaged, trying the one before ({_one_line(e)})', flush=True)
+  raise FileNotFoundError(f'{run_dir} has no checkpoint that can be read; give the directory of a trained run.')
+
+
+def resume(run_dir: str | Path, target: Any) -> tuple[Any, dict] | None:
+  """The newest whole checkpoint of a run as (state, meta), laid out like `target`; None for a run without any.
+
+  Damaged newer ones are renamed to STEP.damaged, so that the step can be saved again. Raises ValueError when the
+  checkpoint belongs to another model, FileNotFoundError when there are checkpoints and none can be read.
+  """
+  run_dir = Path(run_dir).absolute()
+  if not steps(run_dir):
+    return None
+  read = lambda path: (_restore(path, target), read_meta(run_dir, int(path.name)))
+  step, (state, meta) = _newest_whole(run_dir, read)
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('resumed')
+  for later in [s for s in steps(run_dir) if s > step]:
+    if jax.process_index() == 0:
+      path = run_dir / 'checkpoints' / str(later)
+      path.rename(path.with_name(f'{later}.damaged'))
+  return state, meta
+
+
+def load_run(
+  path: str | Path, *, mesh: Mesh | None = None, rules: sharding.Rules = (), ema: bool = True, step: int | None = None
+) -> Run:
+  """Loads the networks of a run, EMA if it has one (and `ema`), whatever mesh they were trained on.
+
+  Without `mesh` the arrays lie on the first device, with it they are laid out by `rules`. The newest whole checkpoint
+  is taken unless `step` names one. Raises FileNotFoundError when there is nothing to load.
+  """
+  run_dir = Path(path).absolute()
+  if not steps(run_dir):
+    raise FileNotFoundError(f'{path} has no checkpoints; give the run_dir of a run that has saved at least once.')
+  if step is not None and step not in steps(run_dir):
+    raise FileNotFoundError(f'{path} has no checkpoint of step {step}; there are {steps(run_dir)}.')
+
+  def read(source: Path) -> tuple[Params, dict]:
+    meta = read_meta(run_dir, int(source.name))
+    saved = _saved(source)
+    key = 'ema' if ema and any(k.startswith('ema/') for k in saved) else 'params'
+    flat = {k.removeprefix(f'{key}/'): v for k, v in saved.items() if k.startswith(f'{key}/')}
+
+    def place(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+      if mesh is None:
+        where = SingleDeviceSharding(jax.local_devices()[0])
+      else:
+        spec = sharding.partition(meta['axes'].get(name, ()), leaf.shape, mesh, rules)
+        where = NamedSharding(mesh, spec if name in meta['axes'] else PartitionSpec())
+      return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=where)
+
+    return _restore(source, {key: nest({k: place(k, v) for k, v in flat.items()})}, partial=True)[key], meta
+
+  if step is not None:
+    params, meta = read(run_dir / 'checkpoints' / str(step))
+  else:
+    step, (params, meta) = _newest_whole(run_dir, read)
+  frozen = {k: str(run_dir / v) for k, v in meta['frozen'].items()}
+  return Run(meta['config'], params, meta['tokenizer'], step, str(path), frozen, meta['axes'])
+
+
+def nest(flat: Mapping[str, Any]) -> dict:
+  """{'a/b': x} -> {'a': {'b': x}}."""
+  tree: dict = {}
+  for name, leaf in flat.items():
+    *parents, last = name.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[last] = leaf
+  return tree
+
+
+def strict_merge(params: Params, loaded: Params, new: str = '') -> Params:
+  """`params` with every tensor taken from `loaded`, laid out like the one it replaces.
+
+  Only names that match the regular expression `new` in full may keep their fresh values. Raises ValueError naming
+  every tensor that is missing, unexpected, or of another shape or dtype.
+  """
+  ours, theirs = sharding.flatten(params), sharding.flatten(loaded)
+  fresh = {k for k in ours if k not in theirs and new and re.fullmatch(new, k)}
+  if lines := differences({k: v for k, v in ours.items() if k not in fresh}, theirs):
+    raise ValueError(f'the loaded parameters do not fit: {"; ".join(lines)}; names that may be new: {new!r}.')
+
+  def take(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    # A copy: the training step donates its state, and `loaded` belongs to the caller.
+    return leaf if name in fresh else jnp.copy(jax.device_put(theirs[name], leaf.sharding))
+
+  return jax.tree_util.tree_map_with_path(take, params)

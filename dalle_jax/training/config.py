@@ -1,0 +1,89 @@
+"""Reading a config from the command line so that a mistake is one clear line, and comparing two of them."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+
+def parse(argv: Sequence[str], flag_values: flags.FlagValues | None = None) -> ConfigDict:
+  """The config of `PROGRAM --config file.py:argument --config.NAME=VALUE ...`; other flags are in `flag_values`.
+
+  Raises ValueError for a field that the config does not have (naming close ones) or a value of the wrong type, and
+  FileNotFoundError when the file cannot be read.
+  """
+  _check_fields(argv)
+  values = flags.FlagValues() if flag_values is None else flag_values
+  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=list(argv))
+  try:
+    rest = values(list(argv))[1:]
+  except flags.Error as e:
+    raise ValueError(' '.join(str(e).split())) from e
+  if rest:
+    raise ValueError(f'arguments {rest} are not understood; overrides look like --config.optim.lr=3e-4.')
+  return holder.value
+
+
+def with_argument(argv: Sequence[str], argument: str) -> list[str]:
+  """`argv` with the config file's argument replaced."""
+  i, flag, file = _config_file(argv)
+  return [*argv[:i], f'{flag}{file.split(":")[0]}:{argument}', *argv[i + 1 :]]
+
+
+def _config_file(argv: Sequence[str]) -> tuple[int, str, str]:
+  """Which argument names the file, what stands before the name there ('--config=' or ''), and the name."""
+  for i, a in enumerate(argv):
+    if a.startswith(('--config=', '-config=')):
+      flag, _, file = a.partition('=')
+      return i, f'{flag}=', file
+    if a in ('--config', '-config') and i + 1 < len(argv):
+      return i + 1, '', argv[i + 1]
+  raise ValueError('give a config: --config configs/NAME.py (ls configs shows them).')
+
+
+def _check_fields(argv: Sequence[str]) -> None:
+  # ml_collections would end with a traceback, so look first, in a parse of the file alone.
+  alone = [argv[0], '--config', _config_file(argv)[2]]
+  values = flags.FlagValues()
+  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=alone)
+  values(alone)
+  try:
+    known = list(flat(holder.value, parents=True))
+  except OSError as e:
+    raise FileNotFoundError(f'the config cannot be read: {str(e).splitlines()[-1].strip()}') from e
+  for name in (a.lstrip('-').removeprefix('config.').split('=')[0] for a in argv if a.startswith('--config.')):
+    if name not in known:
+      leaf = name.rpartition('.')[2]
+      close = [k for k in known if k.rpartition('.')[2] == leaf]
+      close += difflib.get_close_matches(name, known, 3) + difflib.get_close_matches(leaf, known, 3)
+      hint = f'close: {", ".join(dict.fromkeys(close))}' if close else f'there are {", ".join(holder.value)}'
+      raise ValueError(f'the config has no field {name!r}; {hint}.')
+
+
+def to_json(config: Any) -> Any:
+  """Plain dicts, lists and numbers of a ConfigDict."""
+  if isinstance(config, (Mapping, ConfigDict)):
+    return {k: to_json(v) for k, v in config.items()}
+  if isinstance(config, (tuple, list)):
+    return [to_json(v) for v in config]
+  return config
+
+
+def flat(config: Any, prefix: str = '', parents: bool = False) -> dict[str, Any]:
+  """Fields by dotted name, with `parents` those that hold other fields too."""
+  found = {}
+  for k, v in config.items():
+    nested = isinstance(v, (Mapping, ConfigDict))
+    if parents or not nested:
+      found[f'{prefix}{k}'] = v
+    if nested:
+      found |= flat(v, f'{prefix}{k}.', parents)
+  return found
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """'name: old -> new' for every field that differs between two configs in JSON form."""
+  a, b = flat(old), flat(new)
+  return [f'{k}: {a.get(k)} -> {b.get(k)}' for k in sorted({*a, *b}) if a.get(k) != b.get(k)]

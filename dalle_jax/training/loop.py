@@ -1,0 +1,277 @@
+"""The training loop: one for every objective, read from top to bottom.
+
+An objective may have, beside `init` and `loss`: `after_update(params, mutable) -> params`, run inside the step after
+the optimiser; `tokens(batch) -> int` and `flops(batch) -> float` of a global batch, for speed and utilisation.
+"""
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from dalle_jax.training import checkpoint, optim, sharding
+from dalle_jax.training import metrics as metrics_lib
+from dalle_jax.training import state as state_lib
+from dalle_jax.training.metrics import Diverged
+from dalle_jax.training.state import Context, Objective, Params, TrainState
+
+LARGE_ON_CPU = 300_000_000  # parameters
+Batch = Mapping[str, Any]
+Evaluator = Callable[[Params, Context], dict[str, Any]]  # name -> number, or uint8[H, W, 3] picture
+
+
+def make_step(
+  objective: Objective, optimizer: optim.Optimizer, *, seed: int, accum: int, ema: float, mesh: Mesh, shardings: Any
+) -> Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, dict[str, jax.Array], jax.Array]]:
+  """The jitted update `(state, frozen, batch) -> (state, metrics, whether all of them are finite)`; `state` is donated.
+
+  With `accum` > 1 gradients and metrics are means over as many micro batches, one after the other.
+  """
+  after_update = getattr(objective, 'after_update', lambda params, mutable: params)
+
+  def split(x: jax.Array) -> jax.Array:
+    # Strided micro batches: each device keeps its own rows, so nothing moves. (B, ...) -> (accum, B / accum, ...)
+    x = x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1)
+    return jax.lax.with_sharding_constraint(
+      x, NamedSharding(mesh, PartitionSpec(None, *sharding.batch_sharding(mesh).spec))
+    )
+
+  def step(state: TrainState, frozen: Mapping[str, Params], batch: Batch):
+    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)  # init used the seed itself
+
+    def gradients(mutable, rng, batch):
+      context = Context(frozen, mutable, rng, state.step, train=True)
+      grad = jax.value_and_grad(objective.loss, has_aux=True)
+      (loss, (metrics, mutable)), grads = grad(state.params, context, batch)
+      return grads, {'loss': loss, **metrics}, mutable
+
+    if accum == 1:
+      grads, metrics, mutable = gradients(state.mutable, rng, batch)
+    else:
+
+      def body(carry, inputs):
+        total, mutable = carry
+        index, micro = inputs
+        grads, metrics, mutable = gradients(mutable, jax.random.fold_in(rng, index), micro)
+        return (jax.tree.map(jnp.add, total, grads), mutable), metrics
+
+      carry = jax.tree.map(jnp.zeros_like, state.params), state.mutable
+      (grads, mutable), metrics = jax.lax.scan(body, carry, (jnp.arange(accum), jax.tree.map(split, dict(batch))))
+      grads, metrics = jax.tree.map(lambda x: x / accum, grads), jax.tree.map(lambda x: x.mean(0), metrics)
+
+    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
+    params = after_update(jax.tree.map(jnp.add, state.params, updates), mutable)
+    average = state.ema
+    if ema:
+      decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))  # short memory while the model moves fast
+      average = jax.tree.map(lambda a, p: a * decay + p * (1 - decay), average, params)
+    for player, schedule in optimizer.schedules.items():
+      suffix = f'/{player}' if len(optimizer.schedules) > 1 else ''
+      metrics[f'grad_norm{suffix}'] = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads[player])))
+      metrics[f'lr{suffix}'] = jnp.asarray(schedule(state.step), jnp.float32)
+    finite = jnp.isfinite(jnp.stack([jnp.asarray(m, jnp.float32) for m in metrics.values()])).all()
+    return TrainState(state.step + 1, params, opt_state, average, mutable), metrics, finite
+
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
+
+
+class StopSignal:
+  """Notes SIGTERM and the first Ctrl-C; a second one acts as usual. With several processes, one stops all."""
+
+  def __enter__(self):
+    self.seen, self.old = False, {}
+    if threading.current_thread() is threading.main_thread():
+      self.old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+    return self
+
+  def _note(self, number, frame):
+    self.seen = True
+    self.__exit__()
+
+  def __exit__(self, *_):
+    for number, handler in self.old.items():
+      signal.signal(number, handler)
+
+  def agreed(self, ask: bool) -> bool:
+    if jax.process_count() == 1:
+      return self.seen
+    return ask and bool(multihost_utils.process_allgather(np.asarray(self.seen)).any())
+
+
+@jax.jit
+def _finite(tree: Any) -> jax.Array:
+  leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+  return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all() if leaves else jnp.asarray(True)
+
+
+def _nonfinite_name(state: TrainState) -> str:
+  return next((k for k, v in sharding.flatten(state).items() if not bool(_finite(v))), 'the state')
+
+
+def train(
+  config: ConfigDict,
+  objective: Objective,
+  batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
+  *,
+  mesh: Mesh,
+  frozen: Mapping[str, Params] | None = None,
+  evals: Sequence[Evaluator] = (),
+  meta: Mapping[str, Any] | None = None,
+  initial: Params | None = None,
+) -> TrainState:
+  """Trains `objective` until `config.train.steps`, from the newest checkpoint in `config.run_dir` if there is one.
+
+  Args:
+    batches: from a step, the batches of this process from that step on, for ever.
+    mesh: of `sharding.use`, inside whose context this is called.
+    frozen: parameters of networks that do not train, passed to every step.
+    evals: called every `eval_every` steps with the EMA parameters (the plain ones without EMA).
+    meta: stored in every checkpoint: config, tokenizer, frozen.
+    initial: parameters of another run to start from (`checkpoint.strict_merge` with `config.init.new`).
+
+  Raises:
+    Diverged: a metric is not finite; the last checkpoint is from before.
+    ValueError: the config does not fit the devices, or not the checkpoint in the run directory.
+  """
+  c, run_dir, frozen = config.train, Path(config.run_dir), dict(frozen or {})
+  say = lambda text: print(text, flush=True) if jax.process_index() == 0 else None
+  started = time.monotonic()
+  # --- Shapes and sizes -----------------------------------------------------------------------------------------------
+  stream = batches(0)
+  first = next(stream)
+  spec = state_lib.batch_spec(first, jax.process_count())
+  size, shards = next(iter(spec.values())).shape[0], sharding.batch_shards(mesh)
+  if size % (shards * c.accum):
+    raise ValueError(
+      f'data.batch_size {size} is not divisible by {shards} (mesh data x fsdp) x {c.accum} (train.accum); '
+      f'the nearest is {max(1, round(size / (shards * c.accum))) * shards * c.accum}.'
+    )
+  params, mutable, axes = state_lib.abstract(objective, spec, mesh, config.rules)
+  optimizer = optim.build(config.optim, c.steps, list(params))
+  target = state_lib.abstract_state(params, mutable, optimizer.tx, c.ema > 0, mesh)
+  count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+  device = mesh.devices.flat[0]
+  say(f'devices: {mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(mesh.shape)}')
+  for name, tree in params.items():
+    say(f'{name}: {count(tree):,} parameters{" (frozen)" if name in optimizer.frozen else ""}')
+  for name, tree in frozen.items():
+    say(f'{name}: {count(tree):,} parameters (frozen network)')
+  if device.platform == 'cpu' and count(params) > LARGE_ON_CPU and not c.allow_cpu:
+    raise ValueError(
+      f'{count(params):,} parameters would train on the CPU; install jax for your accelerator (pip install '
+      f'"dalle_jax[cuda]" or "[tpu]"), or pass --config.train.allow_cpu=True if you mean it.'
+    )
+  # --- Resume, or start -----------------------------------------------------------------------------------------------
+  found = checkpoint.resume(run_dir, target)  # 1. this run's newest whole checkpoint
+  if found:
+    state, seconds = found[0], found[1]['seconds']
+  else:
+    state, seconds = state_lib.init(objective, target, optimizer.tx, config.seed, spec), 0.0  # 3. fresh parameters
+    if initial is not None:  # 2. another run's parameters
+      merged = checkpoint.strict_merge(state.params, initial, config.init.new)
+      state = state.replace(params=merged, ema=jax.tree.map(jnp.copy, merged) if c.ema else {})
+  start = int(state.step)
+  if start >= c.steps:
+    say(f'{run_dir} is complete: {start} of {c.steps} steps; raise train.steps to go on.')
+    return state
+  say(f'resuming at step {start}' if start else f'starting in {run_dir}')
+  if start:
+    stream = batches(start)
+    first = next(stream)
+  # --- The loop -------------------------------------------------------------------------------------------------------
+  shardings = jax.tree.map(lambda x: x.sharding, target)
+  step_fn = make_step(objective, optimizer, seed=config.seed, accum=c.accum, ema=c.ema, mesh=mesh, shardings=shardings)
+  saves = checkpoint.manager(run_dir, c.keep)
+  writer, progress = metrics_lib.Writer(run_dir, start), metrics_lib.Progress(start, c.steps)
+  log = metrics_lib.Log(writer, progress, c.nan_guard)
+  tokens = getattr(objective, 'tokens', lambda batch: 0)(spec)
+  flops = getattr(objective, 'flops', lambda batch: 0.0)(spec)
+  peak = c.peak_flops or metrics_lib.peak_flops(device)
+  elapsed = lambda: seconds + time.monotonic() - started
+  last = [start, time.monotonic()]  # step and time of the last reading, for the speed of training alone
+
+  @contextlib.contextmanager
+  def pause() -> Iterator[None]:
+    jax.block_until_ready(state.step)
+    begun = time.monotonic()
+    yield
+    last[1] += time.monotonic() - begun
+
+  def speed(step: int) -> dict[str, float]:
+    rate = (step - last[0]) / max(time.monotonic() - last[1], 1e-9)  # steps/s
+    last[:] = [step, time.monotonic()]
+    values = {'steps_per_second': rate} | ({'tokens_per_second': rate * tokens} if tokens else {})
+    if flops and peak:
+      values['utilisation'] = rate * flops / (peak * mesh.size)
+    return values | {'seconds': elapsed()}
+
+  def evaluate(step: int) -> dict[str, float]:
+    rng = jax.random.fold_in(jax.random.key(config.seed), 2)  # the same noise at every evaluation
+    context = Context(frozen, state.mutable, rng, state.step, train=False)
+    results = [e(state.ema or state.params, context) for e in evals]
+    found = {name: value for result in results for name, value in result.items()}
+    pictures = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
+    for name, picture in pictures.items():
+      writer.image(step, name, picture)
+    return {name: float(value) for name, value in found.items() if name not in pictures}
+
+  def save(step: int) -> None:
+    log.check()
+    if not bool(_finite(state)):
+      if c.nan_guard:
+        raise Diverged(f'{_nonfinite_name(state)} is not finite after step {step}')
+      say(f'warning: the state is not finite after step {step}; it is not saved')
+      return
+    checkpoint.save(saves, step, state, {**(meta or {}), 'axes': axes, 'seconds': elapsed()})
+
+  try:
+    with StopSignal() as stop:
+      for step in range(start + 1, c.steps + 1):
+        batch = sharding.put_batch(first if step == start + 1 else next(stream), mesh)
+        state, metrics, finite = step_fn(state, frozen, batch)
+        log.push(step, metrics, finite)
+        if step == start + 1:
+          jax.block_until_ready(metrics)
+          progress.say(f'first step after {time.monotonic() - started:.1f} s (compilation included)')
+          last[:] = [step, time.monotonic()] if c.log_every > 1 else last
+        log.read()  # what became due one step ago
+        stopping = stop.agreed(step % c.log_every == 0)
+        values: dict[str, float] = {}
+        if evals and c.eval_every and step % c.eval_every == 0 and not stopping:
+          log.check()
+          with pause():
+            values = evaluate(step)
+        if step % c.log_every == 0 or values or step == c.steps:
+          log.schedule(lambda step=step, values=values: speed(step) | values)
+        if stopping or step == c.steps or (c.checkpoint_every and step % c.checkpoint_every == 0):
+          log.read()
+          with pause():
+            save(step)
+        progress.update()
+        if stopping:
+          checkpoint.finish(saves)
+          progress.say(f'stopped at step {step} and saved; run the same command to go on.')
+          break
+      log.read()
+      checkpoint.finish(saves)
+  except Diverged as e:
+    checkpoint.finish(saves)
+    kept = checkpoint.steps(run_dir)
+    where = f'the checkpoint of step {kept[0]} is kept' if kept else 'there is no checkpoint yet'
+    raise Diverged(f'{e}; stopped, {where}. Lower optim.lr, or set optim.clip and optim.warmup.') from None
+  finally:
+    progress.close()
+    writer.close()
+    saves.close()
+  return state

@@ -1,0 +1,156 @@
+"""Where numbers and pictures of a run go: metrics.jsonl (the source of truth), TensorBoard, PNG files, the terminal."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import tqdm
+from PIL import Image
+from tensorboardX import SummaryWriter
+
+# Dense bf16 FLOP/s of one chip, by a part of jax.Device.device_kind (vendors' data sheets); first match wins.
+PEAK_FLOPS = {
+  'TPU v6': 918e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 459e12, 'TPU v4': 275e12, 'TPU v3': 123e12,
+  'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
+  'A10G': 70e12, 'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device: jax.Device) -> float | None:
+  """Peak bf16 FLOP/s of a device, or None when it is a CPU or unknown."""
+  return next((flops for kind, flops in PEAK_FLOPS.items() if kind.lower() in device.device_kind.lower()), None)
+
+
+class Writer:
+  """Writes a run's metrics from step `resumed` on; process 0 alone does. Every step stands in the file once.
+
+  Lines past `resumed` (steps that a crash has undone and that are about to be repeated) and a torn last line are cut.
+  """
+
+  def __init__(self, run_dir: str | Path, resumed: int):
+    self.active = jax.process_index() == 0
+    if not self.active:
+      return
+    self.run_dir = Path(run_dir)
+    path = self.run_dir / 'metrics.jsonl'
+    kept = [json.dumps(line) + '\n' for line in read(path) if line['step'] <= resumed]
+    partial = path.with_suffix('.tmp')
+    partial.write_text(''.join(kept))
+    os.replace(partial, path)
+    self.file = path.open('a')
+    self.board = SummaryWriter(str(self.run_dir / 'tb'), purge_step=resumed + 1)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    if self.active:
+      rounded = {k: v if isinstance(v, int) else float(f'{v:.6g}') for k, v in values.items()}
+      self.file.write(json.dumps({'step': step, **rounded}) + '\n')
+      self.file.flush()
+      for name, value in values.items():
+        self.board.add_scalar(name, value, step)
+
+  def image(self, step: int, name: str, image: np.ndarray) -> None:
+    """`image` uint8[H, W, 3], as pictures/NAME_STEP.png and in TensorBoard."""
+    if self.active:
+      path = self.run_dir / 'pictures' / f'{name}_{step:07d}.png'
+      path.parent.mkdir(exist_ok=True)
+      Image.fromarray(image).save(path)
+      self.board.add_image(name, image, step, dataformats='HWC')
+
+  def close(self) -> None:
+    if self.active:
+      self.file.close()
+      self.board.close()
+
+
+def read(path: str | Path) -> list[dict]:
+  """The lines of a metrics.jsonl; [] without the file, a line torn by a crash is left out."""
+  lines = []
+  for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+    try:
+      lines.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue
+  return lines
+
+
+class Progress:
+  """A bar with the time left on a terminal, plain lines at log steps elsewhere; process 0 alone prints."""
+
+  def __init__(self, start: int, total: int):
+    self.start, self.total, self.begun = start, total, time.monotonic()
+    quiet = jax.process_index() != 0
+    self.plain = not quiet and not sys.stderr.isatty()
+    self.bar = tqdm.tqdm(initial=start, total=total, unit='step', disable=quiet or self.plain, dynamic_ncols=True)
+
+  def say(self, text: str) -> None:
+    if jax.process_index() == 0:
+      self.bar.write(text) if not self.plain else print(text, flush=True)
+
+  def update(self) -> None:
+    self.bar.update()
+
+  def log(self, step: int, values: Mapping[str, float]) -> None:
+    text = '  '.join(f'{k} {v:,.0f}' if abs(v) >= 1e4 else f'{k} {v:.4g}' for k, v in values.items() if k != 'seconds')
+    left = (time.monotonic() - self.begun) / max(step - self.start, 1) * (self.total - step)
+    self.say(f'step {step}/{self.total}  {text}' + (f'  {duration(left)} left' if self.plain else ''))
+
+  def close(self) -> None:
+    self.bar.close()
+
+
+def duration(seconds: float) -> str:
+  minutes, rest = divmod(math.ceil(seconds), 60)
+  return f'{minutes // 60}:{minutes % 60:02d}:{rest:02d}'
+
+
+class Diverged(Exception):
+  """A metric or parameter is no longer finite."""
+
+
+class Log:
+  """Metrics of past steps: read back one step late, so that the device never waits; guards against NaN on the way."""
+
+  def __init__(self, writer: Writer, progress: Progress, guard: bool):
+    self.writer, self.progress, self.guard = writer, progress, guard
+    self.window: list[tuple[int, dict, jax.Array]] = []  # every step since the last check
+    self.due: Callable[[], None] | None = None
+
+  def push(self, step: int, metrics: dict[str, jax.Array], finite: jax.Array) -> None:
+    self.window.append((step, metrics, finite))
+
+  def schedule(self, derive: Callable[[], dict[str, float]]) -> None:
+    """Arranges to log the newest metrics; `derive` gives further numbers when they are read."""
+    window, self.window = self.window, []
+    step, metrics, _ = window[-1]
+    jax.tree.map(lambda x: x.copy_to_host_async(), (metrics, [finite for _, _, finite in window]))
+
+    def write():
+      values = {k: float(v) for k, v in jax.device_get(metrics).items()} | derive()
+      self._check(window)
+      self.writer.write(step, values)
+      self.progress.log(step, values)
+
+    self.due = write
+
+  def read(self) -> None:
+    """Writes what is due."""
+    if self.due:
+      due, self.due = self.due, None
+      due()
+
+  def check(self) -> None:
+    """Waits for the newest step. Raises Diverged with the first step and metric that is not finite."""
+    self._check(self.window)
+
+  def _check(self, window: list[tuple[int, dict, jax.Array]]) -> None:
+    finite = jax.device_get([finite for _, _, finite in window]) if self.guard else []
+    if not all(finite):
+      step, metrics, _ = window[finite.index(False)]
+      bad = [k for k, v in jax.device_get(metrics).items() if not math.isfinite(v)]
+      raise Diverged(f'{", ".join(bad)} is not finite at step {step}')

@@ -1,0 +1,96 @@
+"""The optimiser from the config: a preconditioner, decay, a schedule and clipping for each player.
+
+A player is a top-level key of the parameters. `config.optim` holds for all; `config.optim.groups.NAME` overrides any
+of its fields for the player NAME, or takes it out of training with `frozen=True`.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+Schedule = Callable[[Any], Any]  # step -> learning rate
+
+PRECONDITIONERS: dict[str, Callable[[Mapping], optax.GradientTransformation]] = {
+  'adam': lambda c: optax.scale_by_adam(c['b1'], c['b2'], c['eps']),
+  'adamw': lambda c: optax.scale_by_adam(c['b1'], c['b2'], c['eps']),
+  'adafactor': lambda c: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+  'lion': lambda c: optax.scale_by_lion(c['b1'], c['b2']),
+  'sgd': lambda c: optax.trace(c['b1']),
+}
+DECAYED = {'adamw', 'adafactor', 'lion', 'sgd'}
+SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt')
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """`tx` for the whole tree of players; `schedules` and `frozen` say what happens to each of them."""
+
+  tx: optax.GradientTransformation
+  schedules: dict[str, Schedule]  # by player, those that train
+  frozen: frozenset[str]
+
+
+def schedule(config: Mapping[str, Any], steps: int) -> Schedule:
+  """Learning rate by step: linear warmup from 0, then `config['schedule']` until `steps`, ending at lr * lr_end."""
+  kind, lr, warmup = config['schedule'], config['lr'], config['warmup']
+  rest, end = max(steps - warmup, 1), lr * config['lr_end']
+  if kind == 'constant':
+    after = optax.constant_schedule(lr)
+  elif kind == 'cosine':
+    after = optax.cosine_decay_schedule(lr, rest, config['lr_end'])
+  elif kind == 'linear':
+    after = optax.linear_schedule(lr, end, rest)
+  elif kind == 'rsqrt':
+    shift = max(warmup, 1)
+    after = lambda step: lr * (shift / (jnp.maximum(step, 0) + shift)) ** 0.5  # join_schedules asks before 0, too
+  else:
+    raise ValueError(f'optim.schedule {kind!r} is unknown; there are {", ".join(SCHEDULES)}.')
+  if not warmup:
+    return after
+  # The first update already moves: (step + 1) / warmup.
+  return optax.join_schedules([lambda step: lr * (step + 1) / warmup, after], [warmup])
+
+
+def decay_mask(pattern: str) -> Callable[[Any], Any]:
+  """Which leaves decay, by name. The default pattern takes kernels: no biases, norms, embeddings or positions."""
+  name = lambda path: jax.tree_util.keystr(path, simple=True, separator='/')
+  return lambda params: jax.tree_util.tree_map_with_path(lambda p, _: bool(re.search(pattern, name(p))), params)
+
+
+def transform(config: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
+  """Clip by the global norm, precondition, decay (scaled by the learning rate), learning rate."""
+  name = config['name']
+  if name not in PRECONDITIONERS:
+    raise ValueError(f'optim.name {name!r} is unknown; there are {", ".join(PRECONDITIONERS)}.')
+  if config['weight_decay'] and name not in DECAYED:
+    raise ValueError(f'optim.name {name!r} has no weight decay; use adamw, or set optim.weight_decay=0.0.')
+  parts = [PRECONDITIONERS[name](config)]
+  if config['clip']:
+    parts.insert(0, optax.clip_by_global_norm(config['clip']))
+  if config['weight_decay']:
+    parts.append(optax.add_decayed_weights(config['weight_decay'], decay_mask(config['decay'])))
+  return optax.chain(*parts, optax.scale_by_learning_rate(schedule(config, steps)))
+
+
+def build(config: Mapping[str, Any], steps: int, players: list[str]) -> Optimizer:
+  """The optimiser of `players` from `config.optim`; each is clipped by its own norm.
+
+  Raises ValueError for an unknown optimiser, schedule, player or field of a group.
+  """
+  config = dict(config)
+  groups = {k: dict(v) for k, v in config.pop('groups').items()}
+  if unknown := sorted(set(groups) - set(players)):
+    raise ValueError(f'optim.groups has {unknown}, but the parameters have the players {players}.')
+  frozen = {k for k, v in groups.items() if v.pop('frozen', False)}
+  for player, fields in groups.items():
+    if extra := sorted(set(fields) - set(config)):
+      raise ValueError(f'optim.groups.{player} has the unknown fields {extra}; there are {sorted(config)} and frozen.')
+  merged = {p: {**config, **groups.get(p, {})} for p in players}
+  transforms = {p: optax.set_to_zero() if p in frozen else transform(c, steps) for p, c in merged.items()}
+  tx = optax.partition(transforms, lambda params: {k: k for k in params})
+  return Optimizer(tx, {p: schedule(c, steps) for p, c in merged.items() if p not in frozen}, frozenset(frozen))

@@ -1,0 +1,131 @@
+"""From a mesh in the config and logical axis names on the parameters to arrays laid out over devices.
+
+Mesh axes: `data` (replicas), `fsdp` (replicas that also split the parameters), `tensor` (splits inside a layer).
+The batch is split over (data, fsdp). One translator, `partition`, decides for every tensor; what does not divide
+is replicated.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+BATCH_AXES = ('data', 'fsdp')
+Rules = Sequence[tuple[str, str | Sequence[str] | None]]  # (logical axis, mesh axes), in order of precedence
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh:
+  """A mesh over all devices of all processes; a size of -1 takes the devices that the others leave.
+
+  Raises ValueError when the sizes do not multiply to the number of devices.
+  """
+  sizes, count = dict(sizes), jax.device_count()
+  asked = ', '.join(f'{k}={v}' for k, v in sizes.items())
+  free = [k for k, v in sizes.items() if v == -1]
+  fixed = math.prod(v for v in sizes.values() if v != -1)
+  if len(free) > 1 or fixed < 1 or min(sizes.values()) < -1:
+    raise ValueError(f'mesh ({asked}): sizes must be positive, at most one -1 for "the rest".')
+  if free and count % fixed == 0:
+    sizes[free[0]] = count // fixed
+  if math.prod(sizes.values()) != count:
+    raise ValueError(f'mesh ({asked}) does not fit {count} devices; set config.mesh so that the product is {count}.')
+  # Auto axes: with Explicit ones, the default, Linen's logical constraints raise.
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+@contextlib.contextmanager
+def use(sizes: Mapping[str, int], rules: Rules) -> Iterator[Mesh]:
+  """Makes the mesh and sets it and the rules while the context lasts, so that `constrain` in the layers sees them.
+
+  The rules are no part of jit's cache key: make jitted functions inside. Raises ValueError as `make_mesh`.
+  """
+  mesh = make_mesh(sizes)
+  unknown = sorted({a for _, axes in rules for a in _as_tuple(axes)} - set(mesh.axis_names))
+  if unknown:
+    raise ValueError(f'config.rules name mesh axes {unknown}; the mesh has {list(mesh.axis_names)}.')
+  with jax.set_mesh(mesh), nn.logical_axis_rules(tuple((k, _as_tuple(v) or None) for k, v in rules)):
+    yield mesh
+
+
+def _as_tuple(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+  return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:
+  """Mesh axes of a tensor: the first rule whose mesh axes are still free and divide the dimension wins."""
+  result: list[tuple[str, ...]] = [()] * len(shape)
+  if len(names) == len(shape):
+    for logical, axes in rules:
+      axes = _as_tuple(axes)
+      free = not set(axes) & {a for taken in result for a in taken}
+      for i, (name, size) in enumerate(zip(names, shape, strict=True)):
+        if name == logical and free and not result[i] and size % math.prod(mesh.shape[a] for a in axes) == 0:
+          result[i], free = axes, False
+  return PartitionSpec(*(r[0] if len(r) == 1 else r or None for r in result))
+
+
+def _is_box(x: Any) -> bool:
+  return isinstance(x, nn.meta.AxisMetadata)
+
+
+def unbox(tree: Any) -> Any:
+  """Takes the parameters out of the boxes that carry their axis names (and applies no constraint)."""
+  return jax.tree.map(lambda x: x.value if _is_box(x) else x, tree, is_leaf=_is_box)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """Leaves by name: {'vqgan/encoder/kernel': leaf}."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)[0]
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in leaves}
+
+
+def logical_axes(boxed: Any) -> dict[str, list[str | None]]:
+  """The axis names of every boxed leaf, by name; what a checkpoint stores, so that any mesh can load it."""
+  return {k: list(v.names) for k, v in flatten(boxed).items() if _is_box(v)}
+
+
+def shardings(tree: Any, axes: Mapping[str, Sequence[str | None]], mesh: Mesh, rules: Rules) -> Any:
+  """A NamedSharding for every leaf of an unboxed (abstract) tree; a leaf without axis names is replicated."""
+
+  def leaf(path, x):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    return NamedSharding(mesh, partition(axes[name], x.shape, mesh, rules) if name in axes else PartitionSpec())
+
+  return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def like_params(tree: Any, params: Any, mesh: Mesh) -> Any:
+  """Shardings of an optimiser state: a leaf whose name ends in that of a parameter of its shape lies like it.
+
+  `params` is a tree of shapes with shardings. Everything else, a step count say, is replicated.
+  """
+  known = flatten(params)
+
+  def leaf(path, x):
+    for i in range(len(path)):
+      name = jax.tree_util.keystr(path[i:], simple=True, separator='/')
+      if name in known and known[name].shape == x.shape:
+        return known[name].sharding
+    return NamedSharding(mesh, PartitionSpec())
+
+  return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec(tuple(a for a in BATCH_AXES if a in mesh.axis_names)))
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Into how many parts a batch is split."""
+  return math.prod(mesh.shape[a] for a in BATCH_AXES if a in mesh.axis_names)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """This process's rows of a batch as global arrays split over (data, fsdp)."""
+  sharding = batch_sharding(mesh)
+  return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}

@@ -1,0 +1,94 @@
+"""What training carries from step to step, and how it comes into being already laid out over the mesh."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dalle_jax.training import sharding
+
+Params = Any
+
+
+@struct.dataclass
+class TrainState:
+  """`step` int32[] counts finished updates; `ema` is {} without EMA; `mutable` is the objective's own state."""
+
+  step: jax.Array
+  params: Params
+  opt_state: optax.OptState
+  ema: Params
+  mutable: Any
+
+
+@struct.dataclass
+class Context:
+  """What an objective sees beside parameters and batch; `rng` is already folded with `step`."""
+
+  frozen: Mapping[str, Params]
+  mutable: Any
+  rng: jax.Array
+  step: jax.Array
+  train: bool = struct.field(pytree_node=False, default=False)
+
+
+class Objective(Protocol):
+  """What is minimised. Optional beside these: after_update, sample, tokens, flops (see the loop)."""
+
+  def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Params, Any]: ...
+
+  def loss(
+    self, params: Params, ctx: Context, batch: Mapping[str, jax.Array]
+  ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]: ...
+
+
+def abstract(
+  objective: Objective, spec: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, rules: sharding.Rules
+) -> tuple[Params, Any, dict[str, list[str | None]]]:
+  """Shapes with shardings of (params, mutable), and the parameters' logical axes; nothing is computed."""
+  boxed, mutable = jax.eval_shape(objective.init, jax.random.key(0), spec)
+  axes = sharding.logical_axes(boxed)
+  params, extra = sharding.unbox(boxed), sharding.unbox(mutable)
+  place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
+  params = jax.tree.map(place, params, sharding.shardings(params, axes, mesh, rules))
+  extra = jax.tree.map(place, extra, sharding.shardings(extra, sharding.logical_axes(mutable), mesh, rules))
+  return params, extra, axes
+
+
+def abstract_state(params: Params, mutable: Any, tx: optax.GradientTransformation, ema: bool, mesh: Mesh) -> TrainState:
+  """The whole state as shapes with shardings: optimiser moments and EMA lie like their parameters."""
+  replicated = NamedSharding(mesh, PartitionSpec())
+  opt = jax.eval_shape(tx.init, params)
+  where = sharding.like_params(opt, params, mesh)
+  opt = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), opt, where)
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+  return TrainState(step, params, opt, params if ema else {}, mutable)
+
+
+def init(
+  objective: Objective,
+  shape: TrainState,
+  tx: optax.GradientTransformation,
+  seed: int,
+  spec: Mapping[str, jax.ShapeDtypeStruct],
+) -> TrainState:
+  """Step 0, created under jit with the shardings of `shape`, so that no device ever holds the whole model."""
+
+  def create(rng: jax.Array) -> TrainState:
+    batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in spec.items()}
+    params, mutable = sharding.unbox(objective.init(rng, batch))
+    # A copy, because the donated step may not be given one buffer twice.
+    ema = jax.tree.map(jnp.copy, params) if jax.tree.leaves(shape.ema) else {}
+    return TrainState(jnp.int32(0), params, tx.init(params), ema, mutable)
+
+  return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, shape))(jax.random.key(seed))
+
+
+def batch_spec(batch: Mapping[str, np.ndarray], processes: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of the global batch from the rows of one process."""
+  return {k: jax.ShapeDtypeStruct((v.shape[0] * processes, *v.shape[1:]), v.dtype) for k, v in batch.items()}

@@ -1,0 +1,15 @@
+"""Before jax is imported: eight CPU devices, compiled programs kept between runs, absl flags marked as parsed."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(Path(__file__).parents[1] / '.pytest_cache' / 'jax'))
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+
+from absl import flags
+
+if not flags.FLAGS.is_parsed():
+  flags.FLAGS(sys.argv[:1])

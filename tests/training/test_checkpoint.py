@@ -1,0 +1,106 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from dalle_jax.training import checkpoint, sharding
+from tests.training import toy
+from tests.training.test_loop import same
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+  """A run with checkpoints of the steps 4 and 8."""
+  toy.run(toy.config(tmp_path))
+  assert checkpoint.steps(tmp_path) == [8, 4]
+  return tmp_path
+
+
+def truncate(path):
+  """Cuts every file of array data in half."""
+  for file in (p for p in path.glob('state/**/d/*') if p.is_file()):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_truncated_newest_checkpoint_falls_back_with_a_warning(run_dir, capsys):
+  whole = checkpoint.load_run(run_dir)
+  truncate(run_dir / 'checkpoints' / '8')
+  run = checkpoint.load_run(run_dir)
+  assert run.step == 4
+  assert 'warning: checkpoint 8' in capsys.readouterr().out
+  toy.run(toy.config(run_dir))  # goes on from 4 and saves 8 again
+  assert checkpoint.steps(run_dir) == [8, 4] and (run_dir / 'checkpoints' / '8.damaged').exists()
+  same(checkpoint.load_run(run_dir).params, whole.params)
+
+
+def test_nothing_usable_is_one_line(run_dir, tmp_path):
+  for step in (4, 8):
+    truncate(run_dir / 'checkpoints' / str(step))
+  for load in (checkpoint.load_run, lambda path: toy.run(toy.config(path))):
+    with pytest.raises(FileNotFoundError, match='no checkpoint that can be read') as e:
+      load(run_dir)
+    assert '\n' not in str(e.value)
+  with pytest.raises(FileNotFoundError, match='has no checkpoints'):
+    checkpoint.load_run(tmp_path / 'nowhere')
+  with pytest.raises(FileNotFoundError, match=r'no checkpoint of step 5; there are \[8, 4\]'):
+    checkpoint.load_run(run_dir, step=5)
+
+
+def test_load_run_on_another_mesh(run_dir):
+  c = toy.config(run_dir)
+  alone = checkpoint.load_run(run_dir)
+  with sharding.use(dict(data=2, fsdp=2, tensor=2), c.rules) as mesh:
+    split = checkpoint.load_run(run_dir, mesh=mesh, rules=c.rules)
+  same(alone.params, split.params)
+  kernel = split.params['net']['up']['kernel']
+  assert kernel.sharding.shard_shape(kernel.shape) == (4, 8)
+  assert (alone.tokenizer, alone.step, alone.config) == ('words', 8, {'objective': 'toy'})
+
+
+def test_export_is_a_run_with_its_frozen_networks(run_dir, tmp_path):
+  run = checkpoint.load_run(run_dir)
+  checkpoint.export_run(tmp_path / 'a', run)
+  checkpoint.export_run(tmp_path / 'b', checkpoint.load_run(tmp_path / 'a'))
+  exported = checkpoint.load_run(tmp_path / 'b')
+  same(exported.params, run.params)
+  assert (exported.tokenizer, exported.step, exported.axes) == (run.tokenizer, 8, run.axes)
+  assert exported.network('vqgan') is exported.params['net']  # the only player
+
+
+def test_resume_refuses_another_model_and_names_the_tensors(run_dir):
+  with pytest.raises(ValueError, match=r'does not fit this config: missing .*params/critic/up/kernel float32\[8, 16\]'):
+    toy.run(toy.config(run_dir), toy.Toy(critic=True))
+  with pytest.raises(ValueError, match=r'unexpected ema/net/down/bias'):
+    toy.run(toy.config(run_dir, ema=0.0))
+
+
+def test_dtype_mismatch_is_an_error(tmp_path):
+  with ocp.CheckpointManager(tmp_path / 'checkpoints') as m:
+    checkpoint.save(m, 1, {'params': {'a': jnp.ones(3)}}, {'config': {}})
+    checkpoint.finish(m)
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  target = {'params': {'a': jax.ShapeDtypeStruct((3,), jnp.bfloat16, sharding=here)}}
+  with pytest.raises(ValueError, match=r'params/a is float32\[3\], expected bfloat16\[3\]'):
+    checkpoint.resume(tmp_path, target)
+
+
+def test_strict_merge():
+  ours = {'a': {'k': jnp.zeros(2), 'cross': jnp.zeros(1)}, 'b': jnp.zeros((2, 2))}
+  theirs = {'a': {'k': jnp.ones(2)}, 'b': jnp.ones((2, 2))}
+  merged = checkpoint.strict_merge(ours, theirs, new='.*/cross')
+  np.testing.assert_array_equal(merged['a']['k'], np.ones(2))
+  np.testing.assert_array_equal(merged['a']['cross'], np.zeros(1))
+  wrong = {'a': {'k': jnp.ones(3)}, 'c': jnp.ones(1)}
+  with pytest.raises(ValueError) as e:
+    checkpoint.strict_merge(ours, wrong)
+  for part in ('missing a/cross', 'missing b float32[2, 2]', 'unexpected c', 'a/k is float32[3], expected float32[2]'):
+    assert part in str(e.value)
+
+
+def test_start_from_another_run(run_dir, tmp_path):
+  c = toy.config(tmp_path / 'fine', steps=1)
+  c.optim.lr = 0.0
+  loaded = checkpoint.load_run(run_dir)
+  state = toy.run(c, initial=loaded.params)
+  same(state.params, loaded.params)

@@ -1,0 +1,85 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import common
+from dalle_jax.training import config as config_lib
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+  path = tmp_path / 'recipe.py'
+  path.write_text(
+    'from configs import common\n'
+    'def get_config(arg=""):\n'
+    '  arg = common.parse_arg(arg, stage="", size=8, small=False)\n'
+    '  c = common.base()\n'
+    '  c.data.image_size = arg.size\n'
+    '  c.root, c.stages = "runs/x", ("one", "two")\n'
+    '  if arg.stage:\n'
+    '    common.choose_stage(c, arg.stage, dict(one=lambda c: c.optim.update(lr=0.5), two=lambda c: None))\n'
+    '  return c\n'
+  )
+  return str(path)
+
+
+@pytest.mark.parametrize('form', [['--config={}'], ['--config', '{}']])
+def test_parse_overrides_and_stages(recipe, form):
+  argv = ['train.py', *(f.format(f'{recipe}:size=16') for f in form), '--config.train.steps=3', '--config.root=runs/y']
+  config = config_lib.parse(argv)
+  assert (config.train.steps, config.data.image_size, config.stages) == (3, 16, ('one', 'two'))
+  one = config_lib.parse(config_lib.with_argument(argv, 'one'))
+  assert (one.train.steps, one.run_dir, one.optim.lr, one.stages) == (3, 'runs/y/one', 0.5, ())
+
+
+@pytest.mark.parametrize(
+  'override, message',
+  [
+    ('--config.optim.lrr=1', r"no field 'optim.lrr'; close: .*optim.lr"),
+    ('--config.steps=1', r"no field 'steps'; close: train.steps"),
+    ('--config.qqq=1', r"no field 'qqq'; there are data, encode"),
+    ('--config.optim.lr=fast', "could not convert string to float: 'fast'"),
+    ('--config.train.steps=1.5', 'invalid literal for int'),
+    ('--conf=1', "Unknown command line flag 'conf'"),
+    ('lr=1', "arguments \\['lr=1'\\] are not understood"),
+  ],
+)
+def test_mistakes_are_one_line(recipe, override, message):
+  with pytest.raises(ValueError, match=message) as e:
+    config_lib.parse(['train.py', '--config', recipe, override])
+  assert '\n' not in str(e.value)
+
+
+def test_no_config_or_no_such_file():
+  with pytest.raises(ValueError, match='give a config'):
+    config_lib.parse(['train.py'])
+  with pytest.raises(FileNotFoundError, match=r'cannot be read.*nope\.py'):
+    config_lib.parse(['train.py', '--config', 'nope.py'])
+
+
+def test_parse_arg():
+  arg = common.parse_arg('two,size=4,small', stage='', size=8, small=False)
+  assert (arg.stage, arg.size, arg.small) == ('two', 4, True)
+  with pytest.raises(ValueError, match="argument 'sise=4' is unknown; there are size"):
+    common.parse_arg('sise=4', stage='', size=8)
+  with pytest.raises(ValueError, match="size='x' is not int"):
+    common.parse_arg('size=x', size=8)
+
+
+def test_json_and_changes():
+  a, b = (config_lib.to_json(common.base()) for _ in range(2))
+  b['optim']['lr'] = 0.5
+  assert a['rules'][0] == ['batch', ['data', 'fsdp']]
+  assert config_lib.changes(a, b) == ['optim.lr: 0.001 -> 0.5']
+
+
+def test_train_script_ends_in_one_line(recipe):
+  done = subprocess.run(
+    [sys.executable, 'train.py', '--config', recipe, '--config.optm.lr=1'], cwd=ROOT, capture_output=True, text=True
+  )
+  assert done.returncode == 2 and done.stderr.startswith("error: the config has no field 'optm.lr'; close: optim.lr")
+  assert len(done.stderr.splitlines()) == 1

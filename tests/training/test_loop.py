@@ -1,0 +1,181 @@
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.evals import loss as eval_loss
+from dalle_jax.evals import pictures
+from dalle_jax.training import checkpoint, loop, metrics, sharding
+from tests.training import toy
+
+ROOT = Path(__file__).parents[2]
+
+
+def same(a, b):
+  a, b = sharding.flatten(a), sharding.flatten(b)
+  assert a.keys() == b.keys()
+  for k in a:
+    np.testing.assert_array_equal(np.asarray(a[k]), np.asarray(b[k]), err_msg=k)
+
+
+def close(a, b):
+  a, b = sharding.flatten(a), sharding.flatten(b)
+  assert a.keys() == b.keys()
+  for k in a:
+    np.testing.assert_allclose(np.asarray(a[k]), np.asarray(b[k]), atol=2e-5, err_msg=k)
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  """An uninterrupted run of eight steps, and its directory."""
+  path = tmp_path_factory.mktemp('straight')
+  return toy.run(toy.config(path)), path
+
+
+@pytest.mark.parametrize('mesh, part', [((1, -1, 1), (1, 16)), ((2, 2, 2), (4, 8))])
+def test_sharded_equals_unsharded(tmp_path, straight, mesh, part):
+  c = toy.config(tmp_path)
+  c.mesh.update(dict(zip(('data', 'fsdp', 'tensor'), mesh, strict=True)))
+  state = toy.run(c)
+  close(straight[0].params, state.params)
+  kernel = state.params['net']['up']['kernel']  # (embed, mlp): split over fsdp and tensor
+  assert kernel.sharding.shard_shape(kernel.shape) == part
+
+
+def test_resumed_equals_uninterrupted(tmp_path, straight):
+  c = toy.config(tmp_path)
+
+  def interrupted(start):
+    for step, batch in zip(range(start, 99), toy.batches(start), strict=False):
+      if start == 0 and step == 6:
+        raise KeyboardInterrupt
+      yield batch
+
+  with pytest.raises(KeyboardInterrupt):
+    toy.run(c, batches=interrupted)
+  with (tmp_path / 'metrics.jsonl').open('a') as f:
+    f.write('{"step": 6, "loss": 1.0}\n{"step": 8, "lo')  # what a crash leaves behind
+  same(straight[0], toy.run(c, batches=interrupted))
+  ours, theirs = (metrics.read(p / 'metrics.jsonl') for p in (tmp_path, straight[1]))
+  assert [m['step'] for m in ours] == [2, 4, 6, 8]
+  assert [m['loss'] for m in ours] == [m['loss'] for m in theirs]
+  assert all(a['seconds'] < b['seconds'] for a, b in itertools.pairwise(ours))
+
+
+def test_killed_equals_uninterrupted(tmp_path):
+  """kill -9 at random moments of a run that saves all the time, started again until it is through."""
+  command = [sys.executable, '-m', 'tests.training.toy', tmp_path / 'killed', '60', '3']
+  lines = lambda: len(metrics.read(tmp_path / 'killed' / 'metrics.jsonl'))
+  rng = random.Random(0)
+  for _ in range(2):
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    goal = lines() + rng.randint(4, 20)
+    while child.poll() is None and lines() < goal:
+      time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+  subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+  assert [m['step'] for m in metrics.read(tmp_path / 'killed' / 'metrics.jsonl')] == list(range(1, 61))
+  straight = toy.run(toy.config(tmp_path / 'straight', steps=60, checkpoint_every=0, log_every=20))
+  same(checkpoint.load_run(tmp_path / 'killed', ema=False).params, straight.params)
+
+
+def test_sigterm_saves_and_stops(tmp_path, straight, capsys):
+  c = toy.config(tmp_path)
+
+  def stopping(start):
+    for step, batch in zip(range(start, 99), toy.batches(start), strict=False):
+      if start == 0 and step == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+      yield batch
+
+  toy.run(c, batches=stopping)
+  assert 'stopped at step 3 and saved' in capsys.readouterr().out
+  assert checkpoint.steps(tmp_path) == [3]
+  same(straight[0], toy.run(c, batches=stopping))
+
+
+def test_nan_stops_with_step_and_metric_and_keeps_the_last_good_checkpoint(tmp_path):
+  with pytest.raises(loop.Diverged, match=r'grad_norm, loss is not finite at step 6.*step 4 is kept'):
+    toy.run(toy.config(tmp_path, log_every=8), toy.Toy(nan_at=5))
+  assert checkpoint.steps(tmp_path) == [4]
+  assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(checkpoint.load_run(tmp_path).params))
+
+
+def test_state_that_is_not_finite_is_never_saved(tmp_path, capsys):
+  toy.run(toy.config(tmp_path, nan_guard=False), toy.Toy(nan_at=5))
+  assert checkpoint.steps(tmp_path) == [4] and 'not saved' in capsys.readouterr().out
+
+
+def test_accumulation_equals_full_batch(tmp_path):
+  states = [toy.run(toy.config(tmp_path / str(n), accum=n), toy.Toy()) for n in (1, 2)]
+  close(*(s.params for s in states))
+  a, b = (metrics.read(tmp_path / str(n) / 'metrics.jsonl') for n in (1, 2))
+  assert [m['accuracy'] for m in a] == pytest.approx([m['accuracy'] for m in b])
+  assert [int(s.mutable['seen']) for s in states] == [8, 16]
+
+
+def test_ema_is_the_average(tmp_path):
+  still = toy.config(tmp_path / 'still', steps=1)
+  still.optim.groups = dict(net=dict(frozen=True))
+  old = toy.run(still).params
+  new = toy.run(toy.config(tmp_path, steps=1, ema=0.05))  # 0.05 < (1 + 0) / (10 + 0)
+  close(jax.tree.map(lambda o, n: 0.05 * o + 0.95 * n, old, new.params), new.ema)
+  same(checkpoint.load_run(tmp_path).params, new.ema)
+  same(checkpoint.load_run(tmp_path, ema=False).params, new.params)
+
+
+def test_groups_and_frozen_networks(tmp_path):
+  c = toy.config(tmp_path)
+  c.optim.groups = dict(critic=dict(frozen=True), net=dict(name='adafactor', lr=0.02))
+  objective = toy.Toy(critic=True)
+  state = toy.run(c, objective, frozen={'scale': jnp.ones(())})
+  first = sharding.unbox(jax.jit(objective.init)(jax.random.key(0), next(toy.batches()))[0])
+  close(first['critic'], state.params['critic'])
+  assert all((a != b).any() for a, b in zip(*(jax.tree.leaves(p['net']) for p in (first, state.params)), strict=True))
+  logged = metrics.read(tmp_path / 'metrics.jsonl')
+  assert {'grad_norm', 'lr'} <= logged[-1].keys() and logged[0]['lr'] == 0.02
+  one = metrics.read(tmp_path / 'metrics.jsonl')[0]['loss']
+  toy.run(toy.config(tmp_path / 'doubled'), objective, frozen={'scale': 2 * jnp.ones(())})
+  assert metrics.read(tmp_path / 'doubled' / 'metrics.jsonl')[0]['loss'] > 1.2 * one
+
+
+def test_evals_log_numbers_and_pictures(tmp_path):
+  c = toy.config(tmp_path, eval_every=3, log_every=2, peak_flops=1e9)
+  objective, mesh = toy.Toy(), sharding.make_mesh(c.mesh)
+  toy.run(c, objective, evals=[e.build(objective, c, toy.batches, mesh) for e in (eval_loss, pictures)])
+  logged = {m['step']: m for m in metrics.read(tmp_path / 'metrics.jsonl')}
+  assert list(logged) == [2, 3, 4, 6, 8] and logged[6]['val_loss'] < logged[3]['val_loss']
+  assert 'val_accuracy' in logged[3] and 'utilisation' in logged[4]
+  assert (tmp_path / 'pictures' / 'samples_0000003.png').exists()
+
+
+def test_batch_that_does_not_divide_and_large_model_on_cpu(tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match=r'batch_size 16 is not divisible by 8 .* x 3 .*nearest is 24'):
+    toy.run(toy.config(tmp_path, accum=3))
+  monkeypatch.setattr(loop, 'LARGE_ON_CPU', 100)
+  with pytest.raises(ValueError, match=r'344 parameters would train on the CPU.*allow_cpu'):
+    toy.run(toy.config(tmp_path))
+
+
+def test_failing_save_is_one_line(tmp_path):
+  """The file size limit stands in for a full disk."""
+  code = 'import resource, sys; from tests.training import toy; toy.batches(); '
+  code += 'resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); toy.run(toy.config(sys.argv[1], log_every=100))'
+  done = subprocess.run([sys.executable, '-c', code, tmp_path], cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode and f'OSError: saving to {tmp_path}/checkpoints failed' in done.stderr
+
+
+def test_metrics_file_is_json_lines(straight):
+  for line in (straight[1] / 'metrics.jsonl').read_text().splitlines():
+    assert {'step', 'loss', 'accuracy', 'grad_norm', 'lr', 'tokens_per_second', 'seconds'} <= json.loads(line).keys()

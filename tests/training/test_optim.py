@@ -1,0 +1,76 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from dalle_jax.training import optim
+
+PARAMS = {
+  'net': {'dense': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}, 'norm': {'scale': jnp.ones(3)}},
+  'critic': {'embed': {'embedding': jnp.ones((4, 2))}, 'kernel': jnp.ones(2)},
+}
+
+
+def config(**fields):
+  c = common.base().optim
+  c.update(fields)
+  return c
+
+
+def test_decay_takes_kernels_alone_and_is_scaled_by_the_rate():
+  o = optim.build(config(lr=0.1, weight_decay=0.5, schedule='constant'), 10, list(PARAMS))
+  updates, _ = o.tx.update(jax.tree.map(jnp.zeros_like, PARAMS), o.tx.init(PARAMS), PARAMS)
+  np.testing.assert_allclose(updates['net']['dense']['kernel'], -0.05 * np.ones((2, 3)), rtol=1e-6)
+  np.testing.assert_allclose(updates['critic']['kernel'], -0.05 * np.ones(2), rtol=1e-6)
+  for still in (
+    updates['net']['dense']['bias'],
+    updates['net']['norm']['scale'],
+    updates['critic']['embed']['embedding'],
+  ):
+    assert not still.any()
+
+
+def test_each_player_has_its_optimiser():
+  groups = dict(critic=dict(name='sgd', b1=0.0, lr=2.0), net=dict(frozen=True))
+  o = optim.build(config(schedule='constant', clip=1.0, groups=groups), 10, list(PARAMS))
+  updates, _ = o.tx.update(jax.tree.map(jnp.ones_like, PARAMS), o.tx.init(PARAMS), PARAMS)
+  assert not any(x.any() for x in jax.tree.leaves(updates['net']))
+  np.testing.assert_allclose(updates['critic']['kernel'], -2.0 / np.sqrt(10) * np.ones(2), rtol=1e-6)  # clipped alone
+  assert o.frozen == {'net'} and list(o.schedules) == ['critic'] and o.schedules['critic'](5) == 2.0
+
+
+@pytest.mark.parametrize('name', optim.PRECONDITIONERS)
+def test_every_optimiser_steps_downhill(name):
+  o = optim.build(config(name=name, lr=0.05, schedule='constant'), 10, ['x'])
+  x = {'x': {'kernel': jnp.asarray([1.0, -2.0])}}
+  state = o.tx.init(x)
+  for _ in range(5):
+    updates, state = o.tx.update(x, state, x)  # the gradient of |x|^2 / 2
+    x = jax.tree.map(jnp.add, x, updates)
+  assert (jnp.abs(x['x']['kernel']) < jnp.asarray([1.0, 2.0])).all()
+
+
+def test_schedules():
+  rate = lambda kind, step, **kw: float(optim.schedule(config(lr=1.0, warmup=4, schedule=kind, **kw), 12)(step))
+  for kind in optim.SCHEDULES:
+    assert [rate(kind, s) for s in (0, 1, 3, 4)] == pytest.approx([0.25, 0.5, 1.0, 1.0])
+  assert rate('constant', 12) == 1.0
+  assert rate('cosine', 8) == pytest.approx(0.5) and rate('cosine', 12) == pytest.approx(0.0, abs=1e-6)
+  assert rate('linear', 8, lr_end=0.5) == pytest.approx(0.75) and rate('linear', 99, lr_end=0.5) == 0.5
+  assert rate('rsqrt', 16) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+  'fields, message',
+  [
+    (dict(name='adan'), "optim.name 'adan' is unknown; there are adam"),
+    (dict(schedule='cos'), "optim.schedule 'cos' is unknown; there are constant"),
+    (dict(name='adam', weight_decay=0.1), "'adam' has no weight decay; use adamw"),
+    (dict(groups=dict(critc=dict(lr=1.0))), r"groups has \['critc'\], but the parameters have the players"),
+    (dict(groups=dict(net=dict(rate=1.0))), r"groups.net has the unknown fields \['rate'\]"),
+  ],
+)
+def test_mistakes_are_named(fields, message):
+  with pytest.raises(ValueError, match=message):
+    optim.build(config(**fields), 10, list(PARAMS))

@@ -1,0 +1,70 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from configs import common
+from dalle_jax.training import metrics, sharding
+
+RULES = common.RULES
+
+
+@pytest.mark.parametrize(
+  'names, shape, expected',
+  [
+    (('embed', 'mlp'), (8, 16), P('fsdp', 'tensor')),
+    (('embed', 'heads', 'head_dim'), (8, 3, 4), P('fsdp', None, None)),  # 3 heads do not divide by 2
+    (('layers', 'embed', 'mlp'), (3, 8, 16), P(None, 'fsdp', 'tensor')),
+    (('vocab', 'embed'), (7, 7), P(None, None)),
+    (('batch', 'seq', 'embed'), (4, 3, 8), P(('data', 'fsdp'), None, None)),  # fsdp is taken by the batch
+    (('mlp', 'mlp'), (4, 4), P('tensor', None)),
+    ((None, None, 'conv_in', 'conv_out'), (3, 3, 4, 4), P(None, None, 'fsdp', 'tensor')),
+  ],
+)
+def test_partition(names, shape, expected):
+  mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+  assert sharding.partition(names, shape, mesh, RULES) == expected
+
+
+def test_later_rule_is_tried_when_the_first_does_not_divide():
+  mesh = sharding.make_mesh(dict(data=1, fsdp=2, tensor=4))
+  assert sharding.partition(('heads',), (6,), mesh, (('heads', 'tensor'), ('heads', 'fsdp'))) == P('fsdp')
+
+
+@pytest.mark.parametrize(
+  'sizes', [dict(data=3, fsdp=1, tensor=1), dict(data=-1, fsdp=3, tensor=1), dict(data=-1, fsdp=-1)]
+)
+def test_mesh_that_does_not_fit_is_one_line(sizes):
+  with pytest.raises(ValueError, match=r'^mesh \(data=') as e:
+    sharding.make_mesh(sizes)
+  assert '\n' not in str(e.value)
+
+
+def test_rules_with_an_unknown_mesh_axis():
+  with (
+    pytest.raises(ValueError, match=r"rules name mesh axes \['model'\]"),
+    sharding.use(dict(data=-1), [('mlp', 'model')]),
+  ):
+    pass
+
+
+def test_boxes_and_constraints():
+  box = nn.LogicallyPartitioned(jnp.ones((8, 16)), ('embed', 'mlp'))
+  tree = {'a': {'kernel': box}, 'b': jnp.ones(3)}
+  assert sharding.logical_axes(tree) == {'a/kernel': ['embed', 'mlp']}
+  assert sharding.unbox(tree)['a']['kernel'] is box.value
+  with sharding.use(dict(data=2, fsdp=2, tensor=2), RULES):
+    constrained = jax.jit(lambda x: nn.with_logical_constraint(x, ('batch', 'mlp')))(jnp.ones((8, 4)))
+    assert constrained.sharding.spec == P(('data', 'fsdp'), 'tensor')
+    assert jax.jit(lambda x: nn.with_logical_constraint(x, ('batch', 'mlp')))(jnp.ones((3, 5))).shape == (3, 5)
+
+
+def test_peak_flops_by_device_kind():
+  class Device:
+    def __init__(self, kind):
+      self.device_kind = kind
+
+  assert metrics.peak_flops(Device('NVIDIA H200')) == metrics.peak_flops(Device('NVIDIA H100 80GB HBM3')) == 989e12
+  assert metrics.peak_flops(Device('TPU v5 lite')) == 197e12 and metrics.peak_flops(Device('TPU v4')) == 275e12
+  assert metrics.peak_flops(Device('cpu')) is None

@@ -1,0 +1,177 @@
+"""Trains what a config describes, or goes on with it when its run directory holds checkpoints.
+
+  python train.py --config configs/quickstart.py:vqgan
+  python train.py --config configs/NAME.py:ARGUMENT --config.run_dir=runs/mine --config.optim.lr=3e-4
+  python train.py --config configs/NAME.py --distributed     # one process a host (Slurm, TPU pods: found by itself)
+`--debug` shows the traceback of an error that is otherwise one line.
+"""
+
+import importlib
+import sys
+import traceback
+from pathlib import Path
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
+from dalle_jax.data import bpe, pipeline, sources
+from dalle_jax.training import checkpoint, loop, sharding
+from dalle_jax.training import config as config_lib
+from dalle_jax.training.state import TrainState
+
+HERE = Path(__file__).resolve().parent
+CAPTIONS = 100_000  # of the training set, from which the tokenizer is learnt
+
+
+def by_name(room: str, name: str, field: str):
+  """dalle_jax/ROOM/NAME.py; a one-line error that lists the files when there is none."""
+  known = sorted(p.stem for p in (HERE / 'dalle_jax' / room).glob('*.py') if p.stem != '__init__')
+  if name not in known:
+    raise ValueError(f'{field} {name!r} is unknown; dalle_jax/{room} has {", ".join(known)}.')
+  return importlib.import_module(f'dalle_jax.{room}.{name}')
+
+
+def tokenizer(config: ConfigDict, meta: dict | None, initial: checkpoint.Run | None, source) -> bpe.BPE | None:
+  """The tokenizer of the checkpoint, of the run to start from, of a file, or one learnt from the captions."""
+  c = config.tokenizer
+  if not c.vocab_size:
+    return None
+  if meta and meta['tokenizer']:
+    return bpe.BPE(meta['tokenizer'])
+  if initial and initial.tokenizer:
+    return bpe.BPE(initial.tokenizer)
+  if c.path:
+    return bpe.BPE(Path(c.path).read_text())
+  return bpe.train((source[i]['caption'] for i in range(min(len(source), CAPTIONS))), c.vocab_size)
+
+
+def frozen_runs(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> dict[str, checkpoint.Run]:
+  """Loads config.frozen, copying each into RUN_DIR/frozen first, so that a run needs nothing outside itself."""
+  runs = {}
+  for name, path in config.frozen.items():
+    copy = run_dir / 'frozen' / name
+    if not checkpoint.steps(copy):
+      if not path:
+        raise ValueError(f'config.frozen.{name} is empty; pass --config.frozen.{name}=RUN_DIR of a trained {name}.')
+      checkpoint.export_run(copy, checkpoint.load_run(path))
+    runs[name] = checkpoint.load_run(copy, mesh=mesh, rules=config.rules)
+  return runs
+
+
+def encoded(config: ConfigDict, records: dict, frozen: dict[str, checkpoint.Run], run_dir: Path) -> dict:
+  """The splits as codes of the frozen VQGAN, computed once and kept in RUN_DIR/encoded (or config.encode.path)."""
+  if 'vqgan' not in frozen:
+    raise ValueError('config.encode.enabled needs config.frozen.vqgan, the run that turns images into codes.')
+  encode = importlib.import_module('dalle_jax.pipelines.encode')
+  folder = Path(config.encode.path or run_dir / 'encoded')
+  for split, source in records.items():
+    encode.encode_dataset(source, frozen['vqgan'], folder / split, config.data.image_size, config.encode.batch_size)
+  data = config.data.copy_and_resolve_references()
+  data.source, data.path, data.source_args = 'tokens', str(folder), ConfigDict()
+  return {split: sources.load(data, split) for split in records}
+
+
+def run(config: ConfigDict) -> TrainState:
+  """Trains one config and returns the last state. Raises ValueError, OSError or loop.Diverged, each of one line."""
+  if not config.run_dir:
+    raise ValueError('config.run_dir is empty; pass --config.run_dir=runs/NAME.')
+  config = config.copy_and_resolve_references()
+  if config.train.compilation_cache:
+    jax.config.update('jax_compilation_cache_dir', str(Path(config.train.compilation_cache).expanduser()))
+  with sharding.use(config.mesh, config.rules) as mesh:
+    return train(config, Path(config.run_dir), mesh)
+
+
+def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainState:
+  room = by_name('objectives', config.objective, 'config.objective')
+  builders = [by_name('evals', name, 'config.train.evals').build for name in config.train.evals]
+  run_dir.mkdir(parents=True, exist_ok=True)
+  before = checkpoint.read_meta(run_dir)
+
+  # Records, words, networks
+  data = config.data
+  records = {split: sources.load(data, split) for split in dict.fromkeys([data.split, data.val_split]) if split}
+  start_from = config.init.path if not before else ''
+  initial = checkpoint.load_run(start_from, mesh=mesh, rules=config.rules) if start_from else None
+  words = tokenizer(config, before, initial, records[data.split])
+  if words:
+    config.tokenizer.vocab_size = words.vocab_size
+  frozen = frozen_runs(config, run_dir, mesh)
+  if config.encode.enabled:
+    records = encoded(config, records, frozen, run_dir)
+
+  # What the run directory and its checkpoints remember
+  now = config_lib.to_json(config)
+  if before and (changed := config_lib.changes(before['config'], now)):
+    print(f'config changed since the last checkpoint: {"; ".join(changed)}', flush=True)
+  checkpoint.write_json(run_dir / 'config.json', now)
+  kept = {name: f'frozen/{name}' for name in frozen}
+  meta = {'config': now, 'tokenizer': words.to_json() if words else None, 'frozen': kept}
+
+  def batches(split: str, training: bool, start: int = 0):
+    length, dropout = config.tokenizer.length, config.tokenizer.dropout if training else 0.0
+    return pipeline.make_loader(
+      records[split],
+      data,
+      encode_text=bpe.TextEncoder(words, length, dropout) if words else None,
+      batch_size=data.batch_size,
+      seed=data.seed,
+      shuffle=training,
+      start_step=start,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+  objective = room.from_config(config, {name: r.config for name, r in frozen.items()})
+  held_out = lambda: batches(data.val_split, training=False)
+  return loop.train(
+    config,
+    objective,
+    lambda start: batches(data.split, True, start),
+    mesh=mesh,
+    frozen={name: r.network(name) for name, r in frozen.items()},
+    evals=[build(objective, config, held_out, mesh) for build in builders] if data.val_split else [],
+    meta=meta,
+    initial=initial.params if initial else None,
+  )
+
+
+def main(argv: list[str]) -> int:
+  if {'-h', '--help'} & set(argv[1:]):
+    print(__doc__)
+    return 0
+  options = flags.FlagValues()
+  flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=options)
+  flags.DEFINE_bool('distributed', False, 'join the other processes first', flag_values=options)
+  try:
+    config = config_lib.parse(argv, options)
+    if options.distributed:
+      jax.distributed.initialize()
+    for stage in config.stages:
+      print(f'--- {stage}', flush=True)
+      run(config_lib.parse(config_lib.with_argument(argv, stage)))
+    if not config.stages:
+      run(config)
+  except loop.Diverged as e:
+    return fail(e, 1, '--debug' in argv)
+  except (ValueError, OSError) as e:
+    # Errors that we raise are for the user; those from inside a library are bugs and keep their traceback.
+    ours = isinstance(e, OSError) or _is_ours(traceback.extract_tb(e.__traceback__)[-1].filename)
+    return fail(e, 2, '--debug' in argv or not ours)
+  return 0
+
+
+def _is_ours(file: str) -> bool:
+  return str(HERE) in file and 'site-packages' not in file
+
+
+def fail(e: Exception, code: int, trace: bool) -> int:
+  if trace:
+    traceback.print_exception(e)
+  print(f'error: {" ".join(str(e).split())}', file=sys.stderr, flush=True)
+  return code
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
