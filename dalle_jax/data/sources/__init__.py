@@ -1,1 +1,65 @@
-"""Random-access sources of records."""
+"""Random-access sources of records: one file a kind, found by its name, each with `load(split, **kwargs)`."""
+
+import hashlib
+import importlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+SPLITS = ('train', 'val', 'test')
+
+
+def load(config_data: Any, split: str):
+  """The source that `config.data` asks for.
+
+  `config_data.source` is KIND of dalle_jax/data/sources/KIND.py, or 'KIND:NAME' (tfds:NAME); `path`, unless empty, and
+  `source_args` become arguments of its `load`. Raises ValueError for an unknown kind or argument, and what `load` of
+  the kind raises: ValueError or FileNotFoundError of one line.
+  """
+  kind, _, name = config_data.source.partition(':')
+  known = sorted(p.stem for p in Path(__file__).parent.glob('*.py') if p.stem != '__init__')
+  if kind not in known:
+    raise ValueError(f'config.data.source {config_data.source!r} is unknown; there are {", ".join(known)}.')
+  function = importlib.import_module(f'{__name__}.{kind}').load
+  kwargs = {**config_data.source_args}
+  kwargs |= {'path': config_data.path} if config_data.path else {}
+  kwargs |= {'name': name} if name else {}
+  accepted = inspect.signature(function).parameters
+  if unknown := sorted(set(kwargs) - set(accepted)):
+    takes = ', '.join(k for k in accepted if k != 'split') or 'nothing'
+    raise ValueError(f'the data source {kind!r} does not take {", ".join(unknown)}; it takes {takes}.')
+  needed = [k for k, p in accepted.items() if k != 'split' and p.default is p.empty and k not in kwargs]
+  if needed:
+    hint = {'path': 'set config.data.path', 'name': f'write config.data.source as {kind}:NAME'}
+    how = '; '.join(hint.get(k, f'set config.data.source_args.{k}') for k in needed)
+    raise ValueError(f'the data source {kind!r} needs {", ".join(needed)}; {how}.')
+  return function(split, **kwargs)
+
+
+def divide(names: Sequence[str], split: str, val_fraction: float, test_fraction: float) -> list[int]:
+  """The indices of `names` that belong to a split, in order: by a hash of each name alone.
+
+  So a name stays where it is when others come and go. Only where chance leaves val or test without a name although
+  their fraction is positive, as in folders of a few pictures, each gets the one of train with the lowest hash. Raises
+  ValueError for an unknown split, fractions that leave nothing to train on, or too few names.
+  """
+  if split not in SPLITS:
+    raise ValueError(f'config.data has the split {split!r}; expected one of {", ".join(SPLITS)}.')
+  if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+    raise ValueError(f'val_fraction {val_fraction} and test_fraction {test_fraction} must leave some for train.')
+  hashes = [int.from_bytes(hashlib.sha256(n.encode('utf-8', 'surrogateescape')).digest()[:8]) for n in names]
+  share = [h / 2**64 for h in hashes]
+  parts: dict[str, list[int]] = {s: [] for s in SPLITS}
+  for i, u in enumerate(share):
+    parts['val' if u < val_fraction else 'test' if u < val_fraction + test_fraction else 'train'].append(i)
+  for part, fraction in (('val', val_fraction), ('test', test_fraction)):
+    if fraction and not parts[part] and len(parts['train']) > 1:
+      parts[part].append(min(parts['train'], key=lambda i: share[i]))
+      parts['train'].remove(parts[part][0])
+  if not parts[split]:
+    raise ValueError(
+      f'the split {split!r} of {len(names)} pictures is empty (val_fraction {val_fraction}, test_fraction '
+      f'{test_fraction}); add pictures, change the fractions, or set config.data.val_split="" to train without it.'
+    )
+  return parts[split]

@@ -1,0 +1,158 @@
+"""Byte-level BPE: learnt from captions, stored as one JSON string, with dropout that is a function of a seed.
+
+BPE dropout follows "BPE-Dropout: Simple and Effective Subword Regularization" (Provilkov et al., 2020). The one in the
+`tokenizers` library cannot be seeded, so with dropout the merges are done here; without it the library does them.
+"""
+
+import itertools
+import json
+import os
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+Merges = dict[tuple[int, int], tuple[int, int]]  # pair of ids -> (rank, id of both)
+BYTES = 256  # entries that every byte-level vocabulary starts with, so that any text encodes
+
+
+def train(captions: Iterable[str], vocab_size: int) -> 'BPE':
+  """Learns a lower-casing byte-level BPE of at most `vocab_size` entries; few captions give fewer.
+
+  The same captions in the same order give the same tokenizer to the byte. Raises ValueError when there is no caption
+  with text or `vocab_size` is below 256.
+  """
+  if vocab_size < BYTES:
+    raise ValueError(f'tokenizer.vocab_size is {vocab_size}; a byte-level BPE needs {BYTES} or more.')
+  tokenizer = Tokenizer(models.BPE())
+  tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase()])
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # 'red' is the same word at the start
+  tokenizer.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    min_frequency=2,
+    initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    special_tokens=[],
+    show_progress=False,
+  )
+  seen = 0
+
+  def texts():
+    nonlocal seen
+    for caption in captions:
+      seen += bool(caption.strip())
+      yield caption
+
+  tokenizer.train_from_iterator(texts(), trainer)
+  if not seen:
+    raise ValueError('the tokenizer has no captions to learn from; give the data set captions or set tokenizer.path.')
+  return BPE(tokenizer.to_str())
+
+
+class BPE:
+  """A tokenizer in the JSON form of the `tokenizers` library (`train`, or any tokenizer.json)."""
+
+  def __init__(self, json_str: str):
+    """Raises ValueError when the string is not a tokenizer."""
+    try:
+      self._tokenizer = Tokenizer.from_str(json_str)
+    except Exception as e:  # the library raises bare Exception
+      raise ValueError(f'this is not a tokenizer JSON ({e}); expected what `BPE.to_json` or `tokenizers` write.') from e
+    self._tokenizer.no_padding()
+    self._tokenizer.no_truncation()
+    self._json = json_str
+    self._model: tuple[dict[str, int], Merges] | None = None  # read when first needed, by any of several threads
+
+  @classmethod
+  def load(cls, path: str | Path) -> 'BPE':
+    """Reads a tokenizer file. Raises FileNotFoundError, or ValueError when the file is something else."""
+    if not Path(path).is_file():
+      raise FileNotFoundError(f'there is no tokenizer file {path}; expected a tokenizer JSON.')
+    return cls(Path(path).read_text(encoding='utf-8'))
+
+  def save(self, path: str | Path) -> None:
+    """Writes the tokenizer JSON atomically."""
+    partial = Path(f'{path}.tmp')
+    partial.write_text(self._json, encoding='utf-8')
+    os.replace(partial, path)
+
+  def __reduce__(self):
+    return BPE, (self._json,)
+
+  def to_json(self) -> str:
+    return self._json
+
+  @property
+  def vocab_size(self) -> int:
+    """The number of entries there really are, V; ids lie in [0, V)."""
+    return self._tokenizer.get_vocab_size()
+
+  def encode(self, text: str, dropout: float = 0.0, seed: int | None = None) -> list[int]:
+    """Ids of a text of any length; '' gives [].
+
+    With `dropout` p > 0 and a `seed`, every merge is skipped with probability p each time it could be done: a function
+    of (text, p, seed). Raises ValueError for dropout on a tokenizer that is not a byte-level BPE.
+    """
+    if not dropout or seed is None:
+      return self._tokenizer.encode(text, add_special_tokens=False).ids
+    if self._model is None:
+      self._model = self._read_model()
+    vocab, merges = self._model
+    rng = random.Random(seed)
+    if self._tokenizer.normalizer:
+      text = self._tokenizer.normalizer.normalize_str(text)
+    words = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+    return [i for word, _ in words for i in _merge([vocab[c] for c in word], merges, dropout, rng)]
+
+  def _read_model(self) -> tuple[dict[str, int], Merges]:
+    model = json.loads(self._json)['model']
+    vocab = model.get('vocab', {})
+    plain = model['type'] == 'BPE' and not (model.get('continuing_subword_prefix') or model.get('end_of_word_suffix'))
+    if not plain or not set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocab):
+      raise ValueError('BPE dropout needs a byte-level BPE, this tokenizer is another kind; set tokenizer.dropout=0.0.')
+    merges = [m.split(' ') if isinstance(m, str) else m for m in model['merges']]
+    return vocab, {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)}
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids; those outside [0, V), padding among them, are ignored."""
+    known = [int(i) for i in ids if 0 <= i < self.vocab_size]
+    return self._tokenizer.decode(known, skip_special_tokens=False).removeprefix(' ')
+
+
+def _merge(ids: list[int], merges: Merges, dropout: float, rng: random.Random) -> list[int]:
+  """The merges of one word, best rank first and leftmost among equals (Provilkov et al., 2020, Algorithm 1).
+
+  Only the best merge that survives counts, so the chance of the others need not be drawn.
+  """
+  while True:
+    found = sorted((*merges[pair], i) for i, pair in enumerate(itertools.pairwise(ids)) if pair in merges)
+    best = next((f for f in found if rng.random() >= dropout), None)
+    if not best:
+      return ids
+    _, new, i = best
+    ids = [*ids[:i], new, *ids[i + 2 :]]
+
+
+class TextEncoder:
+  """Captions to fixed-length ids, the form in which models take them."""
+
+  def __init__(self, bpe: BPE, length: int, dropout: float = 0.0):
+    """Raises ValueError for a length below 1 or a dropout outside [0, 1]."""
+    if length < 1:
+      raise ValueError(f'tokenizer.length is {length}; expected 1 or more tokens a caption.')
+    if not 0 <= dropout <= 1:
+      raise ValueError(f'tokenizer.dropout is {dropout}; expected a probability.')
+    self.bpe, self.length, self.dropout = bpe, length, dropout
+    self._padding = np.arange(bpe.vocab_size, bpe.vocab_size + length, dtype=np.int32)
+
+  def __call__(self, caption: str, seed: int | None = None) -> np.ndarray:
+    """int32[length]: ids cut to the length, then padding; position i is padded with its own id V + i (DALL-E, 2.2).
+
+    '' is all padding, the unconditional prompt. BPE dropout acts with a `seed` alone.
+    """
+    ids = self.bpe.encode(caption, self.dropout, seed)[: self.length]
+    text = self._padding.copy()
+    text[: len(ids)] = ids
+    return text

@@ -1,0 +1,202 @@
+"""From a source to batches: batch k is a function of (source, seed, k), whatever reads it.
+
+  record index (shuffled anew each epoch) -> example (decode, crop, tokenize) -> rows of this process -> batch
+
+Number of workers, processes and resumed steps only decide who computes which k. See `make_loader`.
+"""
+
+import dataclasses
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from absl import flags
+
+from dalle_jax.data import ops
+
+logger = logging.getLogger(__name__)
+LOGGED = 20  # broken records that a loader names; further ones are counted in silence
+THREADS = 2  # of a process, one a batch; more only fight for the interpreter lock
+AHEAD = 4  # batches that are ready before they are asked for
+
+Batch = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+  """Random access to records.
+
+  A record has `image` (uint8[H, W, 3], a PIL image, or the bytes of a file) or `tokens` (int32[h * w]), `caption` and,
+  where there are several, `captions`. A source may have `name(index) -> str` for messages.
+  """
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """Where a row of a batch comes from: the record, all its captions, and what was skipped to get there."""
+
+  index: int
+  captions: Sequence[str]
+  skipped: Sequence[tuple[str, str]] = ()  # (name, reason)
+
+
+class Examples:
+  """`examples(index, rng) -> (arrays, Row)`: one record, or the next usable one after it in the source's order."""
+
+  def __init__(self, source: Source, image_size: int, augment: str, encode_text: Callable | None):
+    if image_size < 1:
+      raise ValueError(f'data.image_size is {image_size}; expected a positive number of pixels.')
+    self.source, self.image_size, self.encode_text = source, image_size, encode_text
+    self.augment = ops.parse_augment(augment)
+    self.broken: dict[int, str] = {}  # index -> reason, so that nothing is tried twice
+
+  def name(self, index: int) -> str:
+    return self.source.name(index) if hasattr(self.source, 'name') else f'record {index}'
+
+  def __call__(self, index: int, rng: np.random.Generator | None) -> tuple[Batch, Row]:
+    """Raises ValueError when no record of the source is usable."""
+    count = len(self.source)
+    skipped = []
+    for i in ((index + offset) % count for offset in range(count)):
+      if i not in self.broken:
+        try:
+          arrays, captions = self.read(i, rng)
+          break
+        except Exception as e:  # what a broken file makes Pillow raise has no common class
+          self.broken[i] = ' '.join(f'{type(e).__name__}: {e}'.split())
+      skipped.append(i)
+    else:
+      raise ValueError(f'none of {count} records is usable; {self.name(index)}: {self.broken[index]}')
+    if self.encode_text:
+      one = 0 if rng is None else int(rng.integers(len(captions)))
+      arrays['text'] = self.encode_text(captions[one], None if rng is None else int(rng.integers(2**63)))
+    return arrays, Row(i, captions, [(self.name(k), self.broken[k]) for k in skipped])
+
+  def read(self, index: int, rng: np.random.Generator | None) -> tuple[Batch, list[str]]:
+    record = self.source[index]
+    captions = [c for c in record.get('captions', [record['caption']]) if c.strip()]
+    if self.encode_text and not captions:
+      raise ValueError('no caption')
+    if 'tokens' in record:
+      return {'tokens': np.asarray(record['tokens'], np.int32)}, captions
+    image = ops.to_rgb(record['image'], least=2 * self.image_size)  # twice, so that the resize still antialiases
+    return {'image': ops.crop(image, self.image_size, self.augment, rng)}, captions
+
+  def ordered(self, index: int) -> tuple[Batch, Row]:
+    return self(index, None)
+
+
+def collate(examples: Sequence[tuple[Batch, Row]]) -> tuple[Batch, list[Row]]:
+  arrays, rows = zip(*examples, strict=True)
+  return {k: np.stack([a[k] for a in arrays]) for k in arrays[0]}, list(rows)
+
+
+class Loader(Iterator[Batch]):
+  """Iterator over batches. `rows` tells where those of the last batch come from, `skipped` counts broken records.
+
+  `close()` ends threads and worker processes; leaving the loader to the garbage collector or the end of the program
+  does too.
+  """
+
+  def __init__(self, batches: Iterator[tuple[Batch, list[Row]]]):
+    self._batches = [batches]  # emptied by close, as grain's iterators must not outlive it into the interpreter's end
+    self.close = weakref.finalize(self, _close, self._batches)
+    self.rows: list[Row] = []
+    self.skipped: Counter[str] = Counter()  # name -> how often another record took its place
+
+  def __next__(self) -> Batch:
+    if not self._batches:
+      raise StopIteration
+    batch, self.rows = next(self._batches[0])
+    for name, reason in (s for row in self.rows for s in row.skipped):
+      if name not in self.skipped and len(self.skipped) <= LOGGED:
+        silent = ' (further ones are only counted)' if len(self.skipped) == LOGGED else ''
+        logger.warning('%s is skipped, the next usable record takes its place: %s%s', name, reason, silent)
+      self.skipped[name] += 1
+    return batch
+
+
+def _close(batches: list) -> None:
+  while batches:
+    batches.pop().close()
+
+
+def _start_worker(index: int, count: int) -> None:
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers
+  parent = multiprocessing.parent_process()
+  if parent:  # a killed main process cannot end them, and they would wait for it for ever
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+  parent.join()
+  os._exit(1)
+
+
+def make_loader(
+  source: Source,
+  config_data: Any,
+  *,
+  encode_text: Callable[[str, int | None], np.ndarray] | None,
+  batch_size: int,
+  seed: int,
+  shuffle: bool,
+  start_step: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Loader:
+  """Batches of `source` from batch `start_step` on: rows [p * B / P, (p + 1) * B / P) of each for process p of P.
+
+  A batch is a dict of `image` uint8[b, size, size, 3] or, from records with tokens, `tokens` int32[b, h * w]; and
+  `text` int32[b, N] with `encode_text`. With `shuffle` it goes on for ever, a new order each epoch; batches do not stop
+  at the end of one. Without, it is one pass in order, free of chance (central crops, first captions, seed None); the
+  last batch is filled up with the first records, so row r of batch k is a repeat when k * batch_size + r >=
+  len(source).
+
+  A record that cannot be read, or has no caption where text is asked for, gives its place to the next usable one, is
+  counted in `loader.skipped` and named once in the log.
+
+  Args:
+    config_data: has image_size; augment, see `ops.parse_augment`; workers, processes that read ahead (0: threads of
+      this process, as always in an ordered pass, which is too short to wait for processes to start).
+    encode_text: (caption, seed) -> int32[N]; must pickle when there are workers.
+    batch_size: over all processes.
+
+  Raises ValueError for impossible arguments; while iterating, when not a single record is usable.
+  """
+  if batch_size < 1 or batch_size % process_count:
+    raise ValueError(f'data.batch_size {batch_size} is not divisible by {process_count} processes; use a multiple.')
+  if not len(source):
+    raise ValueError('the data source is empty; give it at least one record.')
+  examples = Examples(source, config_data.image_size, config_data.augment, encode_text)
+  order = grain.MapDataset.range(len(source))
+  # Neighbouring seeds must not give neighbouring streams: grain shuffles epoch e with seed + e.
+  order_seed, rng_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
+  if shuffle:
+    dataset = order.shuffle(seed=order_seed).repeat().random_map(examples, seed=rng_seed)
+    stop = None
+  else:
+    dataset = order.repeat(reseed_each_epoch=False).map(examples.ordered)
+    stop = -(-len(source) // batch_size) * process_count
+  # In batches of b = B / P, number k * P + p holds the rows of process p in global batch k.
+  dataset = dataset.batch(batch_size // process_count, batch_fn=collate)
+  dataset = dataset[start_step * process_count + process_index : stop : process_count]
+  workers = config_data.workers if shuffle else 0
+  if not workers:
+    return Loader(iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD))))
+  if not flags.FLAGS.is_parsed():  # in notebooks and scripts without absl; grain's workers read flags
+    flags.FLAGS.mark_as_parsed()
+  dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+  options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-AHEAD // workers))
+  return Loader(iter(dataset.mp_prefetch(options, _start_worker)))

@@ -1,0 +1,93 @@
+"""Any TensorFlow data set with pictures, read without TensorFlow (`pip install "dalle_jax[tfds]"`)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+SPLITS = {'val': 'validation'}  # what the catalogue calls our splits
+
+
+def _field(record: Any, name: str) -> Any:
+  """'a.b' of nested dicts. Raises KeyError naming what is there."""
+  for part in name.split('.'):
+    if not isinstance(record, Mapping) or part not in record:
+      there = ', '.join(record) if isinstance(record, Mapping) else type(record).__name__
+      raise KeyError(f'no field {name!r}; there are {there}')
+    record = record[part]
+  return record
+
+
+def _text(value: Any) -> str:
+  return value.decode('utf-8') if isinstance(value, bytes) else str(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tfds:
+  """Random-access source: `{'image': bytes of the file, 'caption': str, 'captions': list[str]}`."""
+
+  dataset: str
+  split: str
+  records: Any = dataclasses.field(repr=False)
+  image_field: str = 'image'
+  caption_field: str = 'caption'
+  labels: Any = dataclasses.field(default=None, repr=False)  # int -> str, where the captions are class labels
+
+  def __len__(self) -> int:
+    return len(self.records)
+
+  def name(self, index: int) -> str:
+    return f'{self.dataset} {self.split} {index}'
+
+  def __getitem__(self, index: int) -> dict:
+    record = self.records[index]
+    value = _field(record, self.caption_field)
+    if self.labels:
+      captions = [self.labels(int(value)).replace('_', ' ')]
+    elif isinstance(value, (bytes, str)):
+      captions = [_text(value)]
+    else:
+      captions = [_text(v) for v in value]  # a sequence of captions
+    return {'image': _field(record, self.image_field), 'caption': captions[0] if captions else '', 'captions': captions}
+
+
+def load(
+  split: str,
+  *,
+  name: str,
+  path: str = '',
+  image_field: str = 'image',
+  caption_field: str = 'caption',
+  split_name: str = '',
+) -> Tfds:
+  """A split of the data set `name` of the catalogue, downloaded to `path` (default: ~/tensorflow_datasets) if need be.
+
+  Fields may be dotted ('captions.text'); without `caption_field` in the data set the names of its `label` serve. Our
+  val is its validation unless `split_name` says otherwise, slices allowed: 'train[:5%]'. Raises ValueError, one line,
+  when the package, the data set, the split or a field is missing.
+  """
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as e:
+    raise ValueError(f'config.data.source tfds:{name} needs a package: pip install "dalle_jax[tfds]" ({e}).') from e
+  split = split_name or SPLITS.get(split, split)
+  try:
+    builder = tfds.builder(name, data_dir=path or None, file_format='array_record')
+    builder.download_and_prepare()
+    features = builder.info.features
+    decoders = {image_field: tfds.decode.SkipDecoding()} if image_field in features else None  # our own ops decode
+    records = builder.as_data_source(split, decoders=decoders)
+  except Exception as e:  # of many classes, over many lines
+    raise ValueError(
+      f'the data set tfds:{name}, split {split!r}, cannot be read: {" ".join(str(e).split())[:300]}'
+    ) from e
+  if not len(records):
+    raise ValueError(f'tfds:{name} has no records in the split {split!r}.')
+  labels = None
+  if caption_field.split('.')[0] not in records[0] and 'label' in records[0]:
+    caption_field, labels = 'label', features['label'].int2str
+  source = Tfds(name, split, records, image_field, caption_field, labels)
+  try:
+    source[0]
+  except KeyError as e:
+    raise ValueError(f'tfds:{name}: {e.args[0]}; set config.data.source_args image_field and caption_field.') from e
+  return source

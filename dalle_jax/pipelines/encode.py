@@ -1,0 +1,176 @@
+"""Pictures to VQGAN codes once, before a transformer trains on them thousands of times.
+
+The result is a folder that `data.sources.tokens` reads (its files are described there). Until it is whole, codes and
+captions lie in *.partial and progress.json says how much of them counts, so a killed run goes on where it was.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from dalle_jax.data import ops, pipeline
+from dalle_jax.models import vqgan
+from dalle_jax.training import checkpoint, sharding
+
+SAVE_EVERY = 30.0  # seconds
+SAMPLED = 16  # records by whose content a source is recognised
+
+
+def encode_dataset(
+  source: pipeline.Source, vqgan_run: checkpoint.Run, out_dir: str | Path, image_size: int, batch_size: int
+) -> dict[str, Any]:
+  """Encodes every usable picture of `source`, centrally cropped, and returns what meta.json says.
+
+  With a mesh under the parameters each batch is split over it; several processes must share `out_dir`. A finished
+  folder made of the same network, source and size is left as it is, one of others is made anew. The source is known by
+  its kind, length, names and a sample of its records: delete the folder after changing single pictures.
+
+  Raises ValueError for an image size that does not suit the network, or when nothing in the source is usable.
+  """
+  model, params = vqgan.build(**vqgan_run.config['model']), vqgan_run.network('vqgan')
+  grid, num_codes = model.grid(image_size), int(model.num_codes)
+  identity = {
+    'vqgan': fingerprint(params),
+    'source': describe(source),
+    'image_size': image_size,
+    'grid': list(grid),
+    'num_codes': num_codes,
+    'dtype': 'uint16' if num_codes <= 2**16 else 'int32',
+  }
+  where = getattr(jax.tree.leaves(params)[0], 'sharding', None)
+  mesh = where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
+  shards = sharding.batch_shards(mesh) if mesh else 1
+  batch_size = -(-batch_size // shards) * shards  # so that every device has its share
+
+  @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()) if mesh else None)
+  def encode(params: Any, images: jax.Array) -> jax.Array:
+    codes = model.apply({'params': params}, images.astype(jnp.float32) / 127.5 - 1, method='encode')
+    return codes.reshape(images.shape[0], -1)
+
+  index, count = jax.process_index(), jax.process_count()
+  writer = _Writer(Path(out_dir), identity) if index == 0 else None
+  # Where to begin, -1 when there is nothing to do: process 0 knows, as it alone writes.
+  done = int(multihost_utils.broadcast_one_to_all(np.int64(writer.done if writer else 0)))
+  if done >= 0:
+    config = ConfigDict(dict(image_size=image_size, augment='', workers=0))
+    loader = pipeline.make_loader(
+      source,
+      config,
+      encode_text=None,
+      batch_size=batch_size,
+      seed=0,
+      shuffle=False,
+      start_step=done // batch_size,
+    )
+    part = slice(index * batch_size // count, (index + 1) * batch_size // count)
+    bar = tqdm(total=len(source), initial=done, unit='pictures', desc='encoding', disable=index > 0, mininterval=5.0)
+    for start in range(done // batch_size * batch_size, len(source), batch_size):
+      batch = {'image': next(loader)['image'][part]}
+      codes = np.asarray(encode(params, (sharding.put_batch(batch, mesh) if mesh else batch)['image']))
+      if writer:
+        writer.append(start, codes, loader.rows[: len(source) - start])
+      bar.update(min(start + batch_size, len(source)) - bar.n)
+    bar.close()
+    loader.close()
+    if writer:
+      writer.finish()
+  multihost_utils.sync_global_devices('encoded')
+  return json.loads((Path(out_dir) / 'meta.json').read_text())
+
+
+def fingerprint(params: Any) -> str:
+  """A hash of all parameters that is the same for any sharding: sums of integers, not of floats."""
+
+  def checksum(x: jax.Array) -> jax.Array:
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).ravel()
+    return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+  sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(checksum, tree))(params))
+  text = '; '.join(f'{k} {v.shape} {s}' for (k, v), s in zip(
+    sorted(sharding.flatten(params).items()), (s for _, s in sorted(sharding.flatten(sums).items())), strict=True
+  ))  # fmt: skip
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def describe(source: pipeline.Source) -> str:
+  """Kind, length and a hash of the names and of some records of a source."""
+  digest = hashlib.sha256()
+  name: Any = getattr(source, 'name', None)
+  for i in range(len(source)) if name else ():
+    digest.update(name(i).encode('utf-8', 'surrogateescape') + b'\n')
+  for i in np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(int).tolist():
+    try:
+      record = source[i]
+      digest.update(repr(record.get('captions', record['caption'])).encode() + ops.decode(record['image']).tobytes())
+    except Exception as e:  # a broken record is part of what the source is
+      digest.update(type(e).__name__.encode())
+  return f'{type(source).__name__} {len(source)} {digest.hexdigest()[:16]}'
+
+
+class _Writer:
+  """The files of one encoded data set; `done` counts source records, -1 when the folder is finished."""
+
+  def __init__(self, out: Path, identity: dict[str, Any]):
+    self.out, self.identity = out, identity
+    out.mkdir(parents=True, exist_ok=True)
+    meta, progress = self._read('meta.json'), self._read('progress.json')
+    self.done = -1
+    if meta and all(meta.get(k) == v for k, v in identity.items()):
+      return
+    (out / 'meta.json').unlink(missing_ok=True)  # from here on the folder is not whole
+    paths = [out / 'tokens.partial', out / 'captions.partial']
+    sizes = progress.get('bytes', [0, 0])
+    whole = all(p.is_file() and p.stat().st_size >= s for p, s in zip(paths, sizes, strict=True))
+    if progress.get('identity') != identity or not whole:
+      progress, sizes = {}, [0, 0]
+    self.done, self.count = progress.get('done', 0), progress.get('count', 0)
+    self.files = [p.open('ab') for p in paths]
+    for file, size in zip(self.files, sizes, strict=True):
+      file.truncate(size)
+    self.saved = time.monotonic()
+
+  def _read(self, name: str) -> dict[str, Any]:
+    try:
+      return json.loads((self.out / name).read_text())
+    except (OSError, json.JSONDecodeError):
+      return {}
+
+  def append(self, start: int, codes: np.ndarray, rows: Sequence[pipeline.Row]) -> None:
+    """Takes records `start`, `start` + 1, ...; those already done, and substitutes of broken ones, are left out."""
+    keep = [i for i, row in enumerate(rows) if start + i >= self.done and row.index == start + i]
+    self.files[0].write(codes[keep].astype(self.identity['dtype']).tobytes())
+    self.files[1].write(''.join(json.dumps(list(rows[i].captions)) + '\n' for i in keep).encode())
+    self.done, self.count = start + len(rows), self.count + len(keep)
+    if time.monotonic() - self.saved > SAVE_EVERY:
+      self.save()
+
+  def save(self) -> None:
+    for file in self.files:
+      file.flush()
+      os.fsync(file.fileno())
+    sizes = [f.tell() for f in self.files]
+    progress = {'identity': self.identity, 'done': self.done, 'count': self.count, 'bytes': sizes}
+    checkpoint.write_json(self.out / 'progress.json', progress)
+    self.saved = time.monotonic()
+
+  def finish(self) -> None:
+    self.save()
+    for file, name in zip(self.files, ('tokens.bin', 'captions.jsonl'), strict=True):
+      file.close()
+      os.replace(file.name, self.out / name)
+    meta = {**self.identity, 'count': self.count, 'skipped': self.done - self.count}
+    checkpoint.write_json(self.out / 'meta.json', meta)
+    (self.out / 'progress.json').unlink()

@@ -1,0 +1,147 @@
+"""Laws of the tokenizer: any text survives, training and dropout are functions of what is given, padding is its own."""
+
+import pickle
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from dalle_jax.data import bpe
+from dalle_jax.data.sources import shapes
+
+TEXTS = (
+  'a small red circle at the top',
+  'Zürich, 東京 and Ελλάδα',
+  'tabs\tand\nlines  twice',
+  "don't stop, 12 of 3!",
+  '🙂🚀 family 👨‍👩‍👧',
+  'e\u0301 combining, \u200d joiner, \x00 zero',
+)
+
+
+@pytest.fixture(scope='module')
+def captions():
+  source = shapes.load('train')
+  return [source[i]['caption'] for i in range(300)]
+
+
+@pytest.fixture(scope='module')
+def words(captions):
+  return bpe.train(captions, 320)
+
+
+def test_any_text_survives_in_lower_case(words):
+  for text in TEXTS:
+    ids = words.encode(text)
+    assert all(0 <= i < words.vocab_size for i in ids)
+    assert words.decode(ids) == text.lower()
+  assert words.encode('A RED Ball') == words.encode('a red ball')
+  assert words.encode('') == words.encode('  ') == [] and words.decode([]) == ''
+
+
+def test_training_merges_and_tells_the_true_size(words, captions):
+  assert words.vocab_size == 320
+  assert len(words.encode(captions[0])) < len(captions[0]) / 2
+  assert 256 < bpe.train(['a ball', 'a ball'], 5000).vocab_size < 270
+
+
+def test_the_same_captions_give_the_same_bytes(words, captions):
+  assert bpe.train(iter(captions), 320).to_json() == words.to_json()
+  # Another process has other hash seeds and another order of threads.
+  script = (
+    'import sys; from dalle_jax.data import bpe; from dalle_jax.data.sources import shapes; s = shapes.load("train"); '
+    'sys.stdout.write(bpe.train([s[i]["caption"] for i in range(300)], 320).to_json())'
+  )
+  other = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=True)
+  assert other.stdout == words.to_json()
+
+
+def test_json_file_and_pickle_round_trips(words, tmp_path):
+  words.save(tmp_path / 'words.json')
+  for other in (
+    bpe.BPE(words.to_json()),
+    bpe.BPE.load(tmp_path / 'words.json'),
+    pickle.loads(pickle.dumps(words)),
+  ):
+    assert other.to_json() == words.to_json() and other.vocab_size == words.vocab_size
+    assert [other.encode(t) for t in TEXTS] == [words.encode(t) for t in TEXTS]
+
+
+def test_our_merges_without_dropout_equal_the_library(words, captions):
+  for text in (*captions, *TEXTS):
+    # So small a chance that no merge is ever skipped, yet the merges are ours.
+    assert words.encode(text, dropout=1e-300, seed=1) == words.encode(text)
+  assert (
+    words.encode(captions[0], dropout=0.0, seed=1)
+    == words.encode(captions[0], dropout=0.5)
+    == words.encode(captions[0])
+  )
+
+
+def test_dropout_is_a_function_of_the_seed_and_keeps_the_text(words, captions):
+  text = captions[0]
+  variants = [tuple(words.encode(text, 0.3, seed)) for seed in range(30)]
+  assert variants == [tuple(pickle.loads(pickle.dumps(words)).encode(text, 0.3, seed)) for seed in range(30)]
+  assert len(set(variants)) > 15
+  assert all(words.decode(v) == text for v in variants)
+  assert len(words.encode(text, 1.0, 0)) == len(text.encode()) + 1  # every merge skipped: bytes, and the first space
+  mean = lambda p: np.mean([len(words.encode(c, p, 1)) for c in captions])
+  assert mean(1e-300) < mean(0.1) < mean(0.3) < mean(0.9)
+
+
+def test_dropout_has_the_published_distribution():
+  # One merge, 'a' 'b': it happens with probability 1 - p, on a text without a second chance.
+  words = bpe.train(['xaby'] * 3, 257)
+  _, merges = words._read_model()
+  assert len(merges) == 1
+  rng = random.Random(0)
+  pair, (_, new) = next(iter(merges.items()))
+  share = np.mean([bpe._merge(list(pair), merges, 0.25, rng) == [new] for _ in range(4000)])
+  assert abs(share - 0.75) < 0.03
+
+
+def test_text_encoder_pads_each_position_with_its_own_id_and_truncates(words):
+  encoder = bpe.TextEncoder(words, 12, 0.1)
+  v = words.vocab_size
+  ids = words.encode('a red circle')
+  text = encoder('a red circle')
+  assert text.dtype == np.int32 and text.shape == (12,)
+  assert list(text) == ids + [v + i for i in range(len(ids), 12)]
+  assert list(encoder('')) == [v + i for i in range(12)]
+  assert words.decode(text) == 'a red circle' and words.decode(encoder('')) == ''
+  assert list(encoder('circle ' * 50)) == words.encode('circle ' * 50)[:12]
+  np.testing.assert_array_equal(encoder('a red circle', 5), encoder('a red circle', 5))
+  assert len({encoder('a red circle', s).tobytes() for s in range(30)}) > 3
+  np.testing.assert_array_equal(bpe.TextEncoder(words, 12, 0.0)('a red circle', 5), text)
+  np.testing.assert_array_equal(pickle.loads(pickle.dumps(encoder))('a red circle', 5), encoder('a red circle', 5))
+
+
+def test_a_library_tokenizer_with_padding_and_special_tokens_is_taken_bare():
+  from tokenizers import Tokenizer, models, pre_tokenizers
+
+  other = Tokenizer(models.WordLevel({'[UNK]': 0, 'red': 1, 'ball': 2}, unk_token='[UNK]'))
+  other.pre_tokenizer = pre_tokenizers.Whitespace()
+  other.enable_padding(length=9)
+  other.enable_truncation(1)
+  words = bpe.BPE(other.to_str())
+  assert words.encode('red ball blue') == [1, 2, 0]
+  with pytest.raises(ValueError, match=r'dropout needs a byte-level BPE.*dropout=0\.0'):
+    words.encode('red', 0.1, 0)
+
+
+def test_errors_are_one_line(words, tmp_path):
+  for call, message in (
+    (lambda: bpe.train(['a'], 255), 'vocab_size is 255'),
+    (lambda: bpe.train([], 300), 'no captions'),
+    (lambda: bpe.train(['', ' '], 300), 'no captions'),
+    (lambda: bpe.BPE('{}'), 'not a tokenizer JSON'),
+    (lambda: bpe.TextEncoder(words, 0), 'length is 0'),
+    (lambda: bpe.TextEncoder(words, 4, 1.5), 'dropout is 1.5'),
+  ):
+    with pytest.raises(ValueError, match=message) as e:
+      call()
+    assert '\n' not in str(e.value)
+  with pytest.raises(FileNotFoundError, match='no tokenizer file'):
+    bpe.BPE.load(tmp_path / 'missing.json')
