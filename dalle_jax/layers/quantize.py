@@ -1,0 +1,172 @@
+"""Vector quantisers, and the upkeep of a codebook: moving averages, dead codes, usage.
+
+Axis legend: N vectors of a batch, K codes, D code_dim. Everything here is float32.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dalle_jax.layers.basic import Conv, boxed
+
+State = dict[str, jax.Array]
+
+
+@struct.dataclass
+class Quantized:
+  """What a quantiser gives back; `losses` are unweighted scalars.
+
+  Attributes:
+    vectors: float32[B, h, w, D], the codes' vectors, with gradients to the encoder.
+    codes: int32[B, h, w] in [0, K).
+    inputs: float32[B, h, w, D], what was quantised.
+    losses: 'commitment' and 'codebook' (nearest neighbour) or 'kl' (Gumbel).
+  """
+
+  vectors: jax.Array
+  codes: jax.Array
+  inputs: jax.Array
+  losses: dict[str, jax.Array]
+
+
+class NearestQuantizer(nn.Module):
+  """The nearest codebook vector, straight-through (van den Oord et al., 2017, section 3.2).
+
+  The two halves of its loss are given apart, so that a codebook that follows moving averages leaves one out. With
+  `normalize`, vectors and codes lie on the unit sphere (Yu et al., 2022, "ViT-VQGAN", section 3.2).
+  """
+
+  num_codes: int
+  code_dim: int
+  normalize: bool = False
+
+  def setup(self):
+    bound = 1 / self.num_codes
+    init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
+    self.embedding = self.param('embedding', boxed(init, ('codes', None)), (self.num_codes, self.code_dim), jnp.float32)
+
+  def __call__(self, z: jax.Array, rng: jax.Array | None = None, temperature: float = 1.0) -> Quantized:
+    """Quantises `[B, h, w, D]`; `rng` and `temperature` are for the other quantiser."""
+    z = self._project(z.astype(jnp.float32))
+    table = self._project(self.embedding)
+    codes = nearest(z, table)
+    vectors = jnp.take(table, codes, axis=0)
+    losses = {
+      'commitment': jnp.square(z - jax.lax.stop_gradient(vectors)).mean(),
+      'codebook': jnp.square(jax.lax.stop_gradient(z) - vectors).mean(),
+    }
+    return Quantized(z + jax.lax.stop_gradient(vectors - z), codes, z, losses)
+
+  def lookup(self, codes: jax.Array) -> jax.Array:
+    """int32[...] in [0, K) -> float32[..., D]."""
+    return self._project(jnp.take(self.embedding, codes, axis=0))
+
+  def _project(self, x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12) if self.normalize else x
+
+
+class GumbelQuantizer(nn.Module):
+  """Samples a code from logits with the Gumbel-softmax trick, straight-through (Jang et al., 2017, section 2.2)."""
+
+  num_codes: int
+  code_dim: int
+
+  def setup(self):
+    self.proj = Conv(self.num_codes, 1)
+    init = nn.initializers.normal(1.0)
+    self.embedding = self.param('embedding', boxed(init, ('codes', None)), (self.num_codes, self.code_dim), jnp.float32)
+
+  def __call__(self, z: jax.Array, rng: jax.Array | None = None, temperature: float | jax.Array = 1.0) -> Quantized:
+    """Quantises `[B, h, w, D]`. With `rng` codes are sampled, without it they are the most probable ones."""
+    z = z.astype(jnp.float32)
+    logits = self.proj(z)  # (B, h, w, K)
+    noise = 0.0 if rng is None else jax.random.gumbel(rng, logits.shape)
+    soft = jax.nn.softmax((logits + noise) / temperature)
+    codes = soft.argmax(-1)
+    hard = jax.nn.one_hot(codes, self.num_codes) + soft - jax.lax.stop_gradient(soft)
+    log_probs = jax.nn.log_softmax(logits)
+    kl = (jnp.exp(log_probs) * (log_probs + jnp.log(self.num_codes))).sum(-1).mean()  # to the uniform distribution
+    return Quantized(hard @ self.embedding, codes, z, {'kl': kl})
+
+  def lookup(self, codes: jax.Array) -> jax.Array:
+    """int32[...] in [0, K) -> float32[..., D]."""
+    return jnp.take(self.embedding, codes, axis=0)
+
+
+def nearest(z: jax.Array, table: jax.Array) -> jax.Array:
+  """Index of the row of `table[K, D]` nearest to each of `z[..., D]`: int32[...]."""
+  products = jnp.matmul(z, table.T, precision=jax.lax.Precision.HIGHEST)
+  return (jnp.square(table).sum(-1) - 2 * products).argmin(-1).astype(jnp.int32)  # |z|^2 changes no order
+
+
+def usage(codes: jax.Array, num_codes: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """How often each code occurs, float32[K] with mean 1, and the metrics of that: used codes and perplexity."""
+  counts = jnp.zeros(num_codes).at[codes.ravel()].add(1.0)
+  p = counts / codes.size
+  perplexity = jnp.exp(-(p * jnp.log(jnp.maximum(p, 1e-10))).sum())
+  return p * num_codes, {'used_codes': (counts > 0).sum().astype(jnp.float32), 'perplexity': perplexity}
+
+
+def codebook_state(num_codes: int, code_dim: int, data_init: bool = True) -> State:
+  """Statistics before the first batch. A `count` of 0 means: not yet a vector of the data; see `update_codebook`."""
+  return {
+    'step': jnp.int32(-1),  # of the last update
+    'count': jnp.full(num_codes, 0.0 if data_init else 1.0),  # moving average of `usage`
+    'vectors': jnp.zeros((num_codes, code_dim)),  # to be written into the codebook, where
+    'write': jnp.zeros(num_codes, bool),
+  }
+
+
+def update_codebook(
+  state: State,
+  embedding: jax.Array,
+  z: jax.Array,
+  codes: jax.Array,
+  rng: jax.Array,
+  step: jax.Array,
+  *,
+  decay: float,
+  revive: float,
+  average: bool,
+) -> State:
+  """Notes a batch: which rows of the codebook to overwrite with what (`write_codebook` does it).
+
+  Args:
+    embedding: float32[K, D], the codebook that gave `codes`.
+    z, codes: float32[..., D] and int32[...], what was quantised and to what.
+    step: updates of one step (gradient accumulation) add up.
+    decay: of the moving averages (van den Oord et al., 2017, appendix A.1).
+    revive: a code used less than this fraction of the mean is dead and becomes a random vector of the batch, as is one
+      that has never been one (initialisation from the data); 0.0 for the latter alone.
+    average: move every code to the moving average of its vectors.
+  """
+  num_codes, dim = embedding.shape
+  z, codes = jax.lax.stop_gradient(z).reshape(-1, dim), codes.ravel()
+  again = state['step'] == step
+  vectors = jnp.where(again, state['vectors'], embedding) if average else embedding
+  old, new = decay * state['count'], (1 - decay) * usage(codes, num_codes)[0]
+  count = old + new
+  if average:
+    sums = jnp.zeros_like(embedding).at[codes].add(z) * (num_codes / len(z))
+    mean = (old[:, None] * vectors + (1 - decay) * sums) / jnp.maximum(count, 1e-10)[:, None]
+    vectors = jnp.where(count[:, None] > 0, mean, vectors)
+  # The k-th dead code takes the k-th vector of a shuffled batch; if there are not enough, it waits for the next batch.
+  dead = (state['count'] == 0) | (count < revive)
+  rank = jnp.cumsum(dead) - 1
+  dead &= rank < len(z)
+  fresh = z[jax.random.permutation(rng, len(z))[rank % len(z)]]
+  kept = jnp.where(again, state['write'], False)
+  if not average:
+    vectors = jnp.where(kept[:, None], state['vectors'], vectors)
+  return {
+    'step': jnp.asarray(step, jnp.int32),
+    'count': jnp.where(dead, 1.0, count),  # time to be used before it counts as dead again
+    'vectors': jnp.where(dead[:, None], fresh, vectors),
+    'write': jnp.full(num_codes, True) if average else dead | kept,
+  }
+
+
+def write_codebook(state: State, embedding: jax.Array) -> jax.Array:
+  """The codebook `embedding[K, D]` with the rows overwritten that `update_codebook` chose."""
+  return jnp.where(state['write'][:, None], state['vectors'], embedding)

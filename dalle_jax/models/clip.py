@@ -1,0 +1,154 @@
+"""CLIP: pictures and captions in one space ("Learning Transferable Visual Models", Radford et al., 2021).
+
+Laid out as the OpenAI ViT models, so that their weights can be read in: pre-LayerNorm, a class token, no bias in the
+stem and the projections; `activation='quick_gelu'`, `text_pool='max_id'` and 77 text positions are theirs.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.layers import variants
+from dalle_jax.layers.basic import Conv, Dense, Embed, LayerNorm, boxed, normal_init
+from dalle_jax.layers.encoder import Encoder
+
+MAX_SCALE = 100.0  # of the logits (section 2.5)
+
+VARIANTS = {
+  'test': dict(
+    image_size=16, patch=8, width=16, layers=2, heads=2, text_width=16, text_layers=2, text_heads=2, vocab_size=40,
+    text_length=8, embed_dim=16,
+  ),
+  'quickstart': dict(
+    image_size=48, patch=8, width=128, layers=3, heads=4, text_width=128, text_layers=3, text_heads=4, vocab_size=544,
+    text_length=32, embed_dim=128, text_causal=False,
+  ),
+  'vit_b32': dict(),
+}  # fmt: skip
+
+
+class ImageTower(nn.Module):
+  """float32[B, H, W, 3] -> float32[B, embed_dim]; fields as in CLIP."""
+
+  image_size: int
+  patch: int
+  width: int
+  layers: int
+  heads: int
+  embed_dim: int
+  activation: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    if images.shape[1:3] != (self.image_size, self.image_size):
+      raise ValueError(f'CLIP takes pictures of {self.image_size} pixels a side, not {images.shape[1:3]}; resize.')
+    init, stem = normal_init(self.width**-0.5), normal_init((3 * self.patch**2) ** -0.5)
+    conv = Conv(self.width, self.patch, self.patch, 'VALID', use_bias=False, dtype=self.dtype, init=stem, name='stem')
+    x = conv(images).reshape(images.shape[0], -1, self.width)
+    token = self.param('class_token', boxed(init, ('embed',)), (self.width,), jnp.float32)
+    x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, self.width)), x], 1)
+    positions = self.param('positions', boxed(init, (None, 'embed')), x.shape[1:], jnp.float32)
+    x = LayerNorm(dtype=self.dtype, name='norm_in')(x + positions.astype(self.dtype))
+    x = Encoder(self.layers, self.heads, False, self.activation, self.dtype, name='encoder')(x)
+    x = LayerNorm(name='norm_out')(x[:, 0])
+    return Dense(self.embed_dim, ('embed', None), use_bias=False, init=init, name='proj')(x)
+
+
+class TextTower(nn.Module):
+  """int32[B, N] -> float32[B, embed_dim]; fields as in CLIP."""
+
+  vocab_size: int
+  length: int
+  width: int
+  layers: int
+  heads: int
+  embed_dim: int
+  causal: bool
+  pool: str
+  activation: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    if ids.shape[1] != self.length:
+      raise ValueError(f'CLIP takes {self.length} text tokens, not {ids.shape[1]}; pad or cut the captions.')
+    init, shape = boxed(normal_init(0.01), (None, 'embed')), (self.length, self.width)
+    positions = self.param('positions', init, shape, jnp.float32)
+    x = Embed(self.vocab_size, self.width, dtype=self.dtype, name='embed')(ids) + positions.astype(self.dtype)
+    x = Encoder(self.layers, self.heads, self.causal, self.activation, self.dtype, name='encoder')(x)
+    if self.pool == 'last':
+      x = x[:, -1]
+    elif self.pool == 'max_id':  # the end-of-text token has the highest id
+      x = jnp.take_along_axis(x, ids.argmax(-1)[:, None, None], 1)[:, 0]
+    else:
+      raise ValueError(f'CLIP text_pool {self.pool!r} is unknown; there are last and max_id.')
+    x = LayerNorm(name='norm_out')(x)
+    return Dense(self.embed_dim, ('embed', None), use_bias=False, init=normal_init(self.width**-0.5), name='proj')(x)
+
+
+class CLIP(nn.Module):
+  """Two towers and a learnt scale. `vocab_size` counts all ids, the padding ones included.
+
+  Attributes:
+    text_causal: whether text sees earlier text alone (as the OpenAI models) or all of it.
+    text_pool: the position that stands for the caption, 'last' or that of the highest id ('max_id').
+  """
+
+  image_size: int = 224
+  patch: int = 32
+  width: int = 768
+  layers: int = 12
+  heads: int = 12
+  text_width: int = 512
+  text_layers: int = 12
+  text_heads: int = 8
+  text_causal: bool = True
+  text_pool: str = 'last'
+  vocab_size: int = 49408
+  text_length: int = 77
+  embed_dim: int = 512
+  activation: str = 'quick_gelu'
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    self.image = ImageTower(
+      self.image_size, self.patch, self.width, self.layers, self.heads, self.embed_dim, self.activation, self.dtype
+    )
+    self.text = TextTower(
+      self.vocab_size,
+      self.text_length,
+      self.text_width,
+      self.text_layers,
+      self.text_heads,
+      self.embed_dim,
+      self.text_causal,
+      self.text_pool,
+      self.activation,
+      self.dtype,
+    )
+    self.logit_scale = self.param('logit_scale', nn.initializers.constant(math.log(1 / 0.07)), (), jnp.float32)
+
+  def __call__(self, images: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Both embeddings and the scale of their products as logits, float32[] in (0, MAX_SCALE]."""
+    scale = jnp.minimum(jnp.exp(self.logit_scale), MAX_SCALE)
+    return self.encode_image(images), self.encode_text(text), scale
+
+  def encode_image(self, images: jax.Array) -> jax.Array:
+    """float32[B, H, W, 3] in [-1, 1] -> float32[B, embed_dim] of unit length. Raises ValueError for another size."""
+    return normalize(self.image(images))
+
+  def encode_text(self, text: jax.Array) -> jax.Array:
+    """int32[B, N] -> float32[B, embed_dim] of unit length. Raises ValueError for another length."""
+    return normalize(self.text(text))
+
+
+def normalize(x: jax.Array) -> jax.Array:
+  return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+
+
+def build(variant: str, **overrides) -> CLIP:
+  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  return variants.build(CLIP, VARIANTS, variant, overrides)

@@ -1,0 +1,82 @@
+"""LPIPS: how far two pictures are apart in the features of VGG16 (Zhang et al., 2018, the 'lin' variant).
+
+The weights are not trained here: `load` reads a file of this module's own names, such as 'conv_0_0/kernel'.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from dalle_jax.layers import variants
+from dalle_jax.layers.basic import Conv
+
+VARIANTS = {'test': dict(widths=(4, 4), depths=(1, 1)), 'vgg16': dict()}
+# Mean and deviation of ImageNet for pictures in [-1, 1], as the published code rounds them.
+MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+
+
+class LPIPS(nn.Module):
+  """Distance of float32[B, H, W, 3] pairs in [-1, 1]: float32[B], at least 0 for weights at least 0.
+
+  `widths` and `depths` are the channels and convolutions of each stage; between stages pictures are halved.
+  """
+
+  widths: tuple[int, ...] = (64, 128, 256, 512, 512)
+  depths: tuple[int, ...] = (2, 2, 3, 3, 3)
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    # One pass for both, side by side: [B, 2, ...] keeps each pair on its device.
+    x = (jnp.stack([a, b], 1) - jnp.asarray(MEAN)) / jnp.asarray(STD)
+    x = x.reshape(-1, *a.shape[1:])
+    distance = jnp.zeros(a.shape[0])
+    for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
+      if stage:
+        x = nn.max_pool(x, (2, 2), (2, 2))
+      for i in range(depth):
+        x = jax.nn.relu(Conv(width, dtype=self.dtype, name=f'conv_{stage}_{i}')(x))
+      f = x.astype(jnp.float32)
+      f = f / (jnp.sqrt(jnp.square(f).sum(-1, keepdims=True) + 1e-20) + 1e-10)  # unit length along channels
+      f = f.reshape(-1, 2, *f.shape[1:])
+      weight = self.param(f'lin_{stage}', nn.initializers.constant(1 / width), (width,), jnp.float32)
+      distance += (jnp.square(f[:, 0] - f[:, 1]) @ weight).mean((1, 2))
+    return distance
+
+
+def build(variant: str, **overrides) -> LPIPS:
+  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  return variants.build(LPIPS, VARIANTS, variant, overrides)
+
+
+def load(model: LPIPS, path: str | Path) -> Mapping[str, Any]:
+  """The parameters of `model` from a .safetensors or .npz file with names joined by '/'.
+
+  Raises FileNotFoundError for a missing file, ValueError for another kind or for names and shapes that do not fit.
+  """
+  path = Path(path).expanduser()
+  if not path.is_file():
+    raise FileNotFoundError(f'LPIPS weights {path} do not exist; set loss.lpips_path="" to train with L1 + L2 instead.')
+  if path.suffix == '.safetensors':
+    flat = safetensors.numpy.load_file(path)
+  elif path.suffix == '.npz':
+    with np.load(path) as file:
+      flat = dict(file)
+  else:
+    raise ValueError(f'LPIPS weights {path} are neither .safetensors nor .npz.')
+  picture = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), picture, picture)['params'])
+  expected = {k: v.shape for k, v in traverse_util.flatten_dict(shapes, sep='/').items()}
+  if wrong := [k for k in sorted({*expected, *flat}) if k not in flat or expected.get(k) != flat[k].shape]:
+    raise ValueError(
+      f'LPIPS weights {path}: {len(wrong)} arrays do not fit, the first is {wrong[0]}: expected '
+      f'{expected.get(wrong[0], "none")}, found {flat[wrong[0]].shape if wrong[0] in flat else "none"}.'
+    )
+  return traverse_util.unflatten_dict({k: v.astype(np.float32) for k, v in flat.items()}, sep='/')

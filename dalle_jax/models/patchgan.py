@@ -1,0 +1,40 @@
+"""The discriminator of overlapping patches of Isola et al., 2017, "pix2pix" (its 70 x 70 one with 3 layers)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.layers import variants
+from dalle_jax.layers.basic import Conv, GroupNorm
+
+VARIANTS = {'test': dict(width=8, layers=1), 'base': dict()}
+
+
+class PatchGAN(nn.Module):
+  """float32[B, H, W, 3] in [-1, 1] -> float32[B, h, w] logits, positive for real; h is about H / 2 ** layers.
+
+  Normalises by groups, not by batch statistics as the original does: no state beside the parameters, a picture is
+  judged by itself, and real and reconstructed pictures cannot be told apart by the statistics of their batch.
+  """
+
+  width: int = 64
+  layers: int = 3
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    init, pad = nn.initializers.normal(0.02), ((1, 1), (1, 1))
+    x = Conv(self.width, 4, 2, pad, dtype=self.dtype, init=init, name='conv_0')(images)
+    x = jax.nn.leaky_relu(x, 0.2)
+    for i in range(1, self.layers + 1):
+      stride = 2 if i < self.layers else 1
+      features = self.width * min(2**i, 8)
+      x = Conv(features, 4, stride, pad, use_bias=False, dtype=self.dtype, init=init, name=f'conv_{i}')(x)
+      x = jax.nn.leaky_relu(GroupNorm(dtype=self.dtype, name=f'norm_{i}')(x), 0.2)
+    x = Conv(1, 4, 1, pad, dtype=self.dtype, init=init, name='conv_out')(x)
+    return x[..., 0].astype(jnp.float32)
+
+
+def build(variant: str, **overrides) -> PatchGAN:
+  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  return variants.build(PatchGAN, VARIANTS, variant, overrides)

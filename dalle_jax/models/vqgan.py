@@ -1,0 +1,193 @@
+"""VQGAN: images to a grid of codes and back ("Taming Transformers", Esser et al., 2021, section 3.1)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dalle_jax.layers import variants
+from dalle_jax.layers.basic import Conv, GroupNorm, constrain
+from dalle_jax.layers.convnet import AttnBlock, Downsample, ResBlock, Upsample, depth_to_space, space_to_depth
+from dalle_jax.layers.quantize import GumbelQuantizer, NearestQuantizer, Quantized
+
+IMAGE_AXES = ('batch', None, None, None)
+
+VARIANTS = {
+  'test': dict(
+    image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), z_channels=8, code_dim=8, num_codes=16
+  ),
+  # f = 8 in two strides: 4 by the stem, 2 by the one downsampling; 6 x 6 codes of a 48 x 48 picture.
+  'quickstart': dict(
+    image_size=48, patch=4, ch=128, ch_mult=(1, 1), num_res_blocks=1, attn_resolutions=(), z_channels=64, code_dim=32,
+    num_codes=512,
+  ),
+  'emoji': dict(
+    image_size=64, patch=4, ch=128, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), z_channels=128,
+    code_dim=64, num_codes=1024,
+  ),
+  # Public layouts, 256 x 256 pictures: f8 Gumbel (32 x 32 codes), f16 (16 x 16 codes).
+  'f8_8192': dict(quantizer='gumbel'),
+  'f16_1024': dict(ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,), num_codes=1024),
+  'f16_16384': dict(ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,), num_codes=16384),
+}  # fmt: skip
+
+
+@struct.dataclass
+class VQGANOutput:
+  """A reconstruction and what training needs beside it.
+
+  Attributes:
+    recon: float32[B, H, W, 3], about [-1, 1].
+    quantized: codes, vectors and losses of the bottleneck.
+    features: [B, H / patch, W / patch, C], the input of the last convolution (`to_pixels`).
+  """
+
+  recon: jax.Array
+  quantized: Quantized
+  features: jax.Array
+
+
+class Encoder(nn.Module):
+  """`[B, H, W, 3] -> [B, h, w, z_channels]`; fields as in VQGAN."""
+
+  ch: int
+  ch_mult: tuple[int, ...]
+  num_res_blocks: int
+  attn_levels: tuple[bool, ...]
+  z_channels: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = Conv(self.ch, dtype=self.dtype, name='conv_in')(x)
+    for level, mult in enumerate(self.ch_mult):
+      for i in range(self.num_res_blocks):
+        x = ResBlock(self.ch * mult, self.dtype, name=f'down_{level}_block_{i}')(x)
+        if self.attn_levels[level]:
+          x = AttnBlock(self.dtype, name=f'down_{level}_attn_{i}')(x)
+      if level + 1 < len(self.ch_mult):
+        x = Downsample(self.dtype, name=f'down_{level}_downsample')(x)
+      x = constrain(x, IMAGE_AXES)
+    x = middle(x, self.dtype)
+    x = jax.nn.swish(GroupNorm(dtype=self.dtype, name='norm_out')(x))
+    return Conv(self.z_channels, dtype=self.dtype, name='conv_out')(x)
+
+
+class Decoder(nn.Module):
+  """`[B, h, w, z_channels] -> [B, H, W, ch * ch_mult[0]]`, all but the last convolution; fields as in VQGAN.
+
+  Levels are numbered from the full resolution, as in the encoder.
+  """
+
+  ch: int
+  ch_mult: tuple[int, ...]
+  num_res_blocks: int
+  attn_levels: tuple[bool, ...]
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    x = Conv(self.ch * self.ch_mult[-1], dtype=self.dtype, name='conv_in')(x)
+    x = middle(x, self.dtype)
+    for level, mult in reversed(list(enumerate(self.ch_mult))):
+      for i in range(self.num_res_blocks + 1):
+        x = ResBlock(self.ch * mult, self.dtype, name=f'up_{level}_block_{i}')(x)
+        if self.attn_levels[level]:
+          x = AttnBlock(self.dtype, name=f'up_{level}_attn_{i}')(x)
+      if level:
+        x = Upsample(self.dtype, name=f'up_{level}_upsample')(x)
+      x = constrain(x, IMAGE_AXES)
+    return jax.nn.swish(GroupNorm(dtype=self.dtype, name='norm_out')(x))
+
+
+def middle(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Two blocks around attention at the lowest resolution, inside the calling module."""
+  x = ResBlock(x.shape[-1], dtype, name='mid_block_1')(x)
+  x = AttnBlock(dtype, name='mid_attn_1')(x)
+  return ResBlock(x.shape[-1], dtype, name='mid_block_2')(x)
+
+
+class VQGAN(nn.Module):
+  """Encoder, codebook and decoder; the downsampling factor is `patch * 2 ** (len(ch_mult) - 1)`.
+
+  Attributes:
+    image_size: at which `attn_resolutions` are counted; pictures may have any size that the factor divides.
+    patch: squares of patch x patch pixels become channels before the first convolution and pixels again after the
+      last: a stem that is cheap on small machines. 1 is the published network.
+    quantizer: 'nearest' or 'gumbel'.
+    normalize_codes: nearest neighbour on the unit sphere.
+  """
+
+  image_size: int = 256
+  patch: int = 1
+  ch: int = 128
+  ch_mult: tuple[int, ...] = (1, 1, 2, 4)
+  num_res_blocks: int = 2
+  attn_resolutions: tuple[int, ...] = (32,)
+  z_channels: int = 256
+  code_dim: int = 256
+  num_codes: int = 8192
+  quantizer: str = 'nearest'
+  normalize_codes: bool = False
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    resolutions = [self.image_size // self.patch // 2**level for level in range(len(self.ch_mult))]
+    levels = tuple(r in self.attn_resolutions for r in resolutions)
+    shared = (self.ch, self.ch_mult, self.num_res_blocks, levels)
+    self.encoder = Encoder(*shared, self.z_channels, self.dtype)
+    self.decoder = Decoder(*shared, self.dtype)
+    self.conv_out = Conv(3 * self.patch**2, dtype=self.dtype)
+    self.quant_conv = Conv(self.code_dim, 1, dtype=self.dtype)
+    self.post_quant_conv = Conv(self.z_channels, 1, dtype=self.dtype)
+    if self.quantizer == 'nearest':
+      self.quantize = NearestQuantizer(self.num_codes, self.code_dim, self.normalize_codes)
+    elif self.quantizer == 'gumbel':
+      self.quantize = GumbelQuantizer(self.num_codes, self.code_dim)
+    else:
+      raise ValueError(f'VQGAN quantizer {self.quantizer!r} is unknown; there are nearest and gumbel.')
+
+  @property
+  def factor(self) -> int:
+    return self.patch * 2 ** (len(self.ch_mult) - 1)
+
+  def grid(self, image_size: int) -> tuple[int, int]:
+    """Rows and columns of codes of a square picture; ValueError if the factor does not divide its size."""
+    if image_size % self.factor:
+      nearest = max(1, round(image_size / self.factor)) * self.factor
+      raise ValueError(f'VQGAN needs image sizes divisible by {self.factor}, not {image_size}; nearest is {nearest}.')
+    return image_size // self.factor, image_size // self.factor
+
+  def __call__(
+    self, images: jax.Array, rng: jax.Array | None = None, temperature: float | jax.Array = 1.0
+  ) -> VQGANOutput:
+    """Reconstructs float32[B, H, W, 3] in [-1, 1].
+
+    `rng` and `temperature` are for sampling by the Gumbel quantiser in training; without `rng` it takes the most
+    probable codes. Raises ValueError for sizes that the downsampling factor does not divide.
+    """
+    quantized = self.quantize(self._encode(images), rng, temperature)
+    features = self.decoder(self.post_quant_conv(quantized.vectors))
+    return VQGANOutput(self.to_pixels(features), quantized, features)
+
+  def encode(self, images: jax.Array) -> jax.Array:
+    """float32[B, H, W, 3] in [-1, 1] -> codes int32[B, h, w]. Raises ValueError as `__call__` does."""
+    return self.quantize(self._encode(images)).codes
+
+  def decode_codes(self, codes: jax.Array) -> jax.Array:
+    """int32[B, h, w] in [0, num_codes) -> float32[B, H, W, 3], about [-1, 1]."""
+    return self.to_pixels(self.decoder(self.post_quant_conv(self.quantize.lookup(codes))))
+
+  def to_pixels(self, features: jax.Array) -> jax.Array:
+    """The last convolution, whose kernel the adaptive weight of the GAN loss looks at."""
+    return depth_to_space(self.conv_out(features).astype(jnp.float32), self.patch)
+
+  def _encode(self, images: jax.Array) -> jax.Array:
+    for size in images.shape[1:3]:
+      self.grid(size)
+    return self.quant_conv(self.encoder(space_to_depth(images, self.patch)))
+
+
+def build(variant: str, **overrides) -> VQGAN:
+  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  return variants.build(VQGAN, VARIANTS, variant, overrides)

@@ -1,0 +1,52 @@
+"""Trains a CLIP: each picture with its caption against all others of the batch (Radford et al., 2021, section 2.3)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dalle_jax.functional.contrastive import contrastive
+from dalle_jax.models import clip
+
+
+class CLIPObjective:
+  """The player is 'clip'. Batches: image uint8[B, H, W, 3], text int32[B, N]."""
+
+  def __init__(self, model: clip.CLIP):
+    self.model = model
+
+  def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+    images = jnp.zeros((1, *batch['image'].shape[1:]))
+    return {'clip': self.model.init(rng, images, jnp.zeros((1, batch['text'].shape[1]), jnp.int32))['params']}, {}
+
+  def loss(
+    self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
+  ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+    images = batch['image'].astype(jnp.float32) / 127.5 - 1
+    a, b, scale = self.model.apply({'params': params['clip']}, images, batch['text'])
+    loss, accuracy = contrastive(a, b, scale)
+    return loss, ({'accuracy': accuracy, 'scale': scale}, ctx.mutable)
+
+  def after_update(self, params: Any, mutable: Any) -> Any:
+    """Keeps the scale at most `clip.MAX_SCALE`, where its gradient still acts."""
+    scale = jnp.minimum(params['clip']['logit_scale'], math.log(clip.MAX_SCALE))
+    return {**params, 'clip': {**params['clip'], 'logit_scale': scale}}
+
+  def tokens(self, batch: Mapping[str, Any]) -> int:
+    """Positions of both towers in a global batch."""
+    m = self.model
+    return batch['text'].shape[0] * (m.text_length + (m.image_size // m.patch) ** 2 + 1)
+
+
+def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> CLIPObjective:
+  """The objective of `config.model`, with the sizes of the data and the tokenizer. Raises ValueError for bad fields."""
+  if config.loss:
+    raise ValueError(f'config.loss has the unknown fields {", ".join(config.loss)}; the objective clip has none.')
+  if not config.tokenizer.vocab_size:
+    raise ValueError('the objective clip needs captions; set config.tokenizer.vocab_size.')
+  vocab, length = config.tokenizer.vocab_size, config.tokenizer.length
+  sizes = dict(vocab_size=vocab + length, text_length=length, image_size=config.data.image_size)
+  return CLIPObjective(clip.build(**{**config.model, **sizes}))

@@ -1,0 +1,177 @@
+"""Trains a VQGAN: reconstruction, perceptual, quantiser and adversarial losses (Esser et al., 2021, section 3.1)."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dalle_jax.functional import gan
+from dalle_jax.layers import quantize
+from dalle_jax.models import lpips, patchgan, vqgan
+
+Metrics = dict[str, jax.Array]
+DEFAULTS = dict(
+  l1_weight=1.0,
+  l2_weight=0.0,
+  lpips_weight=1.0,  # without config.frozen.lpips and lpips_path there is no such loss
+  lpips_path='',  # see models/lpips.py
+  beta=0.25,  # commitment; the codebook loss has weight 1
+  ema_decay=0.0,  # 0.0: the codebook follows the gradient; else moving averages of this decay
+  usage_decay=0.99,  # without ema_decay: of the usage that tells dead codes
+  revive=0.03,  # a code used less than this fraction of the mean is dead and re-initialised; 0.0: never
+  data_init=True,  # the first batch initialises the codebook; False when fine-tuning
+  window=100,  # steps over which used_codes_window counts
+  kl_weight=1e-8,  # Gumbel
+  temperature=1.0,  # Gumbel, at first
+  temperature_end=0.0625,  # reached by a cosine at the last step
+  disc_weight=0.0,  # 0.0: no discriminator
+  disc_start=0.0,  # a fraction of training up to 1.0, else a step
+  disc_variant='base',
+  adaptive_limit=1e4,
+)
+
+
+class VQGANObjective:
+  """The players are 'vqgan' and, with a discriminator, 'discriminator'. Batches: image uint8[B, H, W, 3].
+
+  `frozen` holds what the loop passes on as `ctx.frozen` beside the frozen runs: {'lpips': parameters} or nothing.
+  """
+
+  def __init__(self, model: vqgan.VQGAN, c: ConfigDict, steps: int, perceptual: lpips.LPIPS | None = None):
+    self.model, self.c, self.steps, self.perceptual = model, c, steps, perceptual
+    self.disc = patchgan.build(c.disc_variant, dtype=model.dtype) if c.disc_weight else None
+    self.disc_start = c.disc_start if c.disc_start > 1 else c.disc_start * steps
+    self.frozen: dict[str, Any] = {}
+
+  def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+    images = jnp.zeros((1, *batch['image'].shape[1:]))
+    params = {'vqgan': self.model.init(rng, images)['params']}
+    if self.disc:
+      params['discriminator'] = self.disc.init(jax.random.fold_in(rng, 1), images)['params']
+    mutable = {'last_used': jnp.full(self.model.num_codes, -self.c.window)}
+    if self.model.quantizer == 'nearest':
+      mutable['codebook'] = quantize.codebook_state(self.model.num_codes, self.model.code_dim, self.c.data_init)
+    return params, mutable
+
+  def loss(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, tuple[Metrics, Any]]:
+    c, images = self.c, to_float(batch['image'])
+    noise, shuffle = jax.random.split(ctx.rng)
+    temperature = self.temperature(ctx.step)
+    out = self.model.apply({'params': params['vqgan']}, images, noise if ctx.train else None, temperature)
+
+    distances = lambda recon: self._distances(ctx, recon, images)
+    nll = lambda recon: sum(c[f'{k}_weight'] * v for k, v in distances(recon).items())
+    metrics = distances(out.recon) | {f'{k}_loss': v for k, v in out.quantized.losses.items()}
+    total = nll(out.recon)
+    if self.model.quantizer == 'gumbel':
+      total += c.kl_weight * out.quantized.losses['kl']
+      metrics['temperature'] = temperature
+    else:
+      total += c.beta * out.quantized.losses['commitment']
+      total += 0.0 if c.ema_decay else out.quantized.losses['codebook']
+    if self.disc:
+      adversarial, values = self._adversarial(params, ctx, images, out, nll)
+      total += adversarial
+      metrics |= values
+    mutable, values = self._codebook(params, ctx, out.quantized, shuffle)
+    return total, (metrics | values, mutable)
+
+  def temperature(self, step: jax.Array) -> jax.Array:
+    """Of the Gumbel softmax: a cosine from `temperature` to `temperature_end`."""
+    done = jnp.minimum(step / self.steps, 1.0)
+    end = self.c.temperature_end
+    return end + (self.c.temperature - end) * 0.5 * (1 + jnp.cos(math.pi * done))
+
+  def _distances(self, ctx: Any, recon: jax.Array, images: jax.Array) -> Metrics:
+    distances = {'l1': jnp.abs(recon - images).mean(), 'l2': jnp.square(recon - images).mean()}
+    if self.perceptual:
+      distances['lpips'] = self.perceptual.apply({'params': ctx.frozen['lpips']}, recon, images).mean()
+    return distances
+
+  def _adversarial(self, params: Any, ctx: Any, images: jax.Array, out: vqgan.VQGANOutput, nll: Any):
+    """L_G of the networks with the discriminator held fixed, plus L_D of the discriminator with the pictures fixed."""
+    stop = jax.lax.stop_gradient
+    judge = lambda disc, pictures: self.disc.apply({'params': disc}, pictures)
+    fool = lambda recon: gan.hinge_generator(judge(stop(params['discriminator']), recon))
+
+    last = stop(params['vqgan']['conv_out'])
+
+    def head(kernel: jax.Array) -> jax.Array:
+      variables = {'params': {'conv_out': {**last, 'kernel': kernel}}}
+      return self.model.apply(variables, stop(out.features), method='to_pixels')
+
+    weight = gan.adaptive_weight(head, last['kernel'], nll, fool, self.c.adaptive_limit)
+    started = (ctx.step >= self.disc_start).astype(jnp.float32)
+    real, fake = judge(params['discriminator'], images), judge(params['discriminator'], stop(out.recon))
+    generator, discriminator = fool(out.recon), gan.hinge_discriminator(real, fake)
+    metrics = {
+      'generator_loss': generator,
+      'disc_loss': discriminator,
+      'logits_real': real.mean(),
+      'logits_fake': fake.mean(),
+      'adaptive_weight': weight,
+    }
+    return started * (self.c.disc_weight * weight * generator + discriminator), metrics
+
+  def _codebook(self, params: Any, ctx: Any, quantized: quantize.Quantized, rng: jax.Array) -> tuple[Any, Metrics]:
+    c, counts, metrics = self.c, *quantize.usage(quantized.codes, self.model.num_codes)
+    if not ctx.train:
+      return ctx.mutable, metrics
+    last_used = jnp.where(counts > 0, ctx.step, ctx.mutable['last_used'])
+    metrics['used_codes_window'] = (last_used > ctx.step - c.window).sum().astype(jnp.float32)
+    mutable = {'last_used': last_used}
+    if self.model.quantizer == 'nearest':
+      mutable['codebook'] = quantize.update_codebook(
+        ctx.mutable['codebook'],
+        params['vqgan']['quantize']['embedding'],
+        quantized.inputs,
+        quantized.codes,
+        rng,
+        ctx.step,
+        decay=c.ema_decay or c.usage_decay,
+        revive=c.revive,
+        average=c.ema_decay > 0,
+      )
+    return mutable, metrics
+
+  def after_update(self, params: Any, mutable: Any) -> Any:
+    """Writes moving averages and revived codes into the codebook."""
+    if 'codebook' not in mutable:
+      return params
+    table = quantize.write_codebook(mutable['codebook'], params['vqgan']['quantize']['embedding'])
+    return {**params, 'vqgan': {**params['vqgan'], 'quantize': {'embedding': table}}}
+
+  def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Each picture beside its reconstruction: uint8[B, H, 2 * W, 3]."""
+    recon = self.model.apply({'params': params['vqgan']}, to_float(batch['image'])).recon
+    recon = jnp.clip(jnp.round((recon + 1) * 127.5), 0, 255).astype(jnp.uint8)
+    return jnp.concatenate([batch['image'], recon], 2)
+
+
+def to_float(images: jax.Array) -> jax.Array:
+  """uint8 pixels to float32 in [-1, 1]."""
+  return images.astype(jnp.float32) / 127.5 - 1
+
+
+def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> VQGANObjective:
+  """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields).
+
+  LPIPS weights come from the frozen run 'lpips' or the file `loss.lpips_path`; without them the loss is L1 and L2.
+  Raises ValueError for an unknown field and what `lpips.load` raises.
+  """
+  if unknown := sorted(set(config.loss) - set(DEFAULTS)):
+    raise ValueError(f'config.loss has the unknown fields {", ".join(unknown)}; there are {", ".join(DEFAULTS)}.')
+  c = ConfigDict({**DEFAULTS, **config.loss})
+  model = vqgan.build(**config.model)
+  model.grid(config.data.image_size)
+  given = c.lpips_weight and (c.lpips_path or 'lpips' in frozen_configs)
+  if not given:
+    print('VQGAN: no LPIPS weights (config.frozen.lpips, loss.lpips_path), so the loss is L1 + L2', flush=True)
+  perceptual = lpips.build('vgg16', dtype=model.dtype) if given else None
+  objective = VQGANObjective(model, c, config.train.steps, perceptual)
+  if given and c.lpips_path:
+    objective.frozen['lpips'] = lpips.load(perceptual, c.lpips_path)
+  return objective

@@ -1,0 +1,63 @@
+"""Convolutional blocks: shapes, padding, attention by hand."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.layers import convnet
+
+X = jax.random.normal(jax.random.key(0), (2, 4, 6, 8))
+
+
+def init(module, x=X):
+  return nn.unbox(module.init(jax.random.key(1), x)['params'])
+
+
+@pytest.mark.parametrize(
+  ('module', 'shape', 'names'),
+  [
+    (convnet.ResBlock(8), (2, 4, 6, 8), {'norm1', 'conv1', 'norm2', 'conv2'}),
+    (convnet.ResBlock(4), (2, 4, 6, 4), {'norm1', 'conv1', 'norm2', 'conv2', 'nin_shortcut'}),
+    (convnet.AttnBlock(), (2, 4, 6, 8), {'norm', 'q', 'k', 'v', 'proj_out'}),
+    (convnet.Downsample(), (2, 2, 3, 8), {'conv'}),
+    (convnet.Upsample(), (2, 8, 12, 8), {'conv'}),
+  ],
+)
+def test_shapes_names_and_gradients(module, shape, names):
+  params = init(module)
+  assert set(params) == names
+  assert module.apply({'params': params}, X).shape == shape
+  grads = jax.grad(lambda p: (module.apply({'params': p}, X) ** 2).sum())(params)
+  assert all(g.any() for g in jax.tree.leaves(grads))
+  half = module.clone(dtype=jnp.bfloat16).apply({'params': params}, X.astype(jnp.bfloat16))
+  assert half.dtype == jnp.bfloat16
+  np.testing.assert_allclose(half, module.apply({'params': params}, X), atol=0.1, rtol=0.1)
+
+
+def test_downsample_pads_at_the_bottom_and_the_right():
+  params = {'conv': {'kernel': jnp.zeros((3, 3, 1, 1)).at[0, 0].set(1.0), 'bias': jnp.zeros(1)}}
+  x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+  y = convnet.Downsample().apply({'params': params}, x)
+  np.testing.assert_array_equal(y[0, ..., 0], [[0, 2], [8, 10]])
+  params['conv']['kernel'] = jnp.zeros((3, 3, 1, 1)).at[2, 2].set(1.0)
+  y = convnet.Downsample().apply({'params': params}, x)
+  np.testing.assert_array_equal(y[0, ..., 0], [[10, 0], [0, 0]])
+
+
+def test_attention_weighs_all_positions():
+  params = init(convnet.AttnBlock())
+  y = np.asarray(nn.GroupNorm(8, epsilon=1e-6).apply({'params': params['norm']}, X)).reshape(2, 24, 8)
+  dense = lambda name, y: y @ np.asarray(params[name]['kernel'])[0, 0] + np.asarray(params[name]['bias'])
+  scores = np.einsum('bqc,bkc->bqk', dense('q', y), dense('k', y)) / np.sqrt(8)
+  weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+  expected = X + dense('proj_out', np.einsum('bqk,bkc->bqc', weights, dense('v', y))).reshape(X.shape)
+  np.testing.assert_allclose(convnet.AttnBlock().apply({'params': params}, X), expected, atol=1e-5)
+
+
+def test_space_to_depth_moves_squares_and_back():
+  y = convnet.space_to_depth(X, 2)
+  assert y.shape == (2, 2, 3, 32)
+  np.testing.assert_array_equal(y[1, 1, 2], X[1, 2:4, 4:6].ravel())
+  np.testing.assert_array_equal(convnet.depth_to_space(y, 2), X)

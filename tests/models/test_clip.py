@@ -1,0 +1,85 @@
+"""CLIP: unit embeddings, what text sees, gradients, errors."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.models import clip
+
+IMAGES = jax.random.uniform(jax.random.key(0), (3, 16, 16, 3), minval=-1, maxval=1)
+TEXT = jax.random.randint(jax.random.key(1), (3, 8), 0, 40)
+
+
+def init(model):
+  return nn.unbox(jax.jit(model.init)(jax.random.key(2), IMAGES, TEXT)['params'])
+
+
+def encode_text(text, **fields):
+  model = clip.build('test', **fields)
+  return model.apply({'params': init(model)}, text, method='encode_text')
+
+
+def test_embeddings_have_unit_length_and_the_scale_a_ceiling():
+  model = clip.build('test')
+  params = init(model)
+  a, b, scale = model.apply({'params': params}, IMAGES, TEXT)
+  assert a.shape == b.shape == (3, 16) and a.dtype == b.dtype == jnp.float32
+  np.testing.assert_allclose(np.linalg.norm([a, b], axis=-1), 1.0, rtol=1e-5)
+  np.testing.assert_allclose(scale, 1 / 0.07, rtol=1e-5)
+  np.testing.assert_allclose(model.apply({'params': params}, IMAGES, method='encode_image'), a, rtol=1e-5)
+  assert model.apply({'params': params | {'logit_scale': jnp.float32(9.0)}}, IMAGES, TEXT)[2] == 100.0
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_text_is_pooled_where_asked_and_sees_what_it_may(causal):
+  end = TEXT.at[:, 4].set(39).at[:, 5:].set(0)  # the highest id is at 4
+  later, earlier = end.at[:, 6].set(7), end.at[:, 1].set((end[:, 1] + 1) % 39)
+  fields = dict(text_causal=causal, text_pool='max_id')
+  base = encode_text(end, **fields)
+  assert np.allclose(encode_text(later, **fields), base, atol=1e-6) == causal
+  assert not np.allclose(encode_text(earlier, **fields), base, atol=1e-4)
+  assert not np.allclose(encode_text(later, text_causal=causal), encode_text(end, text_causal=causal), atol=1e-4)
+
+
+@pytest.mark.parametrize('activation', ['gelu', 'quick_gelu'])
+def test_every_parameter_gets_a_gradient(activation):
+  model = clip.build('test', activation=activation)
+
+  def loss(params):
+    a, b, scale = model.apply({'params': params}, IMAGES, TEXT)
+    return scale * (a * b.at[0].multiply(3.0)).sum()
+
+  grads = jax.jit(jax.grad(loss))(init(model))
+  dead = [jax.tree_util.keystr(k) for k, g in jax.tree_util.tree_leaves_with_path(grads) if not g.any()]
+  assert dead == []
+
+
+def test_half_precision_is_close():
+  params = init(clip.build('test'))
+  full, half = (clip.build('test', dtype=d).apply({'params': params}, IMAGES, TEXT) for d in ('float32', 'bfloat16'))
+  for a, b in zip(full[:2], half[:2], strict=True):
+    assert b.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, atol=0.05)
+
+
+def test_the_published_size():
+  model = clip.build('vit_b32')
+  images, text = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32), jax.ShapeDtypeStruct((1, 77), jnp.int32)
+  params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), images, text)['params'])
+  assert sum(x.size for x in jax.tree.leaves(params)) == 151_277_313  # of the OpenAI checkpoint ViT-B/32
+
+
+def test_errors():
+  model = clip.build('test')
+  with pytest.raises(ValueError, match='pictures of 16 pixels a side'):
+    model.init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)), TEXT)
+  with pytest.raises(ValueError, match='8 text tokens, not 7'):
+    model.init(jax.random.key(0), IMAGES, TEXT[:, :7])
+  with pytest.raises(ValueError, match="text_pool 'mean' is unknown; there are last and max_id"):
+    init(clip.build('test', text_pool='mean'))
+  with pytest.raises(ValueError, match='a width of 16 is not divisible by 3 heads'):
+    init(clip.build('test', heads=3))
+  with pytest.raises(ValueError, match="activation 'relu' is unknown; there are gelu, quick_gelu"):
+    init(clip.build('test', activation='relu'))

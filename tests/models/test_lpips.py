@@ -1,0 +1,73 @@
+"""LPIPS: a distance, its weights from files, errors."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import traverse_util
+
+from dalle_jax.models import lpips
+
+A = jax.random.uniform(jax.random.key(0), (3, 8, 8, 3), minval=-1, maxval=1)
+B = jax.random.uniform(jax.random.key(1), (3, 8, 8, 3), minval=-1, maxval=1)
+MODEL = lpips.build('test')
+
+
+def params():
+  return nn.unbox(MODEL.init(jax.random.key(2), A, B)['params'])
+
+
+def test_a_distance_of_each_pair():
+  distance = lambda a, b: MODEL.apply({'params': params()}, a, b)
+  assert (distance(A, B) > 0).all() and distance(A, B).shape == (3,)
+  np.testing.assert_allclose(distance(A, A), 0.0, atol=1e-7)
+  np.testing.assert_allclose(distance(A, B), distance(B, A), rtol=1e-5)
+  np.testing.assert_allclose(distance(A[1:2], B[1:2]), distance(A, B)[1:2], rtol=1e-5)
+  assert jnp.isfinite(jax.grad(lambda a: distance(a, A).sum())(A)).all()  # where the distance is 0
+
+
+def test_the_equation_by_hand():
+  p = params()
+  scaled = [(x - np.asarray(lpips.MEAN)) / np.asarray(lpips.STD) for x in (A, B)]
+  total = 0.0
+  for stage in range(2):
+    if stage:
+      scaled = [np.asarray(x).reshape(3, 4, 2, 4, 2, 4).max((2, 4)) for x in scaled]
+    conv = lambda x, k=f'conv_{stage}_0': jax.nn.relu(nn.Conv(4, (3, 3)).apply({'params': p[k]}, x))
+    scaled = [conv(x) for x in scaled]
+    unit = [x / (np.linalg.norm(x, axis=-1, keepdims=True) + 1e-10) for x in scaled]
+    total += (np.square(unit[0] - unit[1]) * np.asarray(p[f'lin_{stage}'])).sum(-1).mean((1, 2))
+  np.testing.assert_allclose(MODEL.apply({'params': p}, A, B), total, rtol=1e-4)
+
+
+def test_vgg16_has_its_layers():
+  x = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+  p = nn.unbox(jax.eval_shape(lpips.build('vgg16').init, jax.random.key(0), x, x)['params'])
+  assert sum(v.size for k, v in p.items() if k.startswith('lin')) == 1472
+  convs = {k: v for k, v in p.items() if k.startswith('conv')}
+  assert len(convs) == 13 and sum(x.size for x in jax.tree.leaves(convs)) == 14_714_688
+
+
+@pytest.mark.parametrize('suffix', ['npz', 'safetensors'])
+def test_weights_from_a_file(tmp_path, suffix):
+  flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params(), sep='/').items()}
+  path = tmp_path / f'lpips.{suffix}'
+  write = lambda arrays: np.savez(path, **arrays) if suffix == 'npz' else safetensors.numpy.save_file(arrays, path)
+  write(flat)
+  jax.tree.map(np.testing.assert_array_equal, lpips.load(MODEL, path), params())
+  write({**flat, 'lin_0': np.zeros(5, np.float32)})
+  with pytest.raises(ValueError, match=r'1 arrays do not fit, the first is lin_0: expected \(4,\), found \(5,\)'):
+    lpips.load(MODEL, path)
+  write({k: v for k, v in flat.items() if k != 'lin_1'} | {'more': flat['lin_0']})
+  with pytest.raises(ValueError, match=r'2 arrays do not fit, the first is lin_1: expected \(4,\), found none'):
+    lpips.load(MODEL, path)
+
+
+def test_errors(tmp_path):
+  with pytest.raises(FileNotFoundError, match=r'LPIPS weights .*lpips.npz do not exist; set loss.lpips_path=""'):
+    lpips.load(MODEL, tmp_path / 'lpips.npz')
+  (tmp_path / 'lpips.pth').write_bytes(b'')
+  with pytest.raises(ValueError, match='neither'):
+    lpips.load(MODEL, tmp_path / 'lpips.pth')
