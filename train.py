@@ -8,7 +8,6 @@
 
 import importlib
 import sys
-import traceback
 from pathlib import Path
 
 import jax
@@ -16,7 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from dalle_jax.data import bpe, pipeline, sources
-from dalle_jax.training import checkpoint, loop, sharding
+from dalle_jax.training import checkpoint, errors, loop, sharding
 from dalle_jax.training import config as config_lib
 from dalle_jax.training.state import TrainState
 
@@ -153,24 +152,9 @@ def main(argv: list[str]) -> int:
       run(config_lib.parse(config_lib.with_argument(argv, stage)))
     if not config.stages:
       run(config)
-  except loop.Diverged as e:
-    return fail(e, 1, '--debug' in argv)
-  except (ValueError, OSError) as e:
-    # Errors that we raise are for the user; those from inside a library are bugs and keep their traceback.
-    ours = isinstance(e, OSError) or _is_ours(traceback.extract_tb(e.__traceback__)[-1].filename)
-    return fail(e, 2, '--debug' in argv or not ours)
+  except errors.EXPECTED as e:
+    return errors.report(e, '--debug' in argv)
   return 0
-
-
-def _is_ours(file: str) -> bool:
-  return str(HERE) in file and 'site-packages' not in file
-
-
-def fail(e: Exception, code: int, trace: bool) -> int:
-  if trace:
-    traceback.print_exception(e)
-  print(f'error: {" ".join(str(e).split())}', file=sys.stderr, flush=True)
-  return code
 
 
 if __name__ == '__main__':

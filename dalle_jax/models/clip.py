@@ -9,10 +9,11 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dalle_jax.layers import variants
 from dalle_jax.layers.basic import Conv, Dense, Embed, LayerNorm, boxed, normal_init
-from dalle_jax.layers.encoder import Encoder
+from dalle_jax.layers.transformer import Stack
 
 MAX_SCALE = 100.0  # of the logits (section 2.5)
 
@@ -52,7 +53,7 @@ class ImageTower(nn.Module):
     x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, self.width)), x], 1)
     positions = self.param('positions', boxed(init, (None, 'embed')), x.shape[1:], jnp.float32)
     x = LayerNorm(dtype=self.dtype, name='norm_in')(x + positions.astype(self.dtype))
-    x = Encoder(self.layers, self.heads, False, self.activation, self.dtype, name='encoder')(x)
+    x, _ = Stack(self.layers, self.heads, self.activation, self.dtype, name='encoder')(x)
     x = LayerNorm(name='norm_out')(x[:, 0])
     return Dense(self.embed_dim, ('embed', None), use_bias=False, init=init, name='proj')(x)
 
@@ -78,7 +79,8 @@ class TextTower(nn.Module):
     init, shape = boxed(normal_init(0.01), (None, 'embed')), (self.length, self.width)
     positions = self.param('positions', init, shape, jnp.float32)
     x = Embed(self.vocab_size, self.width, dtype=self.dtype, name='embed')(ids) + positions.astype(self.dtype)
-    x = Encoder(self.layers, self.heads, self.causal, self.activation, self.dtype, name='encoder')(x)
+    masks = np.tri(self.length, dtype=bool)[None] if self.causal else None
+    x, _ = Stack(self.layers, self.heads, self.activation, self.dtype, name='encoder')(x, masks)
     if self.pool == 'last':
       x = x[:, -1]
     elif self.pool == 'max_id':  # the end-of-text token has the highest id

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dalle_jax.functional.contrastive import contrastive
+from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import clip
 
 
@@ -25,8 +26,7 @@ class CLIPObjective:
   def loss(
     self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
   ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
-    images = batch['image'].astype(jnp.float32) / 127.5 - 1
-    a, b, scale = self.model.apply({'params': params['clip']}, images, batch['text'])
+    a, b, scale = self.model.apply({'params': params['clip']}, to_float(batch['image']), batch['text'])
     loss, accuracy = contrastive(a, b, scale)
     return loss, ({'accuracy': accuracy, 'scale': scale}, ctx.mutable)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dalle_jax.functional import gan
+from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.layers import quantize
 from dalle_jax.models import lpips, patchgan, vqgan
 
@@ -147,13 +148,7 @@ class VQGANObjective:
   def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     """Each picture beside its reconstruction: uint8[B, H, 2 * W, 3]."""
     recon = self.model.apply({'params': params['vqgan']}, to_float(batch['image'])).recon
-    recon = jnp.clip(jnp.round((recon + 1) * 127.5), 0, 255).astype(jnp.uint8)
-    return jnp.concatenate([batch['image'], recon], 2)
-
-
-def to_float(images: jax.Array) -> jax.Array:
-  """uint8 pixels to float32 in [-1, 1]."""
-  return images.astype(jnp.float32) / 127.5 - 1
+    return jnp.concatenate([batch['image'], to_uint8(recon)], 2)
 
 
 def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> VQGANObjective:

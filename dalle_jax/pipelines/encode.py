@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from dalle_jax.data import ops, pipeline
+from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import vqgan
 from dalle_jax.training import checkpoint, sharding
 
@@ -57,7 +58,7 @@ def encode_dataset(
 
   @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()) if mesh else None)
   def encode(params: Any, images: jax.Array) -> jax.Array:
-    codes = model.apply({'params': params}, images.astype(jnp.float32) / 127.5 - 1, method='encode')
+    codes = model.apply({'params': params}, to_float(images), method='encode')
     return codes.reshape(images.shape[0], -1)
 
   index, count = jax.process_index(), jax.process_count()

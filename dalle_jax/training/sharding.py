@@ -48,8 +48,13 @@ def use(sizes: Mapping[str, int], rules: Rules) -> Iterator[Mesh]:
   unknown = sorted({a for _, axes in rules for a in _as_tuple(axes)} - set(mesh.axis_names))
   if unknown:
     raise ValueError(f'config.rules name mesh axes {unknown}; the mesh has {list(mesh.axis_names)}.')
-  with jax.set_mesh(mesh), nn.logical_axis_rules(tuple((k, _as_tuple(v) or None) for k, v in rules)):
+  with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules(rules)):
     yield mesh
+
+
+def logical_rules(rules: Rules) -> tuple[tuple[str, tuple[str, ...] | None], ...]:
+  """The rules in the form of Flax."""
+  return tuple((k, _as_tuple(v) or None) for k, v in rules)
 
 
 def _as_tuple(axes: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -1,0 +1,56 @@
+"""The quickstart: VQGAN, CLIP and DALL-E on the procedural world, on two CPU cores.
+
+  python train.py --config configs/quickstart.py            # all three stages, about 18 minutes
+  python train.py --config configs/quickstart.py:vqgan      # one of them
+`python quickstart.py` (`make quickstart`) does the same and then scores held-out captions with the oracle.
+"""
+
+from configs import common
+
+SIZE = 48  # 3 x 3 cells of 16 pixels; f = 8 gives 6 x 6 codes
+TEXT = 32  # tokens a caption at most
+
+
+def get_config(arg: str = ''):
+  arg = common.parse_arg(arg, stage='')
+  c = common.base()
+  c.stages = ('vqgan', 'clip', 'dalle')
+  c.root = 'runs/quickstart'
+  c.data.source = 'shapes'
+  c.data.image_size = SIZE
+  c.data.source_args = dict(image_size=SIZE)
+  if arg.stage:
+    common.choose_stage(c, arg.stage, dict(vqgan=vqgan, clip=clip, dalle=dalle))
+  return c
+
+
+def vqgan(c):
+  c.objective = 'vqgan'
+  c.model = dict(variant='quickstart')
+  c.loss = dict(l2_weight=1.0, disc_weight=0.0, beta=0.1, ema_decay=0.97)
+  c.data.source_args.max_objects = 9  # crowded pictures: three times as many looks to learn from
+  c.data.batch_size = 16
+  c.optim.update(name='adamw', lr=3e-3, b1=0.9, b2=0.95, weight_decay=1e-4, warmup=100, clip=1.0, schedule='cosine')
+  c.train.update(steps=9_000, ema=0.0, log_every=100, checkpoint_every=1_000, eval_every=3_000)
+
+
+def clip(c):
+  c.objective = 'clip'
+  c.model = dict(variant='quickstart')
+  c.tokenizer.update(vocab_size=512, length=TEXT)
+  c.data.batch_size = 128
+  c.optim.update(name='adamw', lr=2e-3, b1=0.9, b2=0.98, weight_decay=0.05, warmup=50, clip=1.0, schedule='cosine')
+  c.train.update(steps=600, ema=0.0, log_every=50, checkpoint_every=200, eval_every=300)
+
+
+def dalle(c):
+  c.objective = 'dalle'
+  c.model = dict(variant='quickstart')
+  c.frozen = dict(vqgan=c.get_ref('root') + '/vqgan')
+  c.tokenizer.update(vocab_size=512, length=TEXT)
+  c.loss = dict(caption_dropout=0.1)
+  c.encode.enabled = True
+  c.data.source_args.count = 30_000
+  c.data.batch_size = 64
+  c.optim.update(name='adamw', lr=2e-3, b1=0.9, b2=0.96, weight_decay=0.045, warmup=100, clip=1.0, schedule='cosine')
+  c.train.update(steps=2_000, ema=0.0, log_every=50, checkpoint_every=500, eval_every=500)

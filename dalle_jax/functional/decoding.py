@@ -1,0 +1,158 @@
+"""Autoregressive sampling over plain callables: temperature, top-k, top-p, guidance, a scan of fixed length.
+
+Axis legend: B sequences, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+NEVER = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How the next token is chosen; hashable, a static argument under jit.
+
+  Attributes:
+    temperature: divides the logits; 0.0 takes the most probable token.
+    top_k: only the k most probable tokens; 0 for all.
+    top_p: only the fewest most probable tokens that have this probability together (Holtzman et al., 2020); 1.0 for
+      all.
+    guidance: s of uncond + s (cond - uncond) (Ho and Salimans, 2021); 1.0 for none.
+  """
+
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  guidance: float = 1.0
+
+  def __post_init__(self):
+    if self.temperature < 0:
+      raise ValueError(f'temperature {self.temperature} is negative; use 0.0 (greedy) or more.')
+    if self.top_k < 0:
+      raise ValueError(f'top_k {self.top_k} is negative; use 0 for all tokens.')
+    if not 0 < self.top_p <= 1:
+      raise ValueError(f'top_p {self.top_p} is not in (0, 1]; use 1.0 for all tokens.')
+
+  @property
+  def guided(self) -> bool:
+    return self.guidance != 1.0
+
+
+def filter_logits(logits: jax.Array, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
+  """float32[B, V] with the tokens that may not be taken at -1e30; the most probable one always stays."""
+  if 0 < top_k < logits.shape[-1]:
+    least = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    logits = jnp.where(logits < least, NEVER, logits)
+  if top_p < 1:
+    down = jnp.sort(logits, axis=-1, descending=True)
+    before = jnp.cumsum(jax.nn.softmax(down), axis=-1) - jax.nn.softmax(down)  # of those more probable
+    least = jnp.where(before < top_p, down, jnp.inf).min(-1, keepdims=True)
+    logits = jnp.where(logits < least, NEVER, logits)
+  return logits
+
+
+def guide(logits: jax.Array, scale: float) -> jax.Array:
+  """float32[2 * B, V], conditional rows then unconditional ones -> float32[B, V]."""
+  cond, uncond = jnp.split(logits, 2)
+  return uncond + scale * (cond - uncond)
+
+
+def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
+  """The next token of each sequence, int32[B], from float32[B, V] ([2 * B, V] when guided) and keys[B]."""
+  if sampling.guided:
+    logits = guide(logits, sampling.guidance)
+  if sampling.temperature == 0:
+    return logits.argmax(-1).astype(jnp.int32)
+  logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def generate(
+  step: Callable[[jax.Array, jax.Array, Any, int], tuple[jax.Array, Any]],
+  logits: jax.Array,
+  cache: Any,
+  keys: jax.Array,
+  *,
+  start: int,
+  length: int,
+  sampling: Sampling,
+  segments: int = 4,
+) -> jax.Array:
+  """Tokens start, ..., length - 1 of B sequences: int32[B, length - start].
+
+  Args:
+    step: (token int32[2 * B or B], its index int32[], cache, end) -> (logits of the next token, cache). `end` is static
+      and above the index: nothing past it need be read.
+    logits: of token `start`, [B, V]; [2 * B, V] with guidance, as are `step`'s (conditional rows first).
+    keys: a key each sequence, [B]; token i is drawn with `fold_in(key, i)`, so a sequence does not depend on its batch.
+    segments: the scan is compiled as this many, each reading a longer part of the cache, so that early tokens are
+      cheap.
+  """
+
+  def draw(logits: jax.Array, index: jax.Array | int) -> jax.Array:
+    return choose(logits, jax.vmap(lambda key: jax.random.fold_in(key, index))(keys), sampling)
+
+  def scan(token: jax.Array, cache: Any, first: int, end: int):
+    def body(carry, index):
+      token, cache = carry
+      rows = jnp.tile(token, 2) if sampling.guided else token
+      logits, cache = step(rows, index, cache, end)
+      new = draw(logits, index + 1)
+      return (new, cache), new
+
+    return jax.lax.scan(body, (token, cache), jnp.arange(first, end))
+
+  token = draw(logits, start)
+  tokens, last = [token[None]], length - 1  # token `last` is drawn but never goes in
+  bounds = sorted({start + (last - start) * (i + 1) // segments for i in range(segments)} - {start})
+  for first, end in zip([start, *bounds], bounds, strict=False):
+    (token, cache), more = scan(token, cache, first, end)
+    tokens.append(more)
+  return jnp.concatenate(tokens).T
+
+
+def sample(
+  apply: Callable[..., Any],
+  text: jax.Array,
+  image: jax.Array,
+  keys: jax.Array,
+  *,
+  empty: jax.Array,
+  length: int,
+  n: int,
+  sampling: Sampling,
+) -> jax.Array:
+  """Draws `n` images, as tokens, for each text; the n share the prefill.
+
+  Args:
+    apply: a model's `apply` with its parameters; `apply(text, image, method='prefill')` -> (logits, cache) and
+      `apply(token, index, cache, end, method='step')` -> (logits, cache), as of `models.dalle`.
+    text: int32[B, T].
+    image: int32[B, k], the first k < length tokens of the images, given.
+    keys: a key each image, [B * n].
+    empty: int32[T], the text for the unconditional half of guidance.
+    length: tokens an image.
+
+  Returns: int32[B * n, length], text by text.
+  """
+  given = jnp.repeat(image, n, axis=0)
+  if sampling.guided:
+    text = jnp.concatenate([text, jnp.broadcast_to(jnp.asarray(empty), text.shape)])
+    image = jnp.tile(image, (2, 1))
+  logits, cache = apply(text, image, method='prefill')
+  step = lambda token, index, cache, end: apply(token, index, cache, end, method='step')
+  tokens = generate(
+    step,
+    jnp.repeat(logits, n, axis=0),
+    cache.repeat(n),
+    keys,
+    start=image.shape[1],
+    length=length,
+    sampling=sampling,
+  )
+  return jnp.concatenate([given, tokens], 1)

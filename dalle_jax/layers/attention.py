@@ -1,0 +1,133 @@
+"""Attention among the tokens of one stream of text and image: masks, the cache of keys and values, the product.
+
+Axis legend: L layers, B batch, S stream, T the queries of one call, H heads, K head_dim.
+
+The stream is a prefix of text, then the image tokens in raster order. For a prefix of 2 and 3 x 3 image tokens, with
+queries down and keys across, image queries see (x) under each kind of attention
+
+         full          row          column       conv (3 x 3)
+  text   x........     x........     x........     x........
+         xx.......     xx.......     xx.......     xx.......
+  image  xxx......     xxx......     xxx......     xxx......
+         xxxx.....     xxxx.....     xx.x.....     xxxx.....
+         xxxxx....     xxxxx....     xx..x....     xx.xx....
+         xxxxxx...     xxxxxx...     xxx..x...     xxxx.x...   and so on
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init
+
+KINDS = ('full', 'row', 'column', 'conv')
+CACHE_AXES = ('layers', 'batch', None, 'heads', None)
+
+
+@functools.lru_cache(maxsize=32)
+def stream_mask(kind: str, prefix: int, grid: tuple[int, int], conv_kernel: int = 11) -> np.ndarray:
+  """Which keys each query sees, bool[S, S] for S = prefix + h * w (DALL-E, appendix B.1, figure 11).
+
+  Everything is causal and sees all text before it. Among image tokens a query sees, beside itself, with 'full' all
+  earlier ones, with 'row' the w ones before it in raster order, with 'column' those above it, with 'conv' the earlier
+  ones of the conv_kernel x conv_kernel window around it. Raises ValueError for an unknown kind.
+  """
+  h, w = grid
+  stream = np.arange(prefix + h * w)
+  q, k = stream[:, None] - prefix, stream[None, :] - prefix  # image indices; negative in the text
+  rows, columns = q // w - k // w, q % w - k % w
+  reach = conv_kernel // 2
+  match kind:
+    case 'full':
+      seen = np.ones((len(stream), len(stream)), bool)
+    case 'row':
+      seen = q - k <= w
+    case 'column':
+      seen = columns == 0
+    case 'conv':
+      seen = (np.abs(rows) <= reach) & (np.abs(columns) <= reach)
+    case _:
+      raise ValueError(f'attention kind {kind!r} is unknown; there are {", ".join(KINDS)}.')
+  return (k <= q) & (seen | (k < 0) | (q < 0))
+
+
+def layer_kinds(pattern: str, depth: int) -> tuple[str, ...]:
+  """The attention kind of every layer, e.g. 'row,column,row,row' repeated; 'paper' is DALL-E's (section 2.2).
+
+  There layer i, from 1, is column when (i - 2) mod 4 = 0, else row, and the last one is conv. Raises ValueError for an
+  unknown kind.
+  """
+  cycle = ('row', 'column', 'row', 'row') if pattern == 'paper' else tuple(p.strip() for p in pattern.split(','))
+  if unknown := sorted(set(cycle) - set(KINDS)):
+    raise ValueError(f'attention {pattern!r} has {", ".join(unknown)}; kinds are {", ".join(KINDS)}, or "paper".')
+  kinds = tuple(cycle[i % len(cycle)] for i in range(depth))
+  return (*kinds[:-1], 'conv') if pattern == 'paper' else kinds
+
+
+@struct.dataclass
+class KVCache:
+  """Keys and values of every layer and position so far: two arrays [L, B, S, H, K]."""
+
+  k: jax.Array
+  v: jax.Array
+
+  @classmethod
+  def zeros(cls, layers: int, batch: int, length: int, heads: int, head_dim: int, dtype: jnp.dtype) -> 'KVCache':
+    x = constrain(jnp.zeros((layers, batch, length, heads, head_dim), dtype), CACHE_AXES)
+    return cls(x, x)
+
+  def write(self, layer: jax.Array | int, offset: jax.Array | int, k: jax.Array, v: jax.Array) -> 'KVCache':
+    """With k and v [B, T, H, K] of one layer at positions offset, ..., offset + T - 1; in place under jit."""
+    put = lambda whole, part: jax.lax.dynamic_update_slice(
+      whole, part[None].astype(whole.dtype), (layer, 0, offset, 0, 0)
+    )
+    return KVCache(put(self.k, k), put(self.v, v))
+
+  def read(self, layer: jax.Array | int, length: int) -> tuple[jax.Array, jax.Array]:
+    """k and v [B, length, H, K] of one layer, from position 0."""
+    take = lambda whole: jax.lax.dynamic_slice(
+      whole, (layer, 0, 0, 0, 0), (1, whole.shape[1], length, *whole.shape[3:])
+    )[0]
+    return take(self.k), take(self.v)
+
+  def repeat(self, n: int) -> 'KVCache':
+    """Every row n times: candidates that share a prefix."""
+    return jax.tree.map(lambda x: constrain(jnp.repeat(x, n, axis=1), CACHE_AXES), self)
+
+
+class Attention(nn.Module):
+  """Multi-head attention of x[B, T, D] over itself, or over a cache that x is written into first."""
+
+  heads: int
+  dtype: jnp.dtype = jnp.float32
+  init: Init = normal_init(0.02)
+  init_out: Init = normal_init(0.02)
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    mask: jax.Array | None,
+    cache: KVCache | None = None,
+    layer: jax.Array | int = 0,
+    offset: jax.Array | int = 0,
+  ) -> tuple[jax.Array, KVCache | None]:
+    """`mask` bool[T, keys] says which of the first `keys` positions count; without it all do."""
+    d = x.shape[-1]
+    shape, axes = (d, self.heads, d // self.heads), ('embed', 'heads', 'head_dim')
+    q, k, v = (
+      Einsum(shape, axes, bias_axes=(1, 2), dtype=self.dtype, init=self.init, name=name)('BSD,DHK->BSHK', x)
+      for name in ('query', 'key', 'value')
+    )
+    if cache is not None:
+      cache = cache.write(layer, offset, k, v)
+      k, v = cache.read(layer, mask.shape[-1])
+    y = jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[None, None])  # softmax in float32
+    out = Einsum(
+      (*shape[1:], d), (*axes[1:], 'embed'), bias_axes=(2,), dtype=self.dtype, init=self.init_out, name='out'
+    )
+    return out('BSHK,HKD->BSD', y), cache

@@ -1,0 +1,203 @@
+"""DALL-E: one autoregressive transformer over text and image tokens (Ramesh et al., 2021, section 2.2).
+
+Axis legend: B batch, T text_length, I image tokens (h * w), P = T + 1 the prefix [start of text] + text, D d_model,
+N = P + I - 1 the positions that go in: the last image token is only ever predicted. Position p predicts token p + 1, so
+the last text position predicts the first image token.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax.layers import variants
+from dalle_jax.layers.attention import KVCache, layer_kinds, stream_mask
+from dalle_jax.layers.basic import LayerNorm, boxed, constrain, normal_init
+from dalle_jax.layers.transformer import Stack
+
+VARIANTS = {
+  'test': dict(
+    text_vocab=40, text_length=6, image_vocab=16, grid=(4, 4), d_model=16, depth=4, heads=2, conv_kernel=3,
+    dtype=jnp.float32,
+  ),
+  'quickstart': dict(
+    text_vocab=544, text_length=32, image_vocab=512, grid=(6, 6), d_model=128, depth=6, heads=4, attention='full',
+    period=3, dtype=jnp.float32,
+  ),
+  'emoji': dict(
+    text_vocab=2080, text_length=24, image_vocab=1024, grid=(8, 8), d_model=192, depth=6, heads=6, attention='full',
+    period=3, dtype=jnp.float32,
+  ),
+  # 256 + 1,024 tokens with the sizes of the GPT family, and the paper's.
+  'small': dict(d_model=768, depth=12, heads=12),
+  '300m': dict(d_model=1024, depth=24, heads=16, remat='dots'),
+  '1.3b': dict(d_model=2048, depth=24, heads=16, remat='full'),
+  '12b': dict(d_model=3968, depth=64, heads=62, tied=True, period=4, remat='full'),
+}  # fmt: skip
+
+
+class DALLE(nn.Module):
+  """The transformer with its embeddings and heads.
+
+  Attributes:
+    text_vocab: all text ids, those of the `text_length` paddings (one a position, the highest ids) included.
+    grid: rows and columns of image tokens.
+    attention: kinds by layer, see `layers.attention.layer_kinds`.
+    image_positions: 'axial', a row and a column embedding each, or 'learned', one a position.
+    tied: the heads are the embeddings of text and image.
+    period, remat: see `layers.transformer.Stack`.
+  """
+
+  text_vocab: int = 16_384 + 256
+  text_length: int = 256
+  image_vocab: int = 8192
+  grid: tuple[int, int] = (32, 32)
+  d_model: int = 768
+  depth: int = 12
+  heads: int = 12
+  attention: str = 'paper'
+  conv_kernel: int = 11
+  image_positions: str = 'axial'
+  tied: bool = False
+  activation: str = 'gelu'
+  period: int = 1
+  remat: str = 'none'
+  dtype: jnp.dtype = jnp.bfloat16
+
+  @property
+  def image_length(self) -> int:
+    return self.grid[0] * self.grid[1]
+
+  @property
+  def prefix(self) -> int:
+    return self.text_length + 1
+
+  @property
+  def length(self) -> int:
+    """N, the positions that go in."""
+    return self.prefix + self.image_length - 1
+
+  @property
+  def padding(self) -> np.ndarray:
+    """The text of an empty caption, int32[T]: the padding id of each position."""
+    return np.arange(self.text_vocab - self.text_length, self.text_vocab, dtype=np.int32)
+
+  def setup(self):
+    d, init = self.d_model, normal_init(0.02)
+    table = lambda name, size, axes: self.param(name, boxed(init, axes), (*size, d), jnp.float32)
+    self.start = table('start', (), ('embed',))
+    self.text_embed = table('text_embed', (self.text_vocab,), ('vocab', 'embed'))
+    self.image_embed = table('image_embed', (self.image_vocab,), ('vocab', 'embed'))
+    self.text_positions = table('text_positions', (self.prefix,), (None, 'embed'))
+    if self.image_positions == 'axial':
+      self.row_positions = table('row_positions', (self.grid[0],), (None, 'embed'))
+      self.column_positions = table('column_positions', (self.grid[1],), (None, 'embed'))
+    elif self.image_positions == 'learned':
+      self.image_position = table('image_position', (self.image_length,), (None, 'embed'))
+    else:
+      raise ValueError(f'image_positions {self.image_positions!r} is unknown; there are axial and learned.')
+    self.blocks = Stack(self.depth, self.heads, self.activation, self.dtype, self.period, self.remat)
+    self.norm_out = LayerNorm(dtype=self.dtype)
+    if self.tied:
+      self.text_head, self.image_head = self.text_embed, self.image_embed
+    else:
+      self.text_head = table('text_head', (self.text_vocab,), ('vocab', 'embed'))
+      self.image_head = table('image_head', (self.image_vocab,), ('vocab', 'embed'))
+
+  def __call__(self, text: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Teacher-forced logits: text int32[B, T], image int32[B, I] -> float32[B, T, text_vocab], [B, I, image_vocab].
+
+    Row t of each is the prediction of token t. Raises ValueError for other lengths.
+    """
+    self._check(text, image, (self.image_length,))
+    x = jnp.concatenate([self._embed_text(text), self._embed_image(image[:, :-1], 0)], 1)
+    masks, kinds = self._masks()
+    x, _ = self.blocks(x, masks, kinds)
+    x = self.norm_out(x)
+    t = self.text_length
+    return self._logits(x[:, :t], self.text_head), self._logits(x[:, t:], self.image_head)
+
+  def prefill(self, text: jax.Array, image: jax.Array) -> tuple[jax.Array, KVCache]:
+    """Reads text int32[B, T] and the first k < I image tokens int32[B, k] into a new cache.
+
+    Returns the logits of image token k, float32[B, image_vocab], and the cache.
+    """
+    self._check(text, image, range(self.image_length))
+    x = jnp.concatenate([self._embed_text(text), self._embed_image(image, 0)], 1)
+    cache = KVCache.zeros(self.depth, len(x), self.length, self.heads, self.d_model // self.heads, self.dtype)
+    masks, kinds = self._masks()
+    n = x.shape[1]
+    x, cache = self.blocks(x, masks[:, :n, :n], kinds, cache)
+    return self._logits(self.norm_out(x[:, -1]), self.image_head), cache
+
+  def step(
+    self, token: jax.Array, index: jax.Array, cache: KVCache, end: int | None = None
+  ) -> tuple[jax.Array, KVCache]:
+    """Image token number `index`, int32[B], in; the logits of the next, float32[B, image_vocab], and the cache out.
+
+    `end`, static and above `index`: the cache is read up to image token number `end` alone.
+    """
+    x = self._embed_image(token[:, None], index)
+    masks, kinds = self._masks()
+    position = self.prefix + index
+    keys = self.length if end is None else self.prefix + end
+    rows = jax.lax.dynamic_slice_in_dim(jnp.asarray(masks)[:, :, :keys], position, 1, axis=1)  # (M, 1, keys)
+    x, cache = self.blocks(x, rows, kinds, cache, position)
+    return self._logits(self.norm_out(x[:, 0]), self.image_head), cache
+
+  def _check(self, text: jax.Array, image: jax.Array, lengths: range | tuple[int, ...]) -> None:
+    if text.shape[1] != self.text_length:
+      raise ValueError(f'DALL-E takes {self.text_length} text tokens, not {text.shape[1]}; pad or cut the captions.')
+    if image.shape[1] not in lengths:
+      raise ValueError(f'DALL-E takes {lengths[0]} to {lengths[-1]} image tokens here, not {image.shape[1]}.')
+
+  def _embed_text(self, text: jax.Array) -> jax.Array:
+    """int32[B, T] -> [B, P, D]."""
+    x = jnp.take(self.text_embed, text, axis=0)
+    start = jnp.broadcast_to(self.start, (len(x), 1, self.d_model))
+    return (jnp.concatenate([start, x], 1) + self.text_positions).astype(self.dtype)
+
+  def _embed_image(self, tokens: jax.Array, first: jax.Array | int) -> jax.Array:
+    """int32[B, n], image tokens first, first + 1, ... -> [B, n, D]."""
+    x = jnp.take(self.image_embed, tokens, axis=0)
+    i = first + jnp.arange(tokens.shape[1])
+    if self.image_positions == 'axial':
+      where = jnp.take(self.row_positions, i // self.grid[1], axis=0)
+      where += jnp.take(self.column_positions, i % self.grid[1], axis=0)
+    else:
+      where = jnp.take(self.image_position, i, axis=0)
+    return (x + where).astype(self.dtype)
+
+  def _masks(self) -> tuple[np.ndarray, list[int]]:
+    """bool[M, N, N], one for each kind that occurs, and the index there of each layer."""
+    kinds = layer_kinds(self.attention, self.depth)
+    present = sorted(set(kinds))
+    masks = np.stack([stream_mask(kind, self.prefix, self.grid, self.conv_kernel) for kind in present])
+    return masks[:, : self.length, : self.length], [present.index(kind) for kind in kinds]
+
+  def _logits(self, x: jax.Array, head: jax.Array) -> jax.Array:
+    """[..., D] -> float32[..., vocab]."""
+    y = jnp.einsum('...D,VD->...V', x, head.astype(self.dtype), preferred_element_type=jnp.float32)
+    return constrain(y, ('batch', *(None,) * (y.ndim - 2), 'vocab'))
+
+
+def flops(model: DALLE, batch: int) -> float:
+  """Model FLOPs of one update (forward and backward; no causal discount, no rematerialisation), for `batch` streams."""
+  n, d = model.length, model.d_model
+  layer = 24 * n * d * d + 4 * n * n * d  # forward: products with 12 d^2 parameters; scores and their sum of values
+  heads = 2 * d * (model.text_length * model.text_vocab + model.image_length * model.image_vocab)
+  return 3.0 * batch * (model.depth * layer + heads)
+
+
+def parameter_count(model: DALLE) -> int:
+  """The number of parameters, without making them."""
+  text, image = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (model.text_length, model.image_length))
+  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), text, image))
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
+
+
+def build(variant: str, **overrides) -> DALLE:
+  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  return variants.build(DALLE, VARIANTS, variant, overrides)

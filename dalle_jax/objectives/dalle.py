@@ -1,0 +1,100 @@
+"""Trains a DALL-E: the next token of text and image, each normalised by its own number (Ramesh et al., 2021, 2.2)."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dalle_jax.functional import decoding, losses
+from dalle_jax.functional.pixels import to_float, to_uint8
+from dalle_jax.models import dalle, vqgan
+
+DEFAULTS = dict(
+  text_weight=0.125,  # of the text loss
+  image_weight=0.875,
+  caption_dropout=0.0,  # the fraction of captions replaced by padding alone, for guidance in sampling
+  guidance=1.0,  # of the pictures in the log
+)
+
+
+class DALLEObjective:
+  """The player is 'dalle'. Batches: text int32[B, T], and tokens int32[B, I] or image uint8[B, H, W, 3].
+
+  Pictures become tokens inside the step, by the frozen network 'vqgan'; encoding ahead (config.encode) saves that.
+  """
+
+  def __init__(self, model: dalle.DALLE, tokenizer: vqgan.VQGAN, c: ConfigDict):
+    self.model, self.tokenizer, self.c = model, tokenizer, c
+
+  def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+    image = jnp.zeros((1, self.model.image_length), jnp.int32)
+    return {'dalle': self.model.init(rng, jnp.zeros((1, batch['text'].shape[1]), jnp.int32), image)['params']}, {}
+
+  def loss(
+    self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
+  ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+    text, image = batch['text'], self._tokens(ctx, batch)
+    kept = None
+    if ctx.train and self.c.caption_dropout:
+      drop = jax.random.bernoulli(ctx.rng, self.c.caption_dropout, (len(text), 1))
+      text = jnp.where(drop, self.model.padding, text)
+      kept = 1.0 - drop[:, 0]  # padding alone teaches nothing about text
+    text_logits, image_logits = self.model.apply({'params': params['dalle']}, text, image)
+    text_loss, _ = losses.token_loss(text_logits, text, kept)
+    image_loss, accuracy = losses.token_loss(image_logits, image)
+    loss = self.c.text_weight * text_loss + self.c.image_weight * image_loss
+    return loss, ({'text_loss': text_loss, 'image_loss': image_loss, 'accuracy': accuracy}, ctx.mutable)
+
+  def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Each picture as the VQGAN knows it beside one drawn from its caption: uint8[B, H, 2 * W, 3]."""
+    true = self._tokens(ctx, batch)
+    keys = jax.random.split(ctx.rng, len(true))
+    sampling = decoding.Sampling(guidance=self.c.guidance)
+    apply = functools.partial(self.model.apply, {'params': params['dalle']})
+    drawn = decoding.sample(
+      apply, batch['text'], true[:, :0], keys, empty=self.model.padding, length=true.shape[1], n=1, sampling=sampling
+    )
+    both = jnp.stack([true, drawn]).reshape(2, len(true), *self.model.grid)
+    decode = lambda codes: self.tokenizer.apply({'params': ctx.frozen['vqgan']}, codes, method='decode_codes')
+    return jnp.concatenate([to_uint8(decode(codes)) for codes in both], 2)
+
+  def tokens(self, batch: Mapping[str, Any]) -> int:
+    return batch['text'].shape[0] * self.model.length
+
+  def flops(self, batch: Mapping[str, Any]) -> float:
+    return dalle.flops(self.model, batch['text'].shape[0])
+
+  def _tokens(self, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    if 'tokens' in batch:
+      return batch['tokens']
+    images = to_float(batch['image'])
+    codes = self.tokenizer.apply({'params': ctx.frozen['vqgan']}, images, method='encode')
+    return codes.reshape(len(images), -1)
+
+
+def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> DALLEObjective:
+  """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields).
+
+  The sizes of the text come from the tokenizer, those of the image from the frozen run 'vqgan'. Raises ValueError for
+  an unknown field, or without captions or VQGAN.
+  """
+  if unknown := sorted(set(config.loss) - set(DEFAULTS)):
+    raise ValueError(f'config.loss has the unknown fields {", ".join(unknown)}; there are {", ".join(DEFAULTS)}.')
+  if 'vqgan' not in frozen_configs:
+    raise ValueError('the objective dalle needs an image tokenizer; set config.frozen.vqgan to the run of a VQGAN.')
+  if not config.tokenizer.vocab_size:
+    raise ValueError('the objective dalle needs captions; set config.tokenizer.vocab_size.')
+  tokenizer = vqgan.build(**frozen_configs['vqgan']['model'])
+  model = dalle.build(
+    **{
+      **config.model,
+      'text_vocab': config.tokenizer.vocab_size + config.tokenizer.length,
+      'text_length': config.tokenizer.length,
+      'image_vocab': tokenizer.num_codes,
+      'grid': tokenizer.grid(config.data.image_size),
+    }
+  )
+  return DALLEObjective(model, tokenizer, ConfigDict({**DEFAULTS, **config.loss}))

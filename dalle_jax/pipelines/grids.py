@@ -1,0 +1,42 @@
+"""Pictures in rows under their captions, as one picture."""
+
+import textwrap
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+PAD, FONT_SIZE = 6, 14  # pixels
+CELL = 96  # smallest side of a picture shown
+
+
+def caption_grid(rows: Sequence[tuple[str, Sequence[np.ndarray]]], labels: Sequence[str] = ()) -> Image.Image:
+  """One row a caption: its text above its pictures, uint8[H, W, 3] each; small pictures are enlarged to 96 pixels.
+
+  `labels` stand above the columns. Raises ValueError when there is nothing to show.
+  """
+  if not rows or not any(len(images) for _, images in rows):
+    raise ValueError('there are no pictures to put into a grid.')
+  font = ImageFont.load_default(FONT_SIZE)
+  first = next(images[0] for _, images in rows if len(images))
+  scale = max(1, -(-CELL // first.shape[1]))
+  height, width = first.shape[0] * scale, first.shape[1] * scale
+  columns = max(len(images) for _, images in rows)
+  total = max(columns * (width + PAD) + PAD, 320)
+  line, letters = FONT_SIZE + 4, max(20, int(total / (FONT_SIZE * 0.52)))
+  texts = [textwrap.wrap(caption, letters) or [''] for caption, _ in rows]
+  head = line + PAD if labels else PAD
+  canvas = Image.new('RGB', (total, head + sum(len(t) * line + height + 2 * PAD for t in texts)), 'white')
+  draw = ImageDraw.Draw(canvas)
+  for i, label in enumerate(labels):
+    draw.text((PAD + i * (width + PAD), PAD // 2), label, 'gray', font)
+  y = head
+  for (_, images), text in zip(rows, texts, strict=True):
+    for part in text:
+      draw.text((PAD, y), part, 'black', font)
+      y += line
+    for i, image in enumerate(images):
+      picture = Image.fromarray(np.asarray(image)).resize((width, height), Image.Resampling.NEAREST)
+      canvas.paste(picture, (PAD + i * (width + PAD), y))
+    y += height + 2 * PAD
+  return canvas

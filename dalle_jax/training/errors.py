@@ -1,0 +1,25 @@
+"""How a script ends when something is wrong: one line for a user's mistake, a traceback for ours."""
+
+import sys
+import traceback
+from pathlib import Path
+
+from absl import flags
+
+from dalle_jax.training.metrics import Diverged
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPECTED = (ValueError, OSError, flags.Error, Diverged)  # what a script catches and gives to `report`
+
+
+def report(e: Exception, debug: bool) -> int:
+  """Prints one line (with `debug` the traceback, too) and returns the exit status: 1 diverged, 2 all else.
+
+  Errors that our own code raises are for the user; those from inside a library are bugs and keep their traceback.
+  """
+  file = traceback.extract_tb(e.__traceback__)[-1].filename
+  ours = isinstance(e, (OSError, flags.Error)) or (str(ROOT) in file and 'site-packages' not in file)
+  if debug or not ours:
+    traceback.print_exception(e)
+  print(f'error: {" ".join(str(e).split())}', file=sys.stderr, flush=True)
+  return 1 if isinstance(e, Diverged) else 2

@@ -1,0 +1,147 @@
+"""Trains VQGAN, CLIP and DALL-E on the procedural world and reports what came of it (`make quickstart`).
+
+Everything lands in --run_dir: a run directory a stage, grid.png, curves.png, report.md, metrics.json. Interrupted
+anywhere, the same command goes on where it was: each stage resumes from its last checkpoint or is skipped when done.
+"""
+
+import json
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from absl import app, flags
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+from dalle_jax.pipelines.dalle import DallE
+from dalle_jax.pipelines.grids import caption_grid
+
+from dalle_jax.data.sources import shapes
+from dalle_jax.evals.oracle import ATTRIBUTES, Oracle
+
+_RUN_DIR = flags.DEFINE_string('run_dir', 'runs/quickstart', 'where everything goes')
+_CONFIG = flags.DEFINE_string('config', 'configs/quickstart.py', 'the config with the stages')
+_PROMPTS = flags.DEFINE_integer('prompts', 200, 'held-out captions a split')
+_CANDIDATES = flags.DEFINE_integer('candidates', 8, 'samples a caption, of which CLIP picks the best')
+_GUIDANCE = flags.DEFINE_float('guidance', 2.0, 'classifier-free guidance scale')
+_OVERRIDES = flags.DEFINE_multi_string('override', [], 'passed on to train.py, e.g. --override=--config.train.steps=10')
+STAGES = ('vqgan', 'clip', 'dalle')
+
+
+def main(argv):
+  if len(argv) > 1:
+    sys.exit(f'error: unexpected argument {argv[1]!r}')
+  root = Path(_RUN_DIR.value)
+  for stage in STAGES:
+    print(f'==== {stage}', flush=True)
+    command = [sys.executable, 'train.py', f'--config={_CONFIG.value}:{stage}', f'--config.root={root}']
+    code = subprocess.run([*command, *_OVERRIDES.value], check=False).returncode
+    if code:
+      sys.exit(f'error: stage {stage} ended with exit code {code}; the same command goes on where it stopped')
+  print('==== evaluation', flush=True)
+  start = time.monotonic()
+  metrics, pictures = evaluate(root)
+  metrics |= {f'wall_s/{stage}': history(root / stage)[-1].get('wall_s', float('nan')) for stage in STAGES}
+  metrics['wall_s/evaluation'] = time.monotonic() - start
+  caption_grid(pictures).save(root / 'grid.png')
+  draw_curves(root, root / 'curves.png')
+  (root / 'metrics.json').write_text(json.dumps(metrics, indent=2) + '\n')
+  (root / 'report.md').write_text(report(metrics))
+  print(report(metrics))
+  print(f'pictures: {root}/grid.png  curves: {root}/curves.png  report: {root}/report.md')
+
+
+def evaluate(root: Path) -> tuple[dict[str, float], list]:
+  """Scores reconstructions and samples of held-out scenes with the oracle; also rows for the grid picture."""
+  model = DallE.load(root / 'dalle', clip=root / 'clip')
+  source_args = model.config['data']['source_args']
+  oracle, size = Oracle(source_args['image_size']), source_args['image_size']
+  metrics: dict[str, float] = {}
+  rows = []
+
+  test = shapes.load('test', image_size=size)
+  scenes = [test.scene(k) for k in range(1_000)]
+  recon = model.reconstruct(np.stack([shapes.render(s, size) for s in scenes]))
+  score = oracle.score(recon, scenes)
+  metrics['vqgan/recon_correct'] = float(score['all'].mean())
+  metrics |= {f'vqgan/recon_{a}': float(score[a].mean()) for a in ATTRIBUTES}
+
+  n = _CANDIDATES.value
+  for split, suffix in (('test', ''), ('test_unseen', '_unseen')):
+    source = shapes.load(split, image_size=size)
+    records = [source[k] for k in range(_PROMPTS.value)]
+    scenes = [source.scene(k) for k in range(_PROMPTS.value)]
+    samples = model.sample([r['caption'] for r in records], n=n, seed=0, guidance=_GUIDANCE.value)
+    images = np.stack([s.images for s in samples])  # (prompts, n, H, W, 3), best first by CLIP
+    right = oracle.score(images.reshape(-1, *images.shape[2:]), [s for s in scenes for _ in range(n)])
+    right = {a: v.reshape(-1, n) for a, v in right.items()}
+    metrics[f'dalle/correct{suffix}'] = float(right['all'].mean())
+    metrics[f'dalle/correct{suffix}_best_of_{n}'] = float(right['all'][:, 0].mean())
+    metrics[f'dalle/correct{suffix}_any_of_{n}'] = float(right['all'].any(1).mean())
+    metrics |= {f'dalle/{a}{suffix}': float(right[a].mean()) for a in ATTRIBUTES}
+    for record, sample in list(zip(records, samples, strict=True))[:6]:
+      rows.append((record['caption'], [record['image'], *sample.images]))
+  return metrics, rows
+
+
+def history(run: Path) -> list[dict]:
+  """The lines of a run's metrics.jsonl."""
+  return [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+
+
+def draw_curves(root: Path, path: Path) -> None:
+  """One panel a stage: training loss, and validation loss where it was measured."""
+  figure, axes = plt.subplots(1, len(STAGES), figsize=(5 * len(STAGES), 3.5), layout='constrained')
+  for axis, stage in zip(axes, STAGES, strict=True):
+    lines = history(root / stage)
+    for key in ('train/loss', 'val/loss'):
+      points = [(line['step'], line[key]) for line in lines if key in line]
+      if points:
+        axis.plot(*zip(*points, strict=True), label=key)
+    axis.set(title=stage, xlabel='step', yscale='log')
+    axis.legend()
+  figure.savefig(path, dpi=100)
+  plt.close(figure)
+
+
+def report(metrics: dict[str, float]) -> str:
+  """The figures as a Markdown page."""
+  n = _CANDIDATES.value
+  shown = [
+    ('VQGAN: all attributes right in reconstructions of `test`', 'vqgan/recon_correct'),
+    ('DALL-E: single samples all right, `test` captions', 'dalle/correct'),
+    (f'DALL-E: best of {n} by CLIP, `test`', f'dalle/correct_best_of_{n}'),
+    ('DALL-E: single samples all right, `test_unseen`', 'dalle/correct_unseen'),
+    (f'DALL-E: best of {n} by CLIP, `test_unseen`', f'dalle/correct_unseen_best_of_{n}'),
+  ]
+  table = '\n'.join(f'| {name} | {100 * metrics[key]:.1f}% |' for name, key in shown)
+  times = '\n'.join(f'| {k.removeprefix("wall_s/")} | {v:.0f} |' for k, v in metrics.items() if k.startswith('wall_s/'))
+  page = """\
+    # Quickstart
+
+    Scenes of `test` were never trained on; those of `test_unseen` also show pairs of shape and colour that no training
+    picture shows. A picture counts only if every attribute of every object and the background is right.
+
+    | measure | share |
+    |---|---|
+    {table}
+
+    Each row: the true picture, then {n} samples, best first by CLIP. The upper six captions are from `test`, the lower
+    six from `test_unseen`.
+
+    ![samples](grid.png)
+    ![curves](curves.png)
+
+    | stage | seconds |
+    |---|---|
+    {times}
+    """
+  return textwrap.dedent(page).format(table=table, n=n, times=times)
+
+
+if __name__ == '__main__':
+  app.run(main)

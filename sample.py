@@ -1,0 +1,123 @@
+"""Draws pictures from captions by a trained DALL-E.
+
+  python sample.py --run runs/quickstart/dalle --clip runs/quickstart/clip --prompt "a large red circle at the top"
+  python sample.py --run RUN --prompts captions.txt --n 8 --guidance 2       # one caption a line
+  python sample.py --run RUN --prompt "..." --init_image photo.png --keep_rows 3     # completes the lower part
+Writes OUT/NUMBER_RANK.png, OUT/grid.png (best first with --clip) and OUT/samples.json. `--debug` shows tracebacks.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import jax
+from absl import flags
+from PIL import Image
+
+from configs import common
+from dalle_jax.pipelines.dalle import DallE
+from dalle_jax.pipelines.grids import caption_grid
+from dalle_jax.training import errors, sharding
+
+FLAGS = flags.FlagValues()
+string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
+string('run', '', 'run directory of a DALL-E')
+string('clip', '', 'run directory of a CLIP that ranks the pictures')
+flags.DEFINE_multi_string('prompt', [], 'a caption; may be repeated', flag_values=FLAGS)
+string('prompts', '', 'a text file with one caption a line')
+string('out', 'samples', 'directory for the pictures')
+flags.DEFINE_integer('n', 4, 'pictures a caption', flag_values=FLAGS)
+flags.DEFINE_integer('best', 0, 'how many of them are written, best first; 0: all', flag_values=FLAGS)
+flags.DEFINE_integer('seed', 0, 'same seed and caption, same pictures', 0, flag_values=FLAGS)
+flags.DEFINE_float('temperature', 1.0, '0 takes the most probable token', flag_values=FLAGS)
+flags.DEFINE_integer('top_k', 0, 'only the k most probable tokens; 0: all', flag_values=FLAGS)
+flags.DEFINE_float('top_p', 1.0, 'only the most probable tokens of this mass', flag_values=FLAGS)
+flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale; 1: none', flag_values=FLAGS)
+string('init_image', '', 'a picture to complete')
+flags.DEFINE_integer('keep_rows', 0, 'rows of its image tokens to keep', flag_values=FLAGS)
+flags.DEFINE_integer('batch_size', 64, 'pictures at once', 1, flag_values=FLAGS)
+flags.DEFINE_integer('step', 0, 'a checkpoint other than the newest', 0, flag_values=FLAGS)
+string('mesh', '', 'over all devices, e.g. data=-1,fsdp=1,tensor=1; empty: one device')
+flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
+
+
+def prompts() -> list[str]:
+  found = list(FLAGS.prompt)
+  if FLAGS.prompts:
+    found += [line.strip() for line in Path(FLAGS.prompts).read_text(encoding='utf-8').splitlines() if line.strip()]
+  if not found:
+    raise ValueError('there is no caption; give --prompt "..." or --prompts FILE with one a line.')
+  return found
+
+
+def mesh_sizes() -> dict[str, int]:
+  if not FLAGS.mesh:
+    return {}
+  if not re.fullmatch(r'(\w+=-?\d+)(,\w+=-?\d+)*', FLAGS.mesh):
+    raise ValueError(f'--mesh {FLAGS.mesh!r} is not understood; write data=-1,fsdp=1,tensor=1.')
+  given = {k: int(v) for k, v in (part.split('=') for part in FLAGS.mesh.split(','))}
+  if unknown := sorted(set(given) - set(common.MESHES['data'])):
+    raise ValueError(f'--mesh has no axis {", ".join(unknown)}; there are {", ".join(common.MESHES["data"])}.')
+  return {axis: given.get(axis, 1) for axis in common.MESHES['data']}
+
+
+def run() -> None:
+  if not FLAGS.run:
+    raise ValueError('give --run RUN_DIR, the run directory of a trained DALL-E.')
+  captions, sizes = prompts(), mesh_sizes()
+  if sizes:
+    with sharding.use(sizes, common.RULES) as mesh:
+      draw(captions, mesh=mesh, rules=common.RULES)
+  else:
+    draw(captions)
+
+
+def draw(captions: list[str], **layout) -> None:
+  model = DallE.load(FLAGS.run, clip=FLAGS.clip, step=FLAGS.step or None, **layout)
+  print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
+  samples = model.sample(
+    captions,
+    n=FLAGS.n,
+    seed=FLAGS.seed,
+    temperature=FLAGS.temperature,
+    top_k=FLAGS.top_k,
+    top_p=FLAGS.top_p,
+    guidance=FLAGS.guidance,
+    init_image=FLAGS.init_image or None,
+    keep_rows=FLAGS.keep_rows,
+    batch_size=FLAGS.batch_size,
+  )
+  out, best = Path(FLAGS.out), FLAGS.best or FLAGS.n
+  out.mkdir(parents=True, exist_ok=True)
+  table, rows = [], []
+  for i, sample in enumerate(samples):
+    files = [f'{i:03d}_{rank}.png' for rank in range(min(best, len(sample.images)))]
+    for file, image in zip(files, sample.images, strict=False):
+      Image.fromarray(image).save(out / file)
+    scores = None if sample.scores is None else [round(float(s), 4) for s in sample.scores[: len(files)]]
+    candidates = sample.candidates[: len(files)].tolist()
+    table.append({'prompt': sample.prompt, 'files': files, 'candidates': candidates, 'scores': scores})
+    rows.append((sample.prompt, sample.images[: len(files)]))
+  caption_grid(rows).save(out / 'grid.png')
+  settings = {k: getattr(FLAGS, k) for k in ('run', 'clip', 'seed', 'n', 'temperature', 'top_k', 'top_p', 'guidance')}
+  (out / 'samples.json').write_text(json.dumps({**settings, 'samples': table}, indent=2) + '\n')
+  print(f'wrote {sum(len(t["files"]) for t in table)} pictures, grid.png and samples.json to {out}')
+
+
+def main(argv: list[str]) -> int:
+  if {'-h', '--help'} & set(argv[1:]):
+    print(f'{__doc__}\n{FLAGS.main_module_help()}')
+    return 0
+  try:
+    rest = FLAGS(argv)[1:]
+    if rest:
+      raise ValueError(f'arguments {rest} are not understood; a caption needs --prompt "...".')
+    run()
+  except errors.EXPECTED as e:
+    return errors.report(e, '--debug' in argv)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
