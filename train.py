@@ -149,7 +149,7 @@ def main(argv: list[str]) -> int:
       jax.distributed.initialize()
     for stage in config.stages:
       print(f'--- {stage}', flush=True)
-      run(config_lib.parse(config_lib.with_argument(argv, stage)))
+      run(config_lib.parse(config_lib.with_stage(argv, stage)))
     if not config.stages:
       run(config)
   except errors.EXPECTED as e:

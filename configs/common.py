@@ -91,6 +91,17 @@ def base() -> ConfigDict:
   return c
 
 
+def vqgan(arg: ConfigDict) -> ConfigDict:
+  """What the published VQGANs share (Esser et al., 2021): `arg` has source, batch, steps."""
+  c = base()
+  c.objective = 'vqgan'
+  c.data.update(source=arg.source, image_size=256, batch_size=arg.batch, augment='random_crop,flip', workers=8)
+  c.loss = dict(l1_weight=1.0, l2_weight=0.0, lpips_weight=1.0, disc_start=0.1)
+  c.optim.update(name='adam', lr=4.5e-6 * arg.batch, b1=0.5, b2=0.9, schedule='constant', clip=0.0)
+  c.train.update(steps=arg.steps, log_every=100, checkpoint_every=2_000, eval_every=2_000)
+  return c
+
+
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
   """Reads the part after the colon of `--config file.py:res=448,small`.
 

@@ -104,8 +104,8 @@ class Attention(nn.Module):
 
   heads: int
   dtype: jnp.dtype = jnp.float32
-  init: Init = normal_init(0.02)
-  init_out: Init = normal_init(0.02)
+  kernel_init: Init = normal_init(0.02)
+  out_init: Init = normal_init(0.02)
 
   @nn.compact
   def __call__(
@@ -120,14 +120,18 @@ class Attention(nn.Module):
     d = x.shape[-1]
     shape, axes = (d, self.heads, d // self.heads), ('embed', 'heads', 'head_dim')
     q, k, v = (
-      Einsum(shape, axes, bias_axes=(1, 2), dtype=self.dtype, init=self.init, name=name)('BSD,DHK->BSHK', x)
+      Einsum(shape, axes, bias_axes=(1, 2), dtype=self.dtype, kernel_init=self.kernel_init, name=name)(
+        'BSD,DHK->BSHK', x
+      )
       for name in ('query', 'key', 'value')
     )
     if cache is not None:
       cache = cache.write(layer, offset, k, v)
       k, v = cache.read(layer, mask.shape[-1])
-    y = jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[None, None])  # softmax in float32
+    y = jax.nn.dot_product_attention(
+      q, k, v, mask=None if mask is None else jnp.asarray(mask)[None, None]
+    )  # softmax in float32
     out = Einsum(
-      (*shape[1:], d), (*axes[1:], 'embed'), bias_axes=(2,), dtype=self.dtype, init=self.init_out, name='out'
+      (*shape[1:], d), (*axes[1:], 'embed'), bias_axes=(2,), dtype=self.dtype, kernel_init=self.out_init, name='out'
     )
     return out('BSHK,HKD->BSD', y), cache

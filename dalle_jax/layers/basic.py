@@ -29,11 +29,11 @@ class Einsum(nn.Module):
   axes: Axes
   bias_axes: tuple[int, ...] = ()  # which axes of `shape` the bias spans; () for none
   dtype: jnp.dtype = jnp.float32
-  init: Init = normal_init(0.02)
+  kernel_init: Init = normal_init(0.02)
 
   @nn.compact
   def __call__(self, eqn: str, x: jax.Array) -> jax.Array:
-    kernel = self.param('kernel', boxed(self.init, self.axes), self.shape, jnp.float32)
+    kernel = self.param('kernel', boxed(self.kernel_init, self.axes), self.shape, jnp.float32)
     y = jnp.einsum(eqn, x.astype(self.dtype), kernel.astype(self.dtype))
     if self.bias_axes:
       shape = tuple(self.shape[i] for i in self.bias_axes)
@@ -49,11 +49,11 @@ class Dense(nn.Module):
   axes: Axes
   use_bias: bool = True
   dtype: jnp.dtype = jnp.float32
-  init: Init = normal_init(0.02)
+  kernel_init: Init = normal_init(0.02)
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    kernel = self.param('kernel', boxed(self.init, self.axes), (x.shape[-1], self.features), jnp.float32)
+    kernel = self.param('kernel', boxed(self.kernel_init, self.axes), (x.shape[-1], self.features), jnp.float32)
     y = x.astype(self.dtype) @ kernel.astype(self.dtype)
     if self.use_bias:
       bias = self.param('bias', boxed(nn.initializers.zeros, self.axes[1:]), (self.features,), jnp.float32)
@@ -70,12 +70,12 @@ class Conv(nn.Module):
   padding: str | tuple[tuple[int, int], tuple[int, int]] = 'SAME'
   use_bias: bool = True
   dtype: jnp.dtype = jnp.float32
-  init: Init = nn.initializers.lecun_normal()
+  kernel_init: Init = nn.initializers.lecun_normal()
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
-    kernel = self.param('kernel', boxed(self.init, (None, None, 'conv_in', 'conv_out')), shape, jnp.float32)
+    kernel = self.param('kernel', boxed(self.kernel_init, (None, None, 'conv_in', 'conv_out')), shape, jnp.float32)
     y = jax.lax.conv_general_dilated(
       x.astype(self.dtype),
       kernel.astype(self.dtype),
@@ -96,11 +96,11 @@ class Embed(nn.Module):
   features: int
   axes: Axes = ('vocab', 'embed')
   dtype: jnp.dtype = jnp.float32
-  init: Init = normal_init(0.02)
+  kernel_init: Init = normal_init(0.02)
 
   @nn.compact
   def __call__(self, ids: jax.Array) -> jax.Array:
-    table = self.param('embedding', boxed(self.init, self.axes), (self.vocab, self.features), jnp.float32)
+    table = self.param('embedding', boxed(self.kernel_init, self.axes), (self.vocab, self.features), jnp.float32)
     return jnp.take(table, ids, axis=0).astype(self.dtype)
 
 

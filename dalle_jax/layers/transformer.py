@@ -41,9 +41,9 @@ class Block(nn.Module):
     y, cache = attention(y, mask, cache, layer, offset)
     x = x + y
     y = LayerNorm(dtype=self.dtype, name='norm_2')(x)
-    y = Dense(4 * d, ('embed', 'mlp'), dtype=self.dtype, init=normal_init((2 * d) ** -0.5), name='mlp_in')(y)
+    y = Dense(4 * d, ('embed', 'mlp'), dtype=self.dtype, kernel_init=normal_init((2 * d) ** -0.5), name='mlp_in')(y)
     y = ACTIVATIONS[self.activation](y)
-    return x + Dense(d, ('mlp', 'embed'), dtype=self.dtype, init=outer, name='mlp_out')(y), cache
+    return x + Dense(d, ('mlp', 'embed'), dtype=self.dtype, kernel_init=outer, name='mlp_out')(y), cache
 
 
 class Period(nn.Module):

@@ -47,7 +47,9 @@ class ImageTower(nn.Module):
     if images.shape[1:3] != (self.image_size, self.image_size):
       raise ValueError(f'CLIP takes pictures of {self.image_size} pixels a side, not {images.shape[1:3]}; resize.')
     init, stem = normal_init(self.width**-0.5), normal_init((3 * self.patch**2) ** -0.5)
-    conv = Conv(self.width, self.patch, self.patch, 'VALID', use_bias=False, dtype=self.dtype, init=stem, name='stem')
+    conv = Conv(
+      self.width, self.patch, self.patch, 'VALID', use_bias=False, dtype=self.dtype, kernel_init=stem, name='stem'
+    )
     x = conv(images).reshape(images.shape[0], -1, self.width)
     token = self.param('class_token', boxed(init, ('embed',)), (self.width,), jnp.float32)
     x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, self.width)), x], 1)
@@ -55,7 +57,7 @@ class ImageTower(nn.Module):
     x = LayerNorm(dtype=self.dtype, name='norm_in')(x + positions.astype(self.dtype))
     x, _ = Stack(self.layers, self.heads, self.activation, self.dtype, name='encoder')(x)
     x = LayerNorm(name='norm_out')(x[:, 0])
-    return Dense(self.embed_dim, ('embed', None), use_bias=False, init=init, name='proj')(x)
+    return Dense(self.embed_dim, ('embed', None), use_bias=False, kernel_init=init, name='proj')(x)
 
 
 class TextTower(nn.Module):
@@ -88,7 +90,9 @@ class TextTower(nn.Module):
     else:
       raise ValueError(f'CLIP text_pool {self.pool!r} is unknown; there are last and max_id.')
     x = LayerNorm(name='norm_out')(x)
-    return Dense(self.embed_dim, ('embed', None), use_bias=False, init=normal_init(self.width**-0.5), name='proj')(x)
+    return Dense(
+      self.embed_dim, ('embed', None), use_bias=False, kernel_init=normal_init(self.width**-0.5), name='proj'
+    )(x)
 
 
 class CLIP(nn.Module):

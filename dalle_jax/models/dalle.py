@@ -26,7 +26,7 @@ VARIANTS = {
     text_vocab=544, text_length=32, image_vocab=512, grid=(6, 6), d_model=128, depth=6, heads=4, attention='full',
     period=3, dtype=jnp.float32,
   ),
-  'emoji': dict(
+  'mini': dict(
     text_vocab=2080, text_length=24, image_vocab=1024, grid=(8, 8), d_model=192, depth=6, heads=6, attention='full',
     period=3, dtype=jnp.float32,
   ),

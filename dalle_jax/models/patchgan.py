@@ -24,14 +24,14 @@ class PatchGAN(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
     init, pad = nn.initializers.normal(0.02), ((1, 1), (1, 1))
-    x = Conv(self.width, 4, 2, pad, dtype=self.dtype, init=init, name='conv_0')(images)
+    x = Conv(self.width, 4, 2, pad, dtype=self.dtype, kernel_init=init, name='conv_0')(images)
     x = jax.nn.leaky_relu(x, 0.2)
     for i in range(1, self.layers + 1):
       stride = 2 if i < self.layers else 1
       features = self.width * min(2**i, 8)
-      x = Conv(features, 4, stride, pad, use_bias=False, dtype=self.dtype, init=init, name=f'conv_{i}')(x)
+      x = Conv(features, 4, stride, pad, use_bias=False, dtype=self.dtype, kernel_init=init, name=f'conv_{i}')(x)
       x = jax.nn.leaky_relu(GroupNorm(dtype=self.dtype, name=f'norm_{i}')(x), 0.2)
-    x = Conv(1, 4, 1, pad, dtype=self.dtype, init=init, name='conv_out')(x)
+    x = Conv(1, 4, 1, pad, dtype=self.dtype, kernel_init=init, name='conv_out')(x)
     return x[..., 0].astype(jnp.float32)
 
 

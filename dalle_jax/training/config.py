@@ -1,11 +1,15 @@
 """Reading a config from the command line so that a mistake is one clear line, and comparing two of them."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+
+# Fields of the model, the objective, a source: who reads them knows them, and refuses what it does not know.
+OPEN = r'(model|loss|frozen|data\.source_args)\.\w+'
 
 
 def parse(argv: Sequence[str], flag_values: flags.FlagValues | None = None) -> ConfigDict:
@@ -16,7 +20,9 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues | None = None) -> C
   """
   _check_fields(argv)
   values = flags.FlagValues() if flag_values is None else flag_values
-  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=list(argv))
+  holder = config_flags.DEFINE_config_file(
+    'config', flag_values=values, sys_argv=list(argv), lock_config=False, accept_new_attributes=True
+  )
   try:
     rest = values(list(argv))[1:]
   except flags.Error as e:
@@ -26,10 +32,11 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues | None = None) -> C
   return holder.value
 
 
-def with_argument(argv: Sequence[str], argument: str) -> list[str]:
-  """`argv` with the config file's argument replaced."""
+def with_stage(argv: Sequence[str], stage: str) -> list[str]:
+  """`argv` with `stage` as the first argument of the config file, before those that it has."""
   i, flag, file = _config_file(argv)
-  return [*argv[:i], f'{flag}{file.split(":")[0]}:{argument}', *argv[i + 1 :]]
+  path, _, arguments = file.partition(':')
+  return [*argv[:i], f'{flag}{path}:{",".join(filter(None, (stage, arguments)))}', *argv[i + 1 :]]
 
 
 def _config_file(argv: Sequence[str]) -> tuple[int, str, str]:
@@ -54,7 +61,7 @@ def _check_fields(argv: Sequence[str]) -> None:
   except OSError as e:
     raise FileNotFoundError(f'the config cannot be read: {str(e).splitlines()[-1].strip()}') from e
   for name in (a.lstrip('-').removeprefix('config.').split('=')[0] for a in argv if a.startswith('--config.')):
-    if name not in known:
+    if name not in known and not re.fullmatch(OPEN, name):
       leaf = name.rpartition('.')[2]
       close = [k for k in known if k.rpartition('.')[2] == leaf]
       close += difflib.get_close_matches(name, known, 3) + difflib.get_close_matches(leaf, known, 3)

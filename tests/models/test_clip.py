@@ -81,5 +81,5 @@ def test_errors():
     init(clip.build('test', text_pool='mean'))
   with pytest.raises(ValueError, match='a width of 16 is not divisible by 3 heads'):
     init(clip.build('test', heads=3))
-  with pytest.raises(ValueError, match="activation 'relu' is unknown; there are gelu, quick_gelu"):
+  with pytest.raises(ValueError, match="activation 'relu' is unknown; there are gelu, gelu_tanh, quick_gelu"):
     init(clip.build('test', activation='relu'))

@@ -17,7 +17,7 @@ def init(model, images=IMAGES):
 
 @pytest.mark.parametrize(
   ('variant', 'size', 'grid'),
-  [('quickstart', 48, 6), ('emoji', 64, 8), ('f8_8192', 256, 32), ('f16_1024', 256, 16), ('f16_16384', 256, 16)],
+  [('quickstart', 48, 6), ('small', 64, 8), ('f8_8192', 256, 32), ('f16_1024', 256, 16), ('f16_16384', 256, 16)],
 )
 def test_shapes_of_the_variants(variant, size, grid):
   model = vqgan.build(variant)

@@ -32,8 +32,12 @@ def test_parse_overrides_and_stages(recipe, form):
   argv = ['train.py', *(f.format(f'{recipe}:size=16') for f in form), '--config.train.steps=3', '--config.root=runs/y']
   config = config_lib.parse(argv)
   assert (config.train.steps, config.data.image_size, config.stages) == (3, 16, ('one', 'two'))
-  one = config_lib.parse(config_lib.with_argument(argv, 'one'))
-  assert (one.train.steps, one.run_dir, one.optim.lr, one.stages) == (3, 'runs/y/one', 0.5, ())
+  argv += ['--config.model.num_codes=7', '--config.loss.kind=a']
+  new = config_lib.parse(argv)  # what the model, the objective and the players will check
+  assert (new.model.num_codes, new.loss.kind) == (7, 'a')
+  one = config_lib.parse(config_lib.with_stage(argv, 'one'))
+  assert (one.train.steps, one.data.image_size, one.run_dir, one.optim.lr) == (3, 16, 'runs/y/one', 0.5)
+  assert one.stages == ()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""Filters against their definitions; the scan against a loop in Python."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.functional import decoding
+from dalle_jax.functional.decoding import Sampling, filter_logits
+
+V = 7
+
+
+def kept(logits, **kwargs):
+  return np.asarray(filter_logits(jnp.asarray(logits)[None], **kwargs)[0] > -1e29)
+
+
+def test_top_k_and_top_p():
+  p = np.array([0.4, 0.05, 0.3, 0.15, 0.1])
+  assert kept(np.log(p), top_k=2).tolist() == [True, False, True, False, False]
+  assert kept(np.log(p), top_k=9).all() and kept(np.log(p)).all()
+  assert kept(np.log(p), top_p=0.65).tolist() == [True, False, True, False, False]
+  assert kept(np.log(p), top_p=0.75).tolist() == [True, False, True, True, False]
+  assert kept(np.log(p), top_p=0.01).tolist() == [True, False, False, False, False]
+  assert kept(np.log(p), top_k=3, top_p=0.8).tolist() == [True, False, True, False, False]  # of those that are left
+
+
+def toy_step(token, index, cache, end):
+  """Logits that depend on the token, its index and all before it."""
+  total = cache + (token + 1.0) * (index + 1)
+  return jnp.sin(total[:, None] * (jnp.arange(V) + 1)) * 3, total
+
+
+def generate(sampling, start=0, length=9, rows=3, segments=4, keys=None):
+  count = 2 * rows if sampling.guided else rows
+  first = jnp.cos(jnp.arange(count)[:, None] * jnp.arange(V))
+  keys = jax.random.split(jax.random.key(5), rows) if keys is None else keys
+  return np.asarray(
+    decoding.generate(
+      toy_step, first, jnp.arange(count) * 1.0, keys, start=start, length=length, sampling=sampling, segments=segments
+    )
+  )
+
+
+@pytest.mark.parametrize('start', [0, 4, 8])
+def test_greedy_is_the_loop(start):
+  logits, total = jnp.cos(jnp.arange(3)[:, None] * jnp.arange(V)), jnp.arange(3) * 1.0
+  expected = []
+  for index in range(start, 9):
+    token = logits.argmax(-1)
+    expected.append(token)
+    logits, total = toy_step(token, index, total, 9)
+  np.testing.assert_array_equal(generate(Sampling(temperature=0.0), start), np.stack(expected, 1))
+
+
+@pytest.mark.parametrize('sampling', [Sampling(), Sampling(0.7, top_k=3, top_p=0.9, guidance=2.0)])
+def test_segments_change_nothing_and_a_row_does_not_depend_on_its_batch(sampling):
+  base = generate(sampling)
+  assert base.shape == (3, 9) and base.dtype == np.int32 and base.min() >= 0 and base.max() < V
+  for segments in (1, 3, 20):
+    np.testing.assert_array_equal(generate(sampling, segments=segments), base)
+  if not sampling.guided:  # the toy's start depends on the row, so the first one stays
+    keys = jax.random.split(jax.random.key(5), 3)[:1]
+    np.testing.assert_array_equal(generate(sampling, rows=1, keys=keys), base[:1])
+
+
+def test_every_segment_is_told_an_end_past_its_indices():
+  seen = []
+
+  def step(token, index, cache, end):
+    seen.append(end)
+    return jnp.where(index < end, jnp.zeros((1, V)).at[:, 1].set(1.0), jnp.zeros((1, V)).at[:, 2].set(1.0)), cache
+
+  keys = jax.random.split(jax.random.key(0), 1)
+  tokens = decoding.generate(
+    step, jnp.zeros((1, V)).at[:, 1].set(1.0), jnp.zeros(1), keys, start=0, length=10, sampling=Sampling(0.0)
+  )
+  assert sorted(set(seen)) == [2, 4, 6, 9] and (tokens == 1).all()
+
+
+def test_sampling_follows_the_probabilities():
+  logits = jnp.log(jnp.array([[0.5, 0.3, 0.2]]))
+  keys = jax.random.split(jax.random.key(0), 4000)
+  tokens = decoding.choose(jnp.repeat(logits, 4000, 0), keys, Sampling())
+  np.testing.assert_allclose(np.bincount(tokens) / 4000, [0.5, 0.3, 0.2], atol=0.03)
+  cold = decoding.choose(jnp.repeat(logits, 4000, 0), keys, Sampling(temperature=0.5))
+  np.testing.assert_allclose(np.bincount(cold) / 4000, np.array([0.25, 0.09, 0.04]) / 0.38, atol=0.03)
+
+
+def test_guidance():
+  cond, uncond = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 4.0]])
+  np.testing.assert_allclose(decoding.guide(jnp.concatenate([cond, uncond]), 3.0), [[3.0, -2.0]])
+  np.testing.assert_allclose(decoding.guide(jnp.concatenate([cond, uncond]), 0.0), uncond)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    (dict(temperature=-1.0), r'temperature -1.0 is negative'),
+    (dict(top_k=-1), 'top_k -1 is negative'),
+    (dict(top_p=0.0), r'top_p 0.0 is not in \(0, 1\]'),
+  ],
+)
+def test_errors(fields, message):
+  with pytest.raises(ValueError, match=message):
+    Sampling(**fields)

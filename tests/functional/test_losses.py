@@ -1,0 +1,23 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.functional import losses, pixels
+
+
+def test_token_loss_by_hand():
+  p = np.array([[[0.7, 0.3], [0.4, 0.6]], [[0.1, 0.9], [0.8, 0.2]]])
+  tokens = jnp.array([[0, 0], [1, 1]])
+  rows = np.array([-(np.log(0.7) + np.log(0.4)) / 2, -(np.log(0.9) + np.log(0.2)) / 2])
+  loss, accuracy = losses.token_loss(jnp.log(p), tokens)
+  assert float(loss) == pytest.approx(rows.mean(), rel=1e-5) and float(accuracy) == 0.5
+  loss, accuracy = losses.token_loss(jnp.log(p), tokens, jnp.array([0.0, 1.0]))
+  assert float(loss) == pytest.approx(rows[1], rel=1e-5) and float(accuracy) == 0.5
+  assert float(losses.token_loss(jnp.log(p), tokens, jnp.zeros(2))[0]) == 0.0
+
+
+def test_pixels_go_there_and_back():
+  values = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1)
+  assert pixels.to_float(values).min() == -1 and pixels.to_float(values).max() == 1
+  np.testing.assert_array_equal(pixels.to_uint8(pixels.to_float(values)), values)
+  assert pixels.to_uint8(jnp.array([-3.0, 3.0])).tolist() == [0, 255]

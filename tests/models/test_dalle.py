@@ -1,0 +1,135 @@
+"""The laws of the DALL-E transformer: cached = teacher-forced, causal, gradients everywhere, the published sizes."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.functional import decoding
+from dalle_jax.layers.attention import KINDS
+from dalle_jax.models import dalle
+
+TEXT = jax.random.randint(jax.random.key(0), (2, 6), 0, 40)
+IMAGE = jax.random.randint(jax.random.key(1), (2, 16), 0, 16)
+PATTERNS = (*KINDS, 'paper')
+
+
+def init(model):
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(2), TEXT, IMAGE)['params'])
+  # Larger than at the start of training, so that attention is not flat and what is seen matters.
+  keys = iter(jax.random.split(jax.random.key(3), 100))
+  return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
+
+
+def bind(model, params):
+  return functools.partial(model.apply, {'params': params})
+
+
+@pytest.mark.parametrize(
+  'fields', [*(dict(attention=p) for p in PATTERNS), dict(image_positions='learned', tied=True, period=2)]
+)
+def test_cached_logits_are_the_teacher_forced_ones(fields):
+  model = dalle.build('test', **fields)
+  apply = bind(model, init(model))
+  _, expected = apply(TEXT, IMAGE)
+  step = jax.jit(lambda token, i, cache, end: apply(token, i, cache, end, method='step'), static_argnums=3)
+  for start in (0, 5):  # image rows may be given
+    logits, cache = apply(TEXT, IMAGE[:, :start], method='prefill')
+    np.testing.assert_allclose(logits, expected[:, start], atol=1e-4)
+    for i in range(start, 15):
+      end = 16 if start else (8 if i < 8 else 16)  # reading a part of the cache is enough
+      logits, cache = step(IMAGE[:, i], jnp.int32(i), cache, end)
+      np.testing.assert_allclose(logits, expected[:, i + 1], atol=1e-4, err_msg=f'token {i + 1}')
+
+
+def test_guided_sampling_is_guided_teacher_forcing():
+  """Greedy codes with guidance, drawn with the cache, are the argmax of the guided logits of the whole stream."""
+  model = dalle.build('test')
+  apply = bind(model, init(model))
+  codes = decoding.sample(
+    apply, TEXT, IMAGE[:, :4], jax.random.split(jax.random.key(0), 2), empty=model.padding, length=16, n=1,
+    sampling=decoding.Sampling(temperature=0.0, guidance=3.0),
+  )  # fmt: skip
+  _, cond = apply(TEXT, codes)
+  _, uncond = apply(jnp.broadcast_to(model.padding, TEXT.shape), codes)
+  np.testing.assert_array_equal(codes[:, :4], IMAGE[:, :4])
+  np.testing.assert_array_equal(codes[:, 4:], (uncond + 3 * (cond - uncond)).argmax(-1)[:, 4:])
+  assert (codes[:, 4:] != cond.argmax(-1)[:, 4:]).any()
+
+
+@pytest.mark.parametrize('pattern', PATTERNS)
+def test_a_token_changes_later_logits_alone(pattern):
+  model = dalle.build('test', attention=pattern)
+  apply = jax.jit(bind(model, init(model)))
+  joined = lambda text, image: np.concatenate([np.abs(x).sum(-1) for x in apply(text, image)], 1)
+  base = joined(TEXT, IMAGE)
+  for t in (0, 3, 5):
+    moved = np.abs(joined(TEXT.at[:, t].set((TEXT[:, t] + 1) % 40), IMAGE) - base).max(0) > 1e-6
+    assert not moved[: t + 1].any() and moved[t + 1] and moved[6:].all(), t  # all of the image sees all text
+  for t in (0, 6, 14):
+    moved = np.abs(joined(TEXT, IMAGE.at[:, t].set((IMAGE[:, t] + 1) % 16)) - base).max(0) > 1e-6
+    assert not moved[: 6 + t + 1].any() and moved[6 + t + 1], t
+  assert not (joined(TEXT, IMAGE.at[:, 15].set(0)) != base).any()  # the last token is only predicted
+
+
+def test_one_layer_sees_what_its_mask_says():
+  model = dalle.build('test', attention='column', depth=1)
+  apply = bind(model, init(model))
+  logits = lambda image: np.asarray(apply(TEXT, image)[1])
+  moved = np.abs(logits(IMAGE.at[:, 1].set((IMAGE[:, 1] + 1) % 16)) - logits(IMAGE)).max((0, 2)) > 1e-6
+  assert np.flatnonzero(moved).tolist() == [2, 6, 10, 14]  # logits of t come from position t - 1: 1, 5, 9, 13
+
+
+@pytest.mark.parametrize('fields', [{}, dict(tied=True, image_positions='learned', remat='full')])
+def test_every_parameter_gets_a_gradient(fields):
+  model = dalle.build('test', **fields)
+  every_text = jnp.arange(42).reshape(7, 6) % 40
+  every_image = jnp.concatenate([jnp.arange(112).reshape(7, 16) % 16])
+
+  def loss(params):
+    text, image = bind(model, params)(every_text, every_image)
+    return jnp.square(text).sum() + jnp.square(image).sum()
+
+  grads = jax.jit(jax.grad(loss))(init(model))
+  dead = [jax.tree_util.keystr(k) for k, g in jax.tree_util.tree_leaves_with_path(grads) if not jnp.abs(g).max() > 0]
+  # A bias of the keys shifts all scores of a query alike, which softmax forgets.
+  assert [k for k in dead if "['key']['bias']" not in k] == []
+
+
+def test_half_precision_is_close_and_its_logits_are_float32():
+  params = init(dalle.build('test'))
+  full, half = (bind(dalle.build('test', dtype=d), params)(TEXT, IMAGE)[1] for d in ('float32', 'bfloat16'))
+  assert half.dtype == jnp.float32
+  np.testing.assert_allclose(half, full, atol=0.15 * float(np.abs(full).max()))
+
+
+def test_the_published_sizes():
+  model = dalle.build('12b')
+  assert (model.depth, model.heads, model.d_model, model.d_model // model.heads) == (64, 62, 3968, 64)
+  assert (model.length, model.prefix, model.image_length, model.image_vocab) == (1280, 257, 1024, 8192)
+  assert dalle.parameter_count(model) == pytest.approx(12.0e9, rel=0.02)
+  assert dalle.parameter_count(dalle.build('300m')) == pytest.approx(3.4e8, rel=0.1)
+
+
+def test_flops_are_six_for_each_parameter_and_token():
+  model = dalle.build('small')
+  inside = 12 * model.depth * model.d_model**2
+  heads = model.d_model * (256 * model.text_vocab + 1024 * model.image_vocab)
+  attention = 12 * model.depth * model.d_model * model.length**2
+  assert dalle.flops(model, 2) == pytest.approx(2 * (6 * inside * model.length + 6 * heads + attention))
+
+
+def test_errors():
+  model = dalle.build('test')
+  apply = bind(model, init(model))
+  with pytest.raises(ValueError, match='takes 6 text tokens, not 5'):
+    apply(TEXT[:, :5], IMAGE)
+  with pytest.raises(ValueError, match='takes 16 to 16 image tokens here, not 15'):
+    apply(TEXT, IMAGE[:, :15])
+  with pytest.raises(ValueError, match='takes 0 to 15 image tokens here, not 16'):
+    apply(TEXT, IMAGE, method='prefill')
+  with pytest.raises(ValueError, match="image_positions 'rotary' is unknown; there are axial and learned"):
+    init(dalle.build('test', image_positions='rotary'))

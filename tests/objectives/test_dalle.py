@@ -1,0 +1,122 @@
+"""Losses by hand, caption dropout, tokens inside the step and before it, sharded = unsharded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from dalle_jax.functional import losses
+from dalle_jax.functional.pixels import to_float
+from dalle_jax.models import vqgan
+from dalle_jax.objectives import dalle
+from dalle_jax.training import optim, sharding
+from dalle_jax.training import state as state_lib
+from dalle_jax.training.loop import make_step
+from dalle_jax.training.state import Context
+
+VQGAN = {'variant': 'test'}  # 16 x 16 pixels, 8 x 8 codes of 16
+BATCH = {
+  'text': jax.random.randint(jax.random.key(0), (8, 6), 0, 40),
+  'image': jax.random.randint(jax.random.key(1), (8, 16, 16, 3), 0, 256).astype(jnp.uint8),
+}
+
+
+def config(**loss):
+  c = common.base()
+  c.model, c.loss = ConfigDict(dict(variant='test')), ConfigDict(loss)
+  c.data.image_size, c.tokenizer.vocab_size, c.tokenizer.length = 16, 34, 6
+  return c
+
+
+def build(**loss):
+  return dalle.from_config(config(**loss), {'vqgan': {'model': VQGAN}})
+
+
+@pytest.fixture(scope='module')
+def frozen():
+  return sharding.unbox(vqgan.build('test').init(jax.random.key(2), to_float(BATCH['image'])))['params']
+
+
+@pytest.fixture(scope='module')
+def params():
+  return sharding.unbox(build().init(jax.random.key(3), BATCH)[0])
+
+
+def context(frozen, train=True):
+  return Context({'vqgan': frozen}, {}, jax.random.key(4), jnp.int32(0), train=train)
+
+
+def test_sizes_come_from_the_tokenizers():
+  m = build().model
+  assert (m.text_vocab, m.text_length, m.image_vocab, m.grid) == (40, 6, 16, (8, 8))
+  assert build().tokens(BATCH) == 8 * (6 + 64)
+
+
+def test_the_loss_is_an_eighth_of_text_and_seven_of_image(frozen, params):
+  objective = build()
+  loss, (metrics, _) = objective.loss(params, context(frozen), BATCH)
+  codes = vqgan.build('test').apply({'params': frozen}, to_float(BATCH['image']), method='encode').reshape(8, -1)
+  text_logits, image_logits = objective.model.apply({'params': params['dalle']}, BATCH['text'], codes)
+  text, _ = losses.token_loss(text_logits, BATCH['text'])
+  image, accuracy = losses.token_loss(image_logits, codes)
+  assert float(loss) == pytest.approx(float(text / 8 + image * 7 / 8), rel=1e-5)
+  for name, value in dict(text_loss=text, image_loss=image, accuracy=accuracy).items():
+    assert float(metrics[name]) == pytest.approx(float(value), rel=1e-5)
+  ahead, _ = objective.loss(params, context(frozen), {'text': BATCH['text'], 'tokens': codes})
+  assert float(ahead) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_dropped_captions_are_padding_and_leave_the_text_loss(frozen, params):
+  run = lambda p, batch, train=True: build(caption_dropout=p).loss(params, context(frozen, train), batch)[1][0]
+  other = {**BATCH, 'text': (BATCH['text'] + 1) % 34}
+  whole, moved = run(1.0, BATCH), run(1.0, other)
+  assert whole['image_loss'] == moved['image_loss'] and whole['text_loss'] == 0.0
+  empty = {**BATCH, 'text': jnp.broadcast_to(build().model.padding, (8, 6))}
+  assert float(whole['image_loss']) == pytest.approx(float(run(0.0, empty)['image_loss']), rel=1e-6)
+  assert build().model.padding.tolist() == [34, 35, 36, 37, 38, 39]
+  assert run(1.0, BATCH, train=False)['image_loss'] == run(0.0, BATCH)['image_loss']
+
+
+def test_sample_puts_true_pictures_beside_drawn_ones(frozen, params):
+  for guidance in (1.0, 2.0):
+    images = build(guidance=guidance).sample(params, context(frozen), BATCH)
+    assert images.shape == (8, 16, 32, 3) and images.dtype == jnp.uint8
+  recon = vqgan.build('test').apply({'params': frozen}, to_float(BATCH['image'])).recon
+  expected = np.clip(np.round((np.asarray(recon) + 1) * 127.5), 0, 255)
+  np.testing.assert_allclose(images[:, :, :16].astype(np.int32), expected, atol=1)
+
+
+@pytest.mark.parametrize('axes', [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8, tensor=1)])
+def test_sharded_equals_unsharded(frozen, axes):
+  def step(sizes):
+    c, objective = config(caption_dropout=0.5), build(caption_dropout=0.5)
+    with sharding.use(sizes, common.RULES) as mesh:
+      spec = state_lib.batch_spec(BATCH)
+      abstract, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
+      optimizer = optim.build(c.optim, 10, list(abstract))
+      target = state_lib.abstract_state(abstract, mutable, optimizer.tx, False, mesh)
+      state = state_lib.init(objective, target, optimizer.tx, 0, spec)
+      where = jax.tree.map(lambda x: x.sharding, target)
+      run = make_step(objective, optimizer, seed=0, accum=1, ema=0.0, mesh=mesh, shardings=where)
+      state, metrics, _ = run(state, {'vqgan': frozen}, sharding.put_batch(BATCH, mesh))
+      query = state.params['dalle']['blocks']['blocks']['block_0']['attention']['query']['kernel']
+      return jax.device_get((metrics, state.params)), query.sharding.shard_shape(query.shape)
+
+  (expected, expected_params), _ = step(dict(data=8, fsdp=1, tensor=1))
+  (metrics, params), shape = step(axes)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4), metrics, expected)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), params, expected_params)
+  assert shape == (4, 16 // axes['fsdp'], 2 // axes['tensor'], 8)  # (layers, embed, heads, head_dim)
+
+
+def test_errors():
+  with pytest.raises(ValueError, match=r'config.loss has the unknown fields dropout; there are text_weight'):
+    build(dropout=0.1)
+  with pytest.raises(ValueError, match=r'set config.frozen.vqgan to the run of a VQGAN'):
+    dalle.from_config(config(), {})
+  c = config()
+  c.tokenizer.vocab_size = 0
+  with pytest.raises(ValueError, match=r'needs captions; set config.tokenizer.vocab_size'):
+    dalle.from_config(c, {'vqgan': {'model': VQGAN}})

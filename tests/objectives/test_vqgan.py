@@ -1,0 +1,130 @@
+"""The VQGAN objective: the one loss has the gradients of the separate ones, the discriminator waits, codes revive."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from dalle_jax.functional import gan
+from dalle_jax.functional.pixels import to_float
+from dalle_jax.objectives import vqgan
+from dalle_jax.training import sharding
+from dalle_jax.training.state import Context
+
+BATCH = {'image': jax.random.randint(jax.random.key(0), (4, 16, 16, 3), 0, 256).astype(jnp.uint8)}
+
+
+def build(steps=100, model=(), **loss):
+  c = common.base()
+  c.model = ConfigDict(dict(variant='test', **dict(model)))
+  c.loss = ConfigDict(dict(disc_variant='test', l2_weight=1.0, **loss))
+  c.data.image_size, c.train.steps = 16, steps
+  return vqgan.from_config(c, {})
+
+
+def start(objective):
+  params, mutable = jax.jit(objective.init)(jax.random.key(1), BATCH)
+  return sharding.unbox(params), mutable
+
+
+def context(mutable, step=0, train=True):
+  return Context({}, mutable, jax.random.key(2), jnp.int32(step), train=train)
+
+
+def test_one_gradient_equals_those_of_both_players():
+  objective = build(disc_weight=0.8)
+  params, mutable = start(objective)
+  ctx, images = context(mutable), to_float(BATCH['image'])
+  grads, (metrics, _) = jax.jit(jax.grad(objective.loss, has_aux=True))(params, ctx, BATCH)
+
+  def generator(net):
+    out = objective.model.apply({'params': net}, images)
+    nll = jnp.abs(out.recon - images).mean() + jnp.square(out.recon - images).mean()
+    q = out.quantized.losses
+    judged = objective.disc.apply({'params': params['discriminator']}, out.recon)
+    adversarial = 0.8 * metrics['adaptive_weight'] * gan.hinge_generator(judged)
+    return nll + 0.25 * q['commitment'] + q['codebook'] + adversarial
+
+  def discriminator(net):
+    recon = objective.model.apply({'params': params['vqgan']}, images).recon
+    judge = lambda x: objective.disc.apply({'params': net}, x)
+    return gan.hinge_discriminator(judge(images), judge(recon))
+
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5)
+  jax.tree.map(close, grads['vqgan'], jax.jit(jax.grad(generator))(params['vqgan']))
+  jax.tree.map(close, grads['discriminator'], jax.jit(jax.grad(discriminator))(params['discriminator']))
+  assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads['discriminator']['conv_0']))
+
+
+def test_adaptive_weight_is_the_ratio_at_the_last_kernel():
+  objective = build(disc_weight=0.8)
+  params, mutable = start(objective)
+  _, (metrics, _) = objective.loss(params, context(mutable), BATCH)
+  images = to_float(BATCH['image'])
+
+  def norm(loss):
+    def of_kernel(kernel):
+      net = {**params['vqgan'], 'conv_out': {**params['vqgan']['conv_out'], 'kernel': kernel}}
+      return loss(objective.model.apply({'params': net}, images).recon)
+
+    return jnp.linalg.norm(jax.grad(of_kernel)(params['vqgan']['conv_out']['kernel']))
+
+  nll = norm(lambda x: jnp.abs(x - images).mean() + jnp.square(x - images).mean())
+  fool = norm(lambda x: gan.hinge_generator(objective.disc.apply({'params': params['discriminator']}, x)))
+  assert float(metrics['adaptive_weight']) == pytest.approx(float(nll / (fool + 1e-4)), rel=1e-3)
+
+
+@pytest.mark.parametrize(('disc_start', 'first'), [(0.5, 50), (7.0, 7)])
+def test_the_discriminator_waits(disc_start, first):
+  objective, plain = build(disc_weight=0.8, disc_start=disc_start), build()
+  params, mutable = start(objective)
+  loss = lambda o, step: float(o.loss(params, context(mutable, step), BATCH)[0])
+  assert loss(objective, first - 1) == pytest.approx(loss(plain, first - 1), rel=1e-6)
+  assert abs(loss(objective, first) - loss(plain, first)) > 1e-3
+
+
+def test_the_codebook_starts_from_the_data_and_dead_codes_come_back():
+  objective = build(ema_decay=0.9)
+  params, mutable = start(objective)
+  loss, after = jax.jit(objective.loss), jax.jit(objective.after_update)
+  _, (metrics, mutable) = loss(params, context(mutable), BATCH)
+  params = after(params, mutable)
+  _, (later, mutable) = loss(params, context(mutable, 1), BATCH)
+  assert later['perplexity'] > metrics['perplexity'] and later['commitment_loss'] < metrics['commitment_loss']
+  table = params['vqgan']['quantize']['embedding']
+  broken = {**params, 'vqgan': {**params['vqgan'], 'quantize': {'embedding': table.at[3].set(1e3)}}}
+  for step in range(2, 60):
+    _, (_, mutable) = loss(broken, context(mutable, step), BATCH)
+    broken = after(broken, mutable)
+  assert jnp.abs(broken['vqgan']['quantize']['embedding'][3]).max() < 1e2
+
+
+def test_gumbel_cools_and_has_no_codebook_state():
+  objective = build(model={'quantizer': 'gumbel'}, temperature=1.0, temperature_end=0.0625)
+  params, mutable = start(objective)
+  assert 'codebook' not in mutable and objective.after_update(params, mutable) is params
+  at = lambda step: float(objective.temperature(jnp.int32(step)))
+  assert (at(0), at(50), at(100), at(900)) == pytest.approx((1.0, 0.53125, 0.0625, 0.0625))
+  loss, (metrics, _) = objective.loss(params, context(mutable), BATCH)
+  assert {'kl_loss', 'temperature', 'used_codes', 'perplexity'} <= set(metrics) and jnp.isfinite(loss)
+
+
+def test_evaluation_leaves_the_state_alone_and_samples_are_pairs():
+  objective = build()
+  params, mutable = start(objective)
+  _, (metrics, after) = objective.loss(params, context(mutable, train=False), BATCH)
+  assert after is mutable and 'used_codes_window' not in metrics
+  pairs = objective.sample(params, context(mutable, train=False), BATCH)
+  np.testing.assert_array_equal(pairs[:, :, :16], BATCH['image'])
+  assert pairs.shape == (4, 16, 32, 3)
+
+
+def test_a_config_without_lpips_says_so_and_unknown_fields_are_refused(capsys, tmp_path):
+  build()
+  assert 'no LPIPS weights' in capsys.readouterr().out
+  with pytest.raises(ValueError, match='unknown fields lpip_weight; there are l1_weight'):
+    build(lpip_weight=1.0)
+  with pytest.raises(FileNotFoundError, match='LPIPS weights'):
+    build(lpips_path=str(tmp_path / 'none.npz'))

@@ -1,0 +1,149 @@
+"""All three stages on the procedural world at the smallest sizes, then what a user does with the runs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train
+from configs import common
+from dalle_jax.data.sources import shapes
+from dalle_jax.pipelines.dalle import DallE
+from dalle_jax.training import checkpoint, sharding
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ['a small red circle at the top', 'two blue hearts', '']
+
+
+def config(root, stage):
+  c = common.base()
+  c.root, c.data.source, c.data.image_size, c.data.batch_size = str(root), 'shapes', 24, 8
+  c.data.source_args = dict(image_size=24, count=32)
+  c.train.update(steps=2, log_every=1, checkpoint_every=1, eval_every=2, eval_batches=1, pictures=2)
+
+  def vqgan(c):
+    c.objective, c.model = 'vqgan', dict(variant='test', image_size=24, patch=3)  # 4 x 4 codes of 16
+
+  def clip(c):
+    c.objective, c.model = 'clip', dict(variant='test')
+    c.tokenizer.update(vocab_size=300, length=8)
+
+  def dalle(c):
+    c.objective, c.model, c.encode.enabled = 'dalle', dict(variant='test'), True
+    c.frozen, c.loss = dict(vqgan=str(root / 'vqgan')), dict(caption_dropout=0.5)
+    c.tokenizer.update(vocab_size=300, length=6)
+
+  common.choose_stage(c, stage, dict(vqgan=vqgan, clip=clip, dalle=dalle))
+  return c
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  path = tmp_path_factory.mktemp('runs')
+  for stage in ('vqgan', 'clip', 'dalle'):
+    train.run(config(path, stage))
+  return path
+
+
+@pytest.fixture(scope='module')
+def model(root):
+  return DallE.load(root / 'dalle', clip=root / 'clip')
+
+
+def equal(a, b):
+  for x, y in zip(a, b, strict=True):
+    assert x.prompt == y.prompt
+    np.testing.assert_array_equal(x.tokens, y.tokens)
+    np.testing.assert_allclose(x.images.astype(int), y.images.astype(int), atol=1)
+
+
+def test_the_run_holds_all_that_a_user_needs(root):
+  run = root / 'dalle'
+  assert {'config.json', 'metrics.jsonl', 'checkpoints', 'frozen', 'encoded', 'pictures', 'tb'} <= {
+    p.name for p in run.iterdir()
+  }
+  last = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
+  expected = {'loss', 'text_loss', 'image_loss', 'grad_norm', 'lr', 'val_loss', 'tokens_per_second', 'seconds'}
+  assert expected <= set(last) and last['step'] == 2
+  assert Image.open(run / 'pictures' / 'samples_0000002.png').size == (2 * (48 + 2) + 2, 24 + 4)
+  assert checkpoint.load_run(run).tokenizer == checkpoint.load_run(root / 'clip').tokenizer
+
+
+def test_samples_are_ranked_and_depend_on_prompt_seed_and_number_alone(model):
+  samples = model.sample(PROMPTS, n=3, seed=5, guidance=2.0, temperature=0.9, top_k=12)
+  for s in samples:
+    assert s.images.shape == (3, 24, 24, 3) and s.images.dtype == np.uint8 and s.tokens.shape == (3, 16)
+    assert sorted(s.candidates) == [0, 1, 2] and (np.diff(s.scores) <= 0).all()
+    scores = model.reranker.scores([s.prompt], s.images[None])[0]
+    np.testing.assert_allclose(scores, s.scores, atol=1e-5)
+  again = model.sample(PROMPTS[1:], n=3, seed=5, guidance=2.0, temperature=0.9, top_k=12, batch_size=2)
+  equal(again, samples[1:])
+  other = model.sample(PROMPTS[:1], n=3, seed=6, guidance=2.0, temperature=0.9, top_k=12)
+  assert (other[0].tokens != samples[0].tokens).any()
+
+
+def test_a_mesh_draws_the_same_pictures(root, model):
+  expected = model.sample(PROMPTS, n=2, seed=1, guidance=2.0)
+  for sizes in (dict(data=8, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=2)):
+    with sharding.use(sizes, common.RULES) as mesh:
+      split = DallE.load(root / 'dalle', clip=root / 'clip', mesh=mesh, rules=common.RULES)
+      equal(split.sample(PROMPTS, n=2, seed=1, guidance=2.0), expected)
+
+
+def test_the_top_of_a_picture_is_kept(model):
+  image = shapes.load('test', image_size=24)[0]['image']
+  codes = model.encode(image[None])
+  sample = model.sample(PROMPTS[:1], n=2, init_image=image, keep_rows=3)[0]
+  np.testing.assert_array_equal(sample.tokens[:, :12], np.repeat(codes[:, :12], 2, 0))
+  recon = model.reconstruct(image[None])
+  assert recon.shape == (1, 24, 24, 3) and recon.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+  ('kwargs', 'message'),
+  [
+    (dict(prompts='a circle'), 'prompts must be a list of strings'),
+    (dict(prompts=[]), 'there are no prompts'),
+    (dict(n=0), 'n is 0 and batch_size 64; both must be 1 or more'),
+    (dict(top_p=1.5), r'top_p 1.5 is not in'),
+    (dict(keep_rows=2), 'keep_rows is 2; with an init_image it must be 1 to 3'),
+    (dict(init_image=np.zeros((8, 8, 3), np.uint8), keep_rows=4), 'must be 1 to 3 rows of 4'),
+    (dict(init_image=b'no picture', keep_rows=1), 'init_image is no picture that can be read'),
+  ],
+)
+def test_bad_requests_are_one_line(model, kwargs, message):
+  with pytest.raises(ValueError, match=message) as e:
+    model.sample(**{'prompts': PROMPTS, **kwargs})
+  assert '\n' not in str(e.value)
+
+
+def test_a_run_of_another_kind_is_refused(root):
+  with pytest.raises(ValueError, match="vqgan is a run of 'vqgan'; sampling needs one of the objective dalle"):
+    DallE.load(root / 'vqgan')
+  with pytest.raises(ValueError, match="dalle is a run of 'dalle'; reranking needs one of the objective clip"):
+    DallE.load(root / 'dalle', clip=root / 'dalle')
+
+
+def test_sample_script(root, tmp_path):
+  command = [sys.executable, 'sample.py', '--out', tmp_path / 'out', '--n', '2', '--prompt', PROMPTS[0], '--seed', '5']
+  run = lambda *more: subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
+  done = run('--run', root / 'dalle', '--clip', root / 'clip', '--prompt', 'snow', '--mesh', 'data=-1')
+  assert done.returncode == 0, done.stderr
+  files = {'000_0.png', '000_1.png', '001_0.png', '001_1.png', 'grid.png', 'samples.json'}
+  assert {p.name for p in (tmp_path / 'out').iterdir()} == files
+  report = json.loads((tmp_path / 'out' / 'samples.json').read_text())
+  assert [s['prompt'] for s in report['samples']] == [PROMPTS[0], 'snow'] and len(report['samples'][0]['scores']) == 2
+  for arguments, message in (
+    (['--run', tmp_path / 'nowhere'], 'has no checkpoints'),
+    ([], 'give --run RUN_DIR'),
+    (['--run', root / 'dalle', '--init_image', 'none.png', '--keep_rows', '2'], 'there is no picture none.png'),
+    (['--run', root / 'dalle', '--nn=3'], "Unknown command line flag 'nn'"),
+    (['--run', root / 'dalle', '--mesh', 'data=3,model=2'], 'has no axis model'),
+  ):
+    failed = run(*arguments)
+    assert failed.returncode == 2 and message in failed.stderr, failed.stderr
+    assert failed.stderr.count('\n') == 1
