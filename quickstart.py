@@ -17,11 +17,13 @@ from absl import app, flags
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
-from dalle_jax.pipelines.dalle import DallE
-from dalle_jax.pipelines.grids import caption_grid
 
 from dalle_jax.data.sources import shapes
 from dalle_jax.evals.oracle import ATTRIBUTES, Oracle
+from dalle_jax.pipelines.dalle import DallE
+from dalle_jax.pipelines.grids import caption_grid
+from dalle_jax.training.checkpoint import write_json
+from dalle_jax.training.metrics import read
 
 _RUN_DIR = flags.DEFINE_string('run_dir', 'runs/quickstart', 'where everything goes')
 _CONFIG = flags.DEFINE_string('config', 'configs/quickstart.py', 'the config with the stages')
@@ -39,17 +41,22 @@ def main(argv):
   for stage in STAGES:
     print(f'==== {stage}', flush=True)
     command = [sys.executable, 'train.py', f'--config={_CONFIG.value}:{stage}', f'--config.root={root}']
-    code = subprocess.run([*command, *_OVERRIDES.value], check=False).returncode
+    start = time.monotonic()
+    child = subprocess.Popen([*command, *_OVERRIDES.value])
+    try:
+      code = child.wait()
+    except KeyboardInterrupt:
+      code = child.wait()  # Ctrl-C has reached it too: it saves
+    took(root, stage, time.monotonic() - start)
     if code:
       sys.exit(f'error: stage {stage} ended with exit code {code}; the same command goes on where it stopped')
   print('==== evaluation', flush=True)
   start = time.monotonic()
   metrics, pictures = evaluate(root)
-  metrics |= {f'wall_s/{stage}': history(root / stage)[-1].get('wall_s', float('nan')) for stage in STAGES}
-  metrics['wall_s/evaluation'] = time.monotonic() - start
-  caption_grid(pictures).save(root / 'grid.png')
+  metrics |= {f'wall_s/{k}': v for k, v in took(root, 'evaluation', time.monotonic() - start).items()}
+  caption_grid(pictures, ['true', 'best by CLIP']).save(root / 'grid.png')
   draw_curves(root, root / 'curves.png')
-  (root / 'metrics.json').write_text(json.dumps(metrics, indent=2) + '\n')
+  write_json(root / 'metrics.json', metrics)
   (root / 'report.md').write_text(report(metrics))
   print(report(metrics))
   print(f'pictures: {root}/grid.png  curves: {root}/curves.png  report: {root}/report.md')
@@ -88,17 +95,22 @@ def evaluate(root: Path) -> tuple[dict[str, float], list]:
   return metrics, rows
 
 
-def history(run: Path) -> list[dict]:
-  """The lines of a run's metrics.jsonl."""
-  return [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+def took(root: Path, stage: str, seconds: float) -> dict[str, float]:
+  """Adds to what a stage took so far, over all interruptions; returns the seconds of every stage."""
+  path = root / 'wall_s.json'
+  root.mkdir(parents=True, exist_ok=True)
+  known = json.loads(path.read_text()) if path.exists() else {}
+  known[stage] = seconds if stage == 'evaluation' else known.get(stage, 0.0) + seconds
+  write_json(path, known)
+  return known
 
 
 def draw_curves(root: Path, path: Path) -> None:
   """One panel a stage: training loss, and validation loss where it was measured."""
   figure, axes = plt.subplots(1, len(STAGES), figsize=(5 * len(STAGES), 3.5), layout='constrained')
   for axis, stage in zip(axes, STAGES, strict=True):
-    lines = history(root / stage)
-    for key in ('train/loss', 'val/loss'):
+    lines = read(root / stage / 'metrics.jsonl')
+    for key in ('loss', 'val_loss'):
       points = [(line['step'], line[key]) for line in lines if key in line]
       if points:
         axis.plot(*zip(*points, strict=True), label=key)

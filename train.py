@@ -20,6 +20,7 @@ from dalle_jax.training import config as config_lib
 from dalle_jax.training.state import TrainState
 
 HERE = Path(__file__).resolve().parent
+STOPPED = 143  # exit status after SIGTERM or Ctrl-C: saved, and to be gone on with
 CAPTIONS = 100_000  # of the training set, from which the tokenizer is learnt
 
 
@@ -136,22 +137,28 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
   )
 
 
+def own_flags() -> flags.FlagValues:
+  options = flags.FlagValues()
+  flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=options)
+  flags.DEFINE_bool('distributed', False, 'join the other processes first', flag_values=options)
+  return options
+
+
 def main(argv: list[str]) -> int:
   if {'-h', '--help'} & set(argv[1:]):
     print(__doc__)
     return 0
-  options = flags.FlagValues()
-  flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=options)
-  flags.DEFINE_bool('distributed', False, 'join the other processes first', flag_values=options)
+  options = own_flags()
   try:
     config = config_lib.parse(argv, options)
     if options.distributed:
       jax.distributed.initialize()
-    for stage in config.stages:
-      print(f'--- {stage}', flush=True)
-      run(config_lib.parse(config_lib.with_stage(argv, stage)))
-    if not config.stages:
-      run(config)
+    for stage in config.stages or ['']:
+      if stage:
+        print(f'--- {stage}', flush=True)
+        config = config_lib.parse(config_lib.with_stage(argv, stage), own_flags())
+      if int(run(config).step) < config.train.steps:
+        return STOPPED
   except errors.EXPECTED as e:
     return errors.report(e, '--debug' in argv)
   return 0

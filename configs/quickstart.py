@@ -8,7 +8,7 @@
 from configs import common
 
 SIZE = 48  # 3 x 3 cells of 16 pixels; f = 8 gives 6 x 6 codes
-TEXT = 32  # tokens a caption at most
+TEXT = 24  # tokens a caption at most
 
 
 def get_config(arg: str = ''):

@@ -23,8 +23,8 @@ VARIANTS = {
     text_length=8, embed_dim=16,
   ),
   'quickstart': dict(
-    image_size=48, patch=8, width=128, layers=3, heads=4, text_width=128, text_layers=3, text_heads=4, vocab_size=544,
-    text_length=32, embed_dim=128, text_causal=False,
+    image_size=48, patch=8, width=128, layers=3, heads=4, text_width=128, text_layers=3, text_heads=4, vocab_size=536,
+    text_length=24, embed_dim=128, text_causal=False,
   ),
   'vit_b32': dict(),
 }  # fmt: skip

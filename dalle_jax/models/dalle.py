@@ -23,7 +23,7 @@ VARIANTS = {
     dtype=jnp.float32,
   ),
   'quickstart': dict(
-    text_vocab=544, text_length=32, image_vocab=512, grid=(6, 6), d_model=128, depth=6, heads=4, attention='full',
+    text_vocab=536, text_length=24, image_vocab=1024, grid=(6, 6), d_model=128, depth=6, heads=4, attention='full',
     period=3, dtype=jnp.float32,
   ),
   'mini': dict(

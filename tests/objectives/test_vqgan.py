@@ -52,7 +52,7 @@ def test_one_gradient_equals_those_of_both_players():
     judge = lambda x: objective.disc.apply({'params': net}, x)
     return gan.hinge_discriminator(judge(images), judge(recon))
 
-  close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5)
+  close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
   jax.tree.map(close, grads['vqgan'], jax.jit(jax.grad(generator))(params['vqgan']))
   jax.tree.map(close, grads['discriminator'], jax.jit(jax.grad(discriminator))(params['discriminator']))
   assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads['discriminator']['conv_0']))
