@@ -137,8 +137,8 @@ def update_codebook(
     z, codes: float32[..., D] and int32[...], what was quantised and to what.
     step: updates of one step (gradient accumulation) add up.
     decay: of the moving averages (van den Oord et al., 2017, appendix A.1).
-    revive: a code used less than this fraction of the mean is dead and becomes a random vector of the batch, as is one
-      that has never been one (initialisation from the data); 0.0 for the latter alone.
+    revive: a code used less than this fraction of the mean is dead and becomes a vector of the batch, as does one that
+      has never been one (initialisation from the data); 0.0 for the latter alone.
     average: move every code to the moving average of its vectors.
   """
   num_codes, dim = embedding.shape
@@ -151,11 +151,14 @@ def update_codebook(
     sums = jnp.zeros_like(embedding).at[codes].add(z) * (num_codes / len(z))
     mean = (old[:, None] * vectors + (1 - decay) * sums) / jnp.maximum(count, 1e-10)[:, None]
     vectors = jnp.where(count[:, None] > 0, mean, vectors)
-  # The k-th dead code takes the k-th vector of a shuffled batch; if there are not enough, it waits for the next batch.
+  # Dead codes take vectors of the batch, drawn without repeats and the likelier the worse they are represented, as in
+  # k-means++ (Arthur and Vassilvitskii, 2007). If there are not enough, they wait for the next batch.
   dead = (state['count'] == 0) | (count < revive)
   rank = jnp.cumsum(dead) - 1
   dead &= rank < len(z)
-  fresh = z[jax.random.permutation(rng, len(z))[rank % len(z)]]
+  error = jnp.square(z - embedding[codes]).sum(-1)
+  drawn = jnp.argsort(-(jnp.log(error + 1e-12) + jax.random.gumbel(rng, error.shape)))
+  fresh = z[drawn[rank % len(z)]]
   kept = jnp.where(again, state['write'], False)
   if not average:
     vectors = jnp.where(kept[:, None], state['vectors'], vectors)

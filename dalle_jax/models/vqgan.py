@@ -160,15 +160,24 @@ class VQGAN(nn.Module):
     return image_size // self.factor, image_size // self.factor
 
   def __call__(
-    self, images: jax.Array, rng: jax.Array | None = None, temperature: float | jax.Array = 1.0
+    self,
+    images: jax.Array,
+    rng: jax.Array | None = None,
+    temperature: float | jax.Array = 1.0,
+    bypass: float = 0.0,
   ) -> VQGANOutput:
     """Reconstructs float32[B, H, W, 3] in [-1, 1].
 
-    `rng` and `temperature` are for sampling by the Gumbel quantiser in training; without `rng` it takes the most
-    probable codes. Raises ValueError for sizes that the downsampling factor does not divide.
+    `rng` is for training: `temperature` of the codes that the Gumbel quantiser samples, `bypass` the fraction of
+    pictures that the decoder sees unquantised (Defossez et al., 2024, "Moshi", section 3.3.2). Raises ValueError for
+    sizes that the downsampling factor does not divide.
     """
     quantized = self.quantize(self._encode(images), rng, temperature)
-    features = self.decoder(self.post_quant_conv(quantized.vectors))
+    vectors = quantized.vectors
+    if rng is not None and bypass:
+      around = jax.random.bernoulli(jax.random.fold_in(rng, 1), bypass, (len(images), 1, 1, 1))
+      vectors = jnp.where(around, quantized.inputs, vectors)
+    features = self.decoder(self.post_quant_conv(vectors))
     return VQGANOutput(self.to_pixels(features), quantized, features)
 
   def encode(self, images: jax.Array) -> jax.Array:

@@ -71,7 +71,7 @@ def test_edges_are_anti_aliased_and_every_look_is_drawn():
   for shape in shapes.SHAPES:
     for size in shapes.SIZES:
       mask = shapes.coverage(shape, size, 4, 48)[2]
-      assert mask.max() == 1 and mask.min() == 0, (shape, size)
+      assert mask.max() == 1 and mask.min() < 0.25, (shape, size)  # a gap between neighbours
       assert ((mask > 0.05) & (mask < 0.95)).any(), (shape, size)
       assert 0.1 < mask.mean() < 0.9, (shape, size)
 

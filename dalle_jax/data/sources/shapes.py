@@ -12,7 +12,7 @@ import itertools
 
 import numpy as np
 
-SHAPES = ('circle', 'square', 'triangle', 'diamond', 'cross', 'ring', 'heart', 'star')
+SHAPES = ('circle', 'square', 'triangle', 'diamond', 'cross', 'ring', 'heart', 'moon')
 COLORS = {
   'red': (222, 36, 40),
   'orange': (248, 134, 22),
@@ -23,7 +23,7 @@ COLORS = {
   'purple': (146, 52, 204),
   'pink': (252, 142, 196),
 }
-SIZES = {'small': 0.66, 'large': 0.94}  # half extent of an object, in half cells
+SIZES = {'small': 0.7, 'large': 0.97}  # half extent of an object, in half cells
 POSITIONS = (
   'top left', 'top', 'top right', 'left', 'center', 'right', 'bottom left', 'bottom', 'bottom right',
 )  # fmt: skip
@@ -39,7 +39,7 @@ GRID = 3  # cells a side
 # One shape and one colour each, so that training shows every shape and every colour with others.
 UNSEEN_PAIRS = frozenset(
   {('circle', 'orange'), ('triangle', 'purple'), ('diamond', 'red'), ('cross', 'yellow'), ('heart', 'cyan'),
-   ('star', 'green')}
+   ('moon', 'green')}
 )  # fmt: skip
 SPLITS = ('train', 'val', 'test', 'test_unseen')
 
@@ -121,32 +121,31 @@ def describe(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """Distance to the outline (negative inside) of a shape in [-1, 1]^2, y down; exact enough for one-pixel edges."""
+  """Distance to the outline (negative inside) of a shape in [-1, 1]^2, y down; exact enough for one-pixel edges.
+
+  The proportions make the least distance between any two looks of one colour as large as can be at 16 pixels a cell.
+  """
   r = np.hypot(x, y)
   match shape:
     case 'circle':
-      return r - 0.96
+      return r - 0.9
     case 'ring':
-      return np.abs(r - 0.72) - 0.24
+      return np.abs(r - 0.85) - 0.14
     case 'square':
-      return np.maximum(np.abs(x), np.abs(y)) - 0.86
+      return np.maximum(np.abs(x), np.abs(y)) - 0.93
     case 'diamond':
-      return (np.abs(x) + np.abs(y) - 1) / np.sqrt(2)
-    case 'cross':  # upright
-      ax, ay = np.abs(x), np.abs(y)
-      return np.maximum(np.minimum(ax, ay) - 0.3, np.maximum(ax, ay) - 0.96)
+      return (1.6 * np.abs(x) + np.abs(y) - 1) / np.hypot(1.6, 1)
+    case 'cross':  # diagonal
+      arms = np.minimum(np.abs(x + y), np.abs(x - y)) / np.sqrt(2)
+      return np.maximum(arms - 0.22, np.maximum(np.abs(x), np.abs(y)) - 0.97)
     case 'triangle':
-      return np.maximum(y - 0.8, (2 * np.abs(x) - y - 1) / np.sqrt(5))
+      return np.maximum(y - 0.95, (2 * np.abs(x) - y - 0.95) / np.sqrt(5))
     case 'heart':  # two discs above a wedge
       discs = np.hypot(np.abs(x) - 0.47, y + 0.4) - 0.5
       wedge = np.maximum((np.abs(x) * 0.76 + (y - 0.95) * 0.65), -0.4 - y)
       return np.minimum(discs, wedge)
-    case 'star':  # five points: distance to the edge between a tip and its inner corner
-      angle = np.abs((np.arctan2(x, -y) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-      px, py = r * np.cos(angle), r * np.sin(angle)
-      inner = 0.42 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
-      edge = inner - np.array([1.0, 0.0])
-      return ((px - 1) * edge[1] - py * edge[0]) / np.hypot(*edge)
+    case 'moon':  # a disc without another one
+      return np.maximum(r - 0.96, 0.72 - np.hypot(x - 0.42, y))
   raise ValueError(f'unknown shape {shape!r}; known: {", ".join(SHAPES)}')
 
 
