@@ -29,7 +29,7 @@ _RUN_DIR = flags.DEFINE_string('run_dir', 'runs/quickstart', 'where everything g
 _CONFIG = flags.DEFINE_string('config', 'configs/quickstart.py', 'the config with the stages')
 _PROMPTS = flags.DEFINE_integer('prompts', 200, 'held-out captions a split')
 _CANDIDATES = flags.DEFINE_integer('candidates', 8, 'samples a caption, of which CLIP picks the best')
-_GUIDANCE = flags.DEFINE_float('guidance', 2.0, 'classifier-free guidance scale')
+_GUIDANCE = flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale')
 _OVERRIDES = flags.DEFINE_multi_string('override', [], 'passed on to train.py, e.g. --override=--config.train.steps=10')
 STAGES = ('vqgan', 'clip', 'dalle')
 

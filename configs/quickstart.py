@@ -31,7 +31,7 @@ def vqgan(c):
   c.data.source_args.max_objects = 9  # crowded pictures: three times as many looks to learn from
   c.data.batch_size = 16
   c.optim.update(name='adamw', lr=3e-3, b1=0.9, b2=0.95, weight_decay=1e-4, warmup=100, clip=1.0, schedule='cosine')
-  c.train.update(steps=4_500, ema=0.0, log_every=100, checkpoint_every=1_000, eval_every=2_250)
+  c.train.update(steps=2_000, ema=0.0, log_every=100, checkpoint_every=500, eval_every=1_000)
 
 
 def clip(c):
@@ -40,7 +40,7 @@ def clip(c):
   c.tokenizer.update(vocab_size=512, length=TEXT)
   c.data.batch_size = 128
   c.optim.update(name='adamw', lr=2e-3, b1=0.9, b2=0.98, weight_decay=0.05, warmup=50, clip=1.0, schedule='cosine')
-  c.train.update(steps=600, ema=0.0, log_every=50, checkpoint_every=200, eval_every=300)
+  c.train.update(steps=600, ema=0.0, log_every=50, checkpoint_every=200, eval_every=600)
 
 
 def dalle(c):
@@ -48,9 +48,8 @@ def dalle(c):
   c.model = dict(variant='quickstart')
   c.frozen = dict(vqgan=c.get_ref('root') + '/vqgan')
   c.tokenizer.update(vocab_size=512, length=TEXT)
-  c.loss = dict(caption_dropout=0.1)
   c.encode.enabled = True
   c.data.source_args.count = 30_000
   c.data.batch_size = 64
   c.optim.update(name='adamw', lr=2e-3, b1=0.9, b2=0.96, weight_decay=0.045, warmup=100, clip=1.0, schedule='cosine')
-  c.train.update(steps=2_000, ema=0.0, log_every=50, checkpoint_every=500, eval_every=500)
+  c.train.update(steps=2_000, ema=0.0, log_every=50, checkpoint_every=500, eval_every=1_000)

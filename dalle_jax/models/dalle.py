@@ -23,8 +23,8 @@ VARIANTS = {
     dtype=jnp.float32,
   ),
   'quickstart': dict(
-    text_vocab=536, text_length=24, image_vocab=1024, grid=(6, 6), d_model=128, depth=6, heads=4, attention='full',
-    period=3, dtype=jnp.float32,
+    text_vocab=536, text_length=24, image_vocab=1024, grid=(6, 6), d_model=128, depth=4, heads=4, attention='full',
+    dtype=jnp.float32,
   ),
   'mini': dict(
     text_vocab=2080, text_length=24, image_vocab=1024, grid=(8, 8), d_model=192, depth=6, heads=6, attention='full',

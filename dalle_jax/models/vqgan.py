@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import struct
 
 from dalle_jax.layers import variants
@@ -19,8 +20,8 @@ VARIANTS = {
   # f = 8 by the stem alone, 6 x 6 codes of a 48 x 48 picture: twice the speed of a stem of 4 and a downsampling, and
   # on flat shapes as good.
   'quickstart': dict(
-    image_size=48, patch=8, ch=128, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), z_channels=64, code_dim=32,
-    num_codes=1024,
+    image_size=48, patch=8, tile=16, ch=128, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), z_channels=64,
+    code_dim=32, num_codes=1024,
   ),
   'small': dict(
     image_size=64, patch=4, ch=128, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), z_channels=128,
@@ -115,12 +116,16 @@ class VQGAN(nn.Module):
     image_size: at which `attn_resolutions` are counted; pictures may have any size that the factor divides.
     patch: squares of patch x patch pixels become channels before the first convolution and pixels again after the
       last: a stem that is cheap on small machines. 1 is the published network.
+    tile: if not 0, the encoder sees squares of tile x tile pixels, each by itself, so that a code depends on its own
+      tile alone. Where pictures are made of parts, equal parts then have equal codes, which a transformer learns
+      several times as fast; the decoder sees everything.
     quantizer: 'nearest' or 'gumbel'.
     normalize_codes: nearest neighbour on the unit sphere.
   """
 
   image_size: int = 256
   patch: int = 1
+  tile: int = 0
   ch: int = 128
   ch_mult: tuple[int, ...] = (1, 1, 2, 4)
   num_res_blocks: int = 2
@@ -195,7 +200,14 @@ class VQGAN(nn.Module):
   def _encode(self, images: jax.Array) -> jax.Array:
     for size in images.shape[1:3]:
       self.grid(size)
-    return self.quant_conv(self.encoder(space_to_depth(images, self.patch)))
+      if self.tile and (size % self.tile or self.tile % self.factor):
+        raise ValueError(f'VQGAN tile {self.tile} must divide {size} pixels and be a multiple of {self.factor}.')
+    if not self.tile:
+      return self.quant_conv(self.encoder(space_to_depth(images, self.patch)))
+    t, (rows, columns) = self.tile, (size // self.tile for size in images.shape[1:3])
+    tiles = rearrange(images, 'b (y h) (x w) c -> (b y x) h w c', h=t, w=t)
+    z = self.quant_conv(self.encoder(space_to_depth(tiles, self.patch)))
+    return rearrange(z, '(b y x) h w c -> b (y h) (x w) c', y=rows, x=columns)
 
 
 def build(variant: str, **overrides) -> VQGAN:
