@@ -69,7 +69,8 @@ def test_the_run_holds_all_that_a_user_needs(root):
   last = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
   expected = {'loss', 'text_loss', 'image_loss', 'grad_norm', 'lr', 'val_loss', 'tokens_per_second', 'seconds'}
   assert expected <= set(last) and last['step'] == 2
-  assert Image.open(run / 'pictures' / 'samples_0000002.png').size == (2 * (48 + 2) + 2, 24 + 4)
+  # Eight pairs, one a device, of 48 x 24 pixels in three columns.
+  assert Image.open(run / 'pictures' / 'samples_0000002.png').size == (3 * (48 + 2) + 2, 3 * (24 + 2) + 2)
   assert checkpoint.load_run(run).tokenizer == checkpoint.load_run(root / 'clip').tokenizer
 
 
