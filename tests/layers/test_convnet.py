@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.layers import convnet
+from dalle_jax.layers import basic, convnet
 
 X = jax.random.normal(jax.random.key(0), (2, 4, 6, 8))
 
@@ -61,3 +61,12 @@ def test_space_to_depth_moves_squares_and_back():
   assert y.shape == (2, 2, 3, 32)
   np.testing.assert_array_equal(y[1, 1, 2], X[1, 2:4, 4:6].ravel())
   np.testing.assert_array_equal(convnet.depth_to_space(y, 2), X)
+
+
+@pytest.mark.parametrize('kernel', [1, 3, 5])
+def test_convolution_as_a_product(kernel):
+  x = jax.random.normal(jax.random.key(0), (3, 2, 4, 5))
+  weights = jax.random.normal(jax.random.key(1), (kernel, kernel, 5, 7))
+  numbers = ('NHWC', 'HWIO', 'NHWC')
+  expected = jax.lax.conv_general_dilated(x, weights, (1, 1), 'SAME', dimension_numbers=numbers)
+  np.testing.assert_allclose(basic.conv_as_product(x, weights), expected, atol=1e-4)

@@ -113,3 +113,14 @@ def test_patchgan_sees_70_pixels():
   for stride in (2, 2, 2, 1, 1):
     field, jump = field + 3 * jump, jump * stride
   assert field == 70
+
+
+def test_with_tiles_a_code_depends_on_its_own_tile():
+  model = vqgan.build('test', tile=8)
+  params = init(model)
+  encode = lambda images: np.asarray(model.apply({'params': params}, images, method='_encode'))
+  other = IMAGES.at[:, :8, 8:].set(-IMAGES[:, :8, 8:])
+  moved = np.abs(encode(other) - encode(IMAGES)).max((0, 3)) > 1e-6
+  np.testing.assert_array_equal(moved, np.kron([[0, 1], [0, 0]], np.ones((4, 4))))
+  with pytest.raises(ValueError, match='tile 6 must divide 16 pixels'):
+    init(vqgan.build('test', tile=6))
