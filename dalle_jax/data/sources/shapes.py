@@ -206,7 +206,7 @@ class Shapes:
 
 
 def load(split: str, *, image_size: int = 48, seed: int = 0, count: int = 0, max_objects: int = 2) -> Shapes:
-  """The pictures of a split; `count` 0 means 1,000,000 for train and 2,000 for the others.
+  """The pictures of a split; `count` 0 means the most there are: 1,000,000 for train and 2,000 for the others.
 
   `max_objects` above 2 gives crowded pictures, from which an image tokenizer learns faster: more looks a picture.
   """
@@ -216,4 +216,5 @@ def load(split: str, *, image_size: int = 48, seed: int = 0, count: int = 0, max
     raise ValueError(f'shapes: image_size {image_size} is too small to tell shapes apart; use {8 * GRID} or more')
   if not 1 <= max_objects <= GRID**2:
     raise ValueError(f'shapes: max_objects {max_objects} does not fit the {GRID**2} cells; use 1 to {GRID**2}')
-  return Shapes(split, image_size, seed, count or (1_000_000 if split == 'train' else 2_000), max_objects)
+  most = 1_000_000 if split == 'train' else 2_000
+  return Shapes(split, image_size, seed, min(count or most, most), max_objects)
