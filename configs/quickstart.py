@@ -31,7 +31,7 @@ def vqgan(c):
   c.data.source_args.max_objects = 9  # crowded pictures: three times as many looks to learn from
   c.data.batch_size = 16
   c.optim.update(name='adamw', lr=3e-3, b1=0.9, b2=0.95, weight_decay=1e-4, warmup=100, clip=1.0, schedule='cosine')
-  c.train.update(steps=5_000, ema=0.0, log_every=100, checkpoint_every=1_000, eval_every=2_500)
+  c.train.update(steps=4_500, ema=0.0, log_every=100, checkpoint_every=1_000, eval_every=2_250)
 
 
 def clip(c):
@@ -52,4 +52,4 @@ def dalle(c):
   c.data.source_args.count = 30_000
   c.data.batch_size = 64
   c.optim.update(name='adamw', lr=2e-3, b1=0.9, b2=0.96, weight_decay=0.045, warmup=100, clip=1.0, schedule='cosine')
-  c.train.update(steps=2_000, ema=0.0, log_every=50, checkpoint_every=500, eval_every=1_000)
+  c.train.update(steps=1_300, ema=0.0, log_every=50, checkpoint_every=500, eval_every=650)
