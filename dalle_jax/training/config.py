@@ -55,7 +55,10 @@ def _check_fields(argv: Sequence[str]) -> None:
   alone = [argv[0], '--config', _config_file(argv)[2]]
   values = flags.FlagValues()
   holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=alone)
-  values(alone)
+  try:
+    values(alone)
+  except flags.Error as e:  # holds the traceback of the file as text, whose last line says what is wrong
+    raise ValueError(str(e).strip().splitlines()[-1].strip().removeprefix('ValueError: ')) from e
   try:
     known = list(flat(holder.value, parents=True))
   except OSError as e:

@@ -65,6 +65,12 @@ def test_no_config_or_no_such_file():
     config_lib.parse(['train.py', '--config', 'nope.py'])
 
 
+def test_an_unknown_argument_of_the_file_is_one_line(recipe):
+  with pytest.raises(ValueError, match=r"^config argument 'sise=4' is unknown; there are size") as e:
+    config_lib.parse(['train.py', '--config', f'{recipe}:sise=4'])
+  assert '\n' not in str(e.value)
+
+
 def test_parse_arg():
   arg = common.parse_arg('two,size=4,small', stage='', size=8, small=False)
   assert (arg.stage, arg.size, arg.small) == ('two', 4, True)
