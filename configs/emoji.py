@@ -1,4 +1,4 @@
-"""Emoji from their names: VQGAN, CLIP and DALL-E on the colour-emoji font of this machine, on two CPU cores.
+"""Emoji from their names: VQGAN and DALL-E on the colour-emoji font of this machine, on two CPU cores.
 
 sudo apt-get install fonts-noto-color-emoji        # unless there is one; macOS and Windows have their own
 python train.py --config configs/emoji.py          # all stages

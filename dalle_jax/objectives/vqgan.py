@@ -23,7 +23,6 @@ DEFAULTS = dict(
   ema_decay=0.0,  # 0.0: the codebook follows the gradient; else moving averages of this decay
   usage_decay=0.99,  # without ema_decay: of the usage that tells dead codes
   revive=0.03,  # a code used less than this fraction of the mean is dead and re-initialised; 0.0: never
-  bypass=0.0,  # nearest neighbour: the fraction of pictures that pass unquantised, so that detail is learnt sooner
   data_init=True,  # the first batch initialises the codebook; False when fine-tuning
   window=100,  # steps over which used_codes_window counts
   kl_weight=1e-8,  # Gumbel
@@ -62,7 +61,7 @@ class VQGANObjective:
     c, images = self.c, to_float(batch['image'])
     noise, shuffle = jax.random.split(ctx.rng)
     temperature = self.temperature(ctx.step)
-    out = self.model.apply({'params': params['vqgan']}, images, noise if ctx.train else None, temperature, c.bypass)
+    out = self.model.apply({'params': params['vqgan']}, images, noise if ctx.train else None, temperature)
 
     distances = lambda recon: self._distances(ctx, recon, images)
     nll = lambda recon: sum(c[f'{k}_weight'] * v for k, v in distances(recon).items())
