@@ -29,6 +29,7 @@ _RUN_DIR = flags.DEFINE_string('run_dir', 'runs/quickstart', 'where everything g
 _CONFIG = flags.DEFINE_string('config', 'configs/quickstart.py', 'the config with the stages')
 _PROMPTS = flags.DEFINE_integer('prompts', 200, 'held-out captions a split')
 _CANDIDATES = flags.DEFINE_integer('candidates', 8, 'samples a caption, of which CLIP picks the best')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'of the samples')
 _GUIDANCE = flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale')
 _OVERRIDES = flags.DEFINE_multi_string('override', [], 'passed on to train.py, e.g. --override=--config.train.steps=10')
 STAGES = ('vqgan', 'clip', 'dalle')
@@ -82,7 +83,8 @@ def evaluate(root: Path) -> tuple[dict[str, float], list]:
     source = shapes.load(split, image_size=size)
     records = [source[k] for k in range(_PROMPTS.value)]
     scenes = [source.scene(k) for k in range(_PROMPTS.value)]
-    samples = model.sample([r['caption'] for r in records], n=n, seed=0, guidance=_GUIDANCE.value)
+    sampling = dict(temperature=_TEMPERATURE.value, guidance=_GUIDANCE.value)
+    samples = model.sample([r['caption'] for r in records], n=n, seed=0, **sampling)
     images = np.stack([s.images for s in samples])  # (prompts, n, H, W, 3), best first by CLIP
     right = oracle.score(images.reshape(-1, *images.shape[2:]), [s for s in scenes for _ in range(n)])
     right = {a: v.reshape(-1, n) for a, v in right.items()}
@@ -142,8 +144,8 @@ def report(metrics: dict[str, float]) -> str:
     |---|---|
     {table}
 
-    Each row: the true picture, then {n} samples, best first by CLIP. The upper six captions are from `test`, the lower
-    six from `test_unseen`.
+    Each row: the true picture, then {n} samples at temperature {temperature}, best first by CLIP. The upper six
+    captions are from `test`, the lower six from `test_unseen`.
 
     ![samples](grid.png)
     ![curves](curves.png)
@@ -152,7 +154,7 @@ def report(metrics: dict[str, float]) -> str:
     |---|---|
     {times}
     """
-  return textwrap.dedent(page).format(table=table, n=n, times=times)
+  return textwrap.dedent(page).format(table=table, n=n, temperature=_TEMPERATURE.value, times=times)
 
 
 if __name__ == '__main__':

@@ -51,7 +51,13 @@ def measure(kind: str, workers: int, *, path: str = '', augment: str = '', sourc
   """Pictures a second, text included, after the first batches."""
   config = ConfigDict(
     dict(
-      source=kind, path=path, augment=augment, source_args=source_args or {}, image_size=_SIZE.value, workers=workers
+      source=kind,
+      path=path,
+      augment=augment,
+      source_args=source_args or {},
+      image_size=_SIZE.value,
+      group=1,
+      workers=workers,
     )
   )
   source = sources.load(config, 'train')

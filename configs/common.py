@@ -45,6 +45,7 @@ def base() -> ConfigDict:
       image_size=64,
       augment='',
       batch_size=64,  # over all devices and processes
+      group=1,  # consecutive records that stay together when shuffled
       workers=0,
       seed=0,
       source_args=ConfigDict(),

@@ -6,6 +6,7 @@ Number of workers, processes and resumed steps only decide who computes which k.
 """
 
 import dataclasses
+import itertools
 import logging
 import multiprocessing
 import os
@@ -25,6 +26,7 @@ from dalle_jax.data import ops
 logger = logging.getLogger(__name__)
 LOGGED = 20  # broken records that a loader names; further ones are counted in silence
 THREADS = 2  # of a process, one a batch; more only fight for the interpreter lock
+EPOCHS = 2**31  # for ever; grain's own for ever overflows in batches of one
 AHEAD = 4  # batches that are ready before they are asked for
 
 Batch = dict[str, np.ndarray]
@@ -93,12 +95,23 @@ class Examples:
     image = ops.to_rgb(record['image'], least=2 * self.image_size)  # twice, so that the resize still antialiases
     return {'image': ops.crop(image, self.image_size, self.augment, rng)}, captions
 
-  def ordered(self, index: int) -> tuple[Batch, Row]:
-    return self(index, None)
+  def ordered(self, index: int) -> list[tuple[Batch, Row]]:
+    return [self(index, None)]
 
 
-def collate(examples: Sequence[tuple[Batch, Row]]) -> tuple[Batch, list[Row]]:
-  arrays, rows = zip(*examples, strict=True)
+@dataclasses.dataclass(frozen=True)
+class Groups:
+  """`groups(k, rng)`: the examples of records [k * size, (k + 1) * size), which stay together in a shuffled order."""
+
+  examples: Examples
+  size: int
+
+  def __call__(self, index: int, rng: np.random.Generator) -> list[tuple[Batch, Row]]:
+    return [self.examples(index * self.size + i, rng) for i in range(self.size)]
+
+
+def collate(groups: Sequence[list[tuple[Batch, Row]]]) -> tuple[Batch, list[Row]]:
+  arrays, rows = zip(*itertools.chain.from_iterable(groups), strict=True)
   return {k: np.stack([a[k] for a in arrays]) for k in arrays[0]}, list(rows)
 
 
@@ -169,7 +182,8 @@ def make_loader(
 
   Args:
     config_data: has image_size; augment, see `ops.parse_augment`; workers, processes that read ahead (0: threads of
-      this process, as always in an ordered pass, which is too short to wait for processes to start).
+      this process, as always in an ordered pass, which is too short to wait for processes to start); group, how many
+      consecutive records of the source stay together when shuffled (what is left over at its end is never read).
     encode_text: (caption, seed) -> int32[N]; must pickle when there are workers.
     batch_size: over all processes.
 
@@ -180,17 +194,20 @@ def make_loader(
   if not len(source):
     raise ValueError('the data source is empty; give it at least one record.')
   examples = Examples(source, config_data.image_size, config_data.augment, encode_text)
-  order = grain.MapDataset.range(len(source))
+  group, rows = config_data.group if shuffle else 1, batch_size // process_count
+  if group < 1 or rows % group or group > len(source):
+    raise ValueError(f'data.group {group} does not divide the {rows} rows a process, or exceeds {len(source)} records.')
+  order = grain.MapDataset.range(len(source) // group)
   # Neighbouring seeds must not give neighbouring streams: grain shuffles epoch e with seed + e.
   order_seed, rng_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
   if shuffle:
-    dataset = order.shuffle(seed=order_seed).repeat().random_map(examples, seed=rng_seed)
+    dataset = order.shuffle(seed=order_seed).repeat(EPOCHS).random_map(Groups(examples, group), seed=rng_seed)
     stop = None
   else:
-    dataset = order.repeat(reseed_each_epoch=False).map(examples.ordered)
+    dataset = order.repeat(EPOCHS, reseed_each_epoch=False).map(examples.ordered)
     stop = -(-len(source) // batch_size) * process_count
   # In batches of b = B / P, number k * P + p holds the rows of process p in global batch k.
-  dataset = dataset.batch(batch_size // process_count, batch_fn=collate)
+  dataset = dataset.batch(rows // group, batch_fn=collate)
   dataset = dataset[start_step * process_count + process_index : stop : process_count]
   workers = config_data.workers if shuffle else 0
   if not workers:

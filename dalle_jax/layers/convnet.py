@@ -16,12 +16,13 @@ class ResBlock(nn.Module):
 
   features: int
   dtype: jnp.dtype = jnp.float32
+  groups: int = 32  # of the norms
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    h = jax.nn.swish(GroupNorm(dtype=self.dtype, name='norm1')(x))
+    h = jax.nn.swish(GroupNorm(self.groups, dtype=self.dtype, name='norm1')(x))
     h = Conv(self.features, dtype=self.dtype, name='conv1')(h)
-    h = jax.nn.swish(GroupNorm(dtype=self.dtype, name='norm2')(h))
+    h = jax.nn.swish(GroupNorm(self.groups, dtype=self.dtype, name='norm2')(h))
     h = Conv(self.features, dtype=self.dtype, name='conv2')(h)
     if x.shape[-1] != self.features:
       x = Conv(self.features, 1, dtype=self.dtype, name='nin_shortcut')(x)
@@ -32,11 +33,12 @@ class AttnBlock(nn.Module):
   """Residual attention of one head among all positions of `[B, H, W, C]`."""
 
   dtype: jnp.dtype = jnp.float32
+  groups: int = 32  # of the norm
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     b, h, w, c = x.shape
-    y = GroupNorm(dtype=self.dtype, name='norm')(x)
+    y = GroupNorm(self.groups, dtype=self.dtype, name='norm')(x)
     q, k, v = (Conv(c, 1, dtype=self.dtype, name=name)(y).reshape(b, h * w, c) for name in 'qkv')
     scores = jnp.einsum('bqc,bkc->bqk', q, k, preferred_element_type=jnp.float32) * c**-0.5
     weights = jax.nn.softmax(scores).astype(self.dtype)

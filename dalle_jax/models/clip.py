@@ -24,7 +24,7 @@ VARIANTS = {
   ),
   'quickstart': dict(
     image_size=48, patch=8, width=128, layers=3, heads=4, text_width=128, text_layers=3, text_heads=4, vocab_size=536,
-    text_length=24, embed_dim=128, text_causal=False,
+    text_length=24, embed_dim=128, image_pool='all', text_causal=False,
   ),
   'vit_b32': dict(),
 }  # fmt: skip
@@ -39,6 +39,7 @@ class ImageTower(nn.Module):
   layers: int
   heads: int
   embed_dim: int
+  pool: str
   activation: str
   dtype: jnp.dtype
 
@@ -51,12 +52,16 @@ class ImageTower(nn.Module):
       self.width, self.patch, self.patch, 'VALID', use_bias=False, dtype=self.dtype, kernel_init=stem, name='stem'
     )
     x = conv(images).reshape(images.shape[0], -1, self.width)
-    token = self.param('class_token', boxed(init, ('embed',)), (self.width,), jnp.float32)
-    x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, self.width)), x], 1)
+    if self.pool == 'class':
+      token = self.param('class_token', boxed(init, ('embed',)), (self.width,), jnp.float32)
+      x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, self.width)), x], 1)
+    elif self.pool != 'all':
+      raise ValueError(f'CLIP image_pool {self.pool!r} is unknown; there are class and all.')
     positions = self.param('positions', boxed(init, (None, 'embed')), x.shape[1:], jnp.float32)
     x = LayerNorm(dtype=self.dtype, name='norm_in')(x + positions.astype(self.dtype))
     x, _ = Stack(self.layers, self.heads, self.activation, self.dtype, name='encoder')(x)
-    x = LayerNorm(name='norm_out')(x[:, 0])
+    x = LayerNorm(name='norm_out')(x[:, 0] if self.pool == 'class' else x)
+    x = x.reshape(len(x), -1)
     return Dense(self.embed_dim, ('embed', None), use_bias=False, kernel_init=init, name='proj')(x)
 
 
@@ -99,6 +104,9 @@ class CLIP(nn.Module):
   """Two towers and a learnt scale. `vocab_size` counts all ids, the padding ones included.
 
   Attributes:
+    image_pool: what the projection of a picture reads: 'class', the class token (as the OpenAI models), or 'all', every
+      patch and no class token. A sum over patches has forgotten where things are and is long in finding out; with 'all'
+      small models know at once.
     text_causal: whether text sees earlier text alone (as the OpenAI models) or all of it.
     text_pool: the position that stands for the caption, 'last' or that of the highest id ('max_id').
   """
@@ -111,6 +119,7 @@ class CLIP(nn.Module):
   text_width: int = 512
   text_layers: int = 12
   text_heads: int = 8
+  image_pool: str = 'class'
   text_causal: bool = True
   text_pool: str = 'last'
   vocab_size: int = 49408
@@ -121,8 +130,9 @@ class CLIP(nn.Module):
 
   def setup(self):
     self.image = ImageTower(
-      self.image_size, self.patch, self.width, self.layers, self.heads, self.embed_dim, self.activation, self.dtype
-    )
+      self.image_size, self.patch, self.width, self.layers, self.heads, self.embed_dim, self.image_pool,
+      self.activation, self.dtype,
+    )  # fmt: skip
     self.text = TextTower(
       self.vocab_size,
       self.text_length,

@@ -23,12 +23,12 @@ VARIANTS = {
     dtype=jnp.float32,
   ),
   'quickstart': dict(
-    text_vocab=536, text_length=24, image_vocab=1024, grid=(6, 6), d_model=128, depth=4, heads=4, attention='full',
+    text_vocab=536, text_length=24, image_vocab=512, grid=(9, 9), d_model=128, depth=4, heads=4, attention='full',
     dtype=jnp.float32,
   ),
   'mini': dict(
-    text_vocab=2080, text_length=24, image_vocab=1024, grid=(8, 8), d_model=192, depth=6, heads=6, attention='full',
-    period=3, dtype=jnp.float32,
+    text_vocab=2080, text_length=24, image_vocab=1024, grid=(8, 8), d_model=192, depth=4, heads=6, attention='full',
+    dtype=jnp.float32,
   ),
   # 256 + 1,024 tokens with the sizes of the GPT family, and the paper's.
   'small': dict(d_model=768, depth=12, heads=12),

@@ -17,14 +17,14 @@ VARIANTS = {
   'test': dict(
     image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), z_channels=8, code_dim=8, num_codes=16
   ),
-  # f = 8 by the stem alone, 6 x 6 codes of a 48 x 48 picture: about twice the steps a second of a stem of 4 with a
-  # downsampling.
+  # f = 4 by the stem alone, 9 x 9 codes of a 36 x 36 picture. Each code is a function of its own 4 x 4 pixels, so that
+  # shapes are spelt alike in every colour.
   'quickstart': dict(
-    image_size=48, patch=8, tile=16, ch=128, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), z_channels=64,
-    code_dim=32, num_codes=1024,
+    image_size=36, patch=4, tile=4, ch=64, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), norm_groups=4,
+    z_channels=64, code_dim=32, num_codes=512,
   ),
   'small': dict(
-    image_size=64, patch=4, ch=128, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), z_channels=128,
+    image_size=64, patch=4, ch=64, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), z_channels=128,
     code_dim=64, num_codes=1024,
   ),
   # Public layouts, 256 x 256 pictures: f8 Gumbel (32 x 32 codes), f16 (16 x 16 codes).
@@ -56,6 +56,7 @@ class Encoder(nn.Module):
   ch_mult: tuple[int, ...]
   num_res_blocks: int
   attn_levels: tuple[bool, ...]
+  norm_groups: int
   z_channels: int
   dtype: jnp.dtype
 
@@ -64,14 +65,14 @@ class Encoder(nn.Module):
     x = Conv(self.ch, dtype=self.dtype, name='conv_in')(x)
     for level, mult in enumerate(self.ch_mult):
       for i in range(self.num_res_blocks):
-        x = ResBlock(self.ch * mult, self.dtype, name=f'down_{level}_block_{i}')(x)
+        x = ResBlock(self.ch * mult, self.dtype, self.norm_groups, name=f'down_{level}_block_{i}')(x)
         if self.attn_levels[level]:
-          x = AttnBlock(self.dtype, name=f'down_{level}_attn_{i}')(x)
+          x = AttnBlock(self.dtype, self.norm_groups, name=f'down_{level}_attn_{i}')(x)
       if level + 1 < len(self.ch_mult):
         x = Downsample(self.dtype, name=f'down_{level}_downsample')(x)
       x = constrain(x, IMAGE_AXES)
-    x = middle(x, self.dtype)
-    x = jax.nn.swish(GroupNorm(dtype=self.dtype, name='norm_out')(x))
+    x = middle(x, self.dtype, self.norm_groups)
+    x = jax.nn.swish(GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(x))
     return Conv(self.z_channels, dtype=self.dtype, name='conv_out')(x)
 
 
@@ -85,28 +86,29 @@ class Decoder(nn.Module):
   ch_mult: tuple[int, ...]
   num_res_blocks: int
   attn_levels: tuple[bool, ...]
+  norm_groups: int
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     x = Conv(self.ch * self.ch_mult[-1], dtype=self.dtype, name='conv_in')(x)
-    x = middle(x, self.dtype)
+    x = middle(x, self.dtype, self.norm_groups)
     for level, mult in reversed(list(enumerate(self.ch_mult))):
       for i in range(self.num_res_blocks + 1):
-        x = ResBlock(self.ch * mult, self.dtype, name=f'up_{level}_block_{i}')(x)
+        x = ResBlock(self.ch * mult, self.dtype, self.norm_groups, name=f'up_{level}_block_{i}')(x)
         if self.attn_levels[level]:
-          x = AttnBlock(self.dtype, name=f'up_{level}_attn_{i}')(x)
+          x = AttnBlock(self.dtype, self.norm_groups, name=f'up_{level}_attn_{i}')(x)
       if level:
         x = Upsample(self.dtype, name=f'up_{level}_upsample')(x)
       x = constrain(x, IMAGE_AXES)
-    return jax.nn.swish(GroupNorm(dtype=self.dtype, name='norm_out')(x))
+    return jax.nn.swish(GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(x))
 
 
-def middle(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def middle(x: jax.Array, dtype: jnp.dtype, groups: int) -> jax.Array:
   """Two blocks around attention at the lowest resolution, inside the calling module."""
-  x = ResBlock(x.shape[-1], dtype, name='mid_block_1')(x)
-  x = AttnBlock(dtype, name='mid_attn_1')(x)
-  return ResBlock(x.shape[-1], dtype, name='mid_block_2')(x)
+  x = ResBlock(x.shape[-1], dtype, groups, name='mid_block_1')(x)
+  x = AttnBlock(dtype, groups, name='mid_attn_1')(x)
+  return ResBlock(x.shape[-1], dtype, groups, name='mid_block_2')(x)
 
 
 class VQGAN(nn.Module):
@@ -118,7 +120,8 @@ class VQGAN(nn.Module):
       last: a stem that is cheap on small machines. 1 is the published network.
     tile: if not 0, the encoder sees squares of tile x tile pixels, each by itself, so that a code depends on its own
       tile alone. Where pictures are made of parts, equal parts then have equal codes, which a transformer learns
-      several times as fast; the decoder sees everything.
+      several times as fast and can put together anew; the decoder sees everything.
+    norm_groups: of every GroupNorm. A tile of one code has no pixels to average over: give it groups of many channels.
     quantizer: 'nearest' or 'gumbel'.
     normalize_codes: nearest neighbour on the unit sphere.
   """
@@ -130,6 +133,7 @@ class VQGAN(nn.Module):
   ch_mult: tuple[int, ...] = (1, 1, 2, 4)
   num_res_blocks: int = 2
   attn_resolutions: tuple[int, ...] = (32,)
+  norm_groups: int = 32
   z_channels: int = 256
   code_dim: int = 256
   num_codes: int = 8192
@@ -140,7 +144,7 @@ class VQGAN(nn.Module):
   def setup(self):
     resolutions = [self.image_size // self.patch // 2**level for level in range(len(self.ch_mult))]
     levels = tuple(r in self.attn_resolutions for r in resolutions)
-    shared = (self.ch, self.ch_mult, self.num_res_blocks, levels)
+    shared = (self.ch, self.ch_mult, self.num_res_blocks, levels, self.norm_groups)
     self.encoder = Encoder(*shared, self.z_channels, self.dtype)
     self.decoder = Decoder(*shared, self.dtype)
     self.conv_out = Conv(3 * self.patch**2, dtype=self.dtype)

@@ -16,6 +16,7 @@ DEFAULTS = dict(
   text_weight=0.125,  # of the text loss
   image_weight=0.875,
   caption_dropout=0.0,  # the fraction of captions replaced by padding alone, for guidance in sampling
+  token_noise=0.0,  # the fraction of image tokens that are random ones where they are read; see `DALLEObjective`
   guidance=1.0,  # of the pictures in the log
 )
 
@@ -24,6 +25,9 @@ class DALLEObjective:
   """The player is 'dalle'. Batches: text int32[B, T], and tokens int32[B, I] or image uint8[B, H, W, 3].
 
   Pictures become tokens inside the step, by the frozen network 'vqgan'; encoding ahead (config.encode) saves that.
+  With `token_noise` the model cannot trust the picture so far and has to explain every token by the caption, which is
+  what makes it draw combinations that it has never seen (as the word dropout of Bowman et al., 2016, "Generating
+  Sentences from a Continuous Space", makes a decoder use its latent). What it predicts is always the true token.
   """
 
   def __init__(self, model: dalle.DALLE, tokenizer: vqgan.VQGAN, c: ConfigDict):
@@ -42,7 +46,12 @@ class DALLEObjective:
       drop = jax.random.bernoulli(ctx.rng, self.c.caption_dropout, (len(text), 1))
       text = jnp.where(drop, self.model.padding, text)
       kept = 1.0 - drop[:, 0]  # padding alone teaches nothing about text
-    text_logits, image_logits = self.model.apply({'params': params['dalle']}, text, image)
+    read = image
+    if ctx.train and self.c.token_noise:
+      where, what = jax.random.split(jax.random.fold_in(ctx.rng, 1))
+      noisy = jax.random.bernoulli(where, self.c.token_noise, image.shape)
+      read = jnp.where(noisy, jax.random.randint(what, image.shape, 0, self.model.image_vocab), image)
+    text_logits, image_logits = self.model.apply({'params': params['dalle']}, text, read)
     text_loss, _ = losses.token_loss(text_logits, text, kept)
     image_loss, accuracy = losses.token_loss(image_logits, image)
     loss = self.c.text_weight * text_loss + self.c.image_weight * image_loss

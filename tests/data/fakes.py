@@ -27,4 +27,4 @@ def encode_text(caption, seed):
 
 
 def data_config(**overrides):
-  return ConfigDict(dict(source='', path='', source_args={}, image_size=8, augment='', workers=0) | overrides)
+  return ConfigDict(dict(source='', path='', source_args={}, image_size=8, augment='', group=1, workers=0) | overrides)

@@ -65,6 +65,21 @@ def test_every_epoch_shows_every_record_once_in_a_new_order():
   assert list(shown[0]) != list(shown[1])
 
 
+def test_groups_stay_together_in_every_order_of_workers_processes_and_resumed_steps():
+  settings = dict(group=4, text=noisy)
+  whole = take(loader(Numbered(26), **settings), 6)
+  groups = indices(whole).reshape(-1, 4)
+  assert all(list(g) == list(range(g[0], g[0] + 4)) and g[0] % 4 == 0 for g in groups)
+  for epoch in groups.reshape(2, 6, 4):
+    assert sorted(epoch[:, 0]) == list(range(0, 24, 4)) != list(epoch[:, 0])
+  assert_same(whole, take(loader(Numbered(26), workers=2, **settings), 6))
+  assert_same(whole[2:], take(loader(Numbered(26), start_step=2, **settings), 4))
+  parts = [take(loader(Numbered(26), process=(p, 2), **settings), 6) for p in range(2)]
+  assert_same(whole, [{k: np.concatenate([p[step][k] for p in parts]) for k in whole[0]} for step in range(6)])
+  with pytest.raises(ValueError, match=r'data.group 3 does not divide'):
+    loader(Numbered(26), group=3)
+
+
 def test_seeds_differ_and_a_seed_repeats():
   source = Numbered(100)
   first = take(loader(source, seed=1), 3)

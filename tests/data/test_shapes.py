@@ -55,6 +55,22 @@ def test_every_scene_is_in_its_split_and_only_test_unseen_shows_the_held_out_pai
         assert len({o.position for o in scene.objects}) == len(scene.objects)
 
 
+@pytest.mark.parametrize('split', shapes.SPLITS)
+def test_siblings_differ_in_little_and_stay_in_their_split(split):
+  families, alone = shapes.load(split, siblings=4), shapes.load(split)
+  changed = []
+  for k in range(0, 200, 4):
+    first, *others = (families.scene(k + i) for i in range(4))
+    assert first == alone.scene(k // 4)
+    for other in others:
+      assert other.split == split and other != first and 1 <= len(other.objects) <= 2
+      changed.append(
+        (other.background != first.background)
+        + max(len({*a.objects} - {*b.objects}) for a, b in ((first, other), (other, first)))
+      )
+  assert split != 'train' or np.mean(np.array(changed) == 1) > 0.8
+
+
 def test_captions_tell_every_attribute_in_several_wordings():
   source = shapes.load('train')
   forms = set()
@@ -118,5 +134,7 @@ def test_bad_arguments_are_refused():
     shapes.load('train', image_size=16)
   with pytest.raises(ValueError, match='max_objects'):
     shapes.load('train', max_objects=10)
+  with pytest.raises(ValueError, match='siblings'):
+    shapes.load('train', siblings=0)
   with pytest.raises(ValueError, match='expected uint8'):
     Oracle(48).read(np.zeros((1, 48, 48, 3)))

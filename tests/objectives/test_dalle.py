@@ -79,6 +79,17 @@ def test_dropped_captions_are_padding_and_leave_the_text_loss(frozen, params):
   assert run(1.0, BATCH, train=False)['image_loss'] == run(0.0, BATCH)['image_loss']
 
 
+def test_noise_is_read_and_never_predicted(frozen, params):
+  run = lambda p, batch, train=True: build(token_noise=p).loss(params, context(frozen, train), batch)[1][0]
+  tokens = jnp.tile(jnp.arange(16), (8, 4))
+  clean, noisy, other = (run(p, BATCH | {'tokens': t}) for p, t in ((0.0, tokens), (0.5, tokens), (1.0, tokens)))
+  assert len({float(m['image_loss']) for m in (clean, noisy, other)}) == 3
+  assert clean['text_loss'] == noisy['text_loss'] == other['text_loss']
+  sums = sum(float(run(1.0, BATCH | {'tokens': jnp.full((8, 64), k)})['image_loss']) for k in range(16))
+  assert sums / 16 > np.log(16)  # the same logits for all 16: their mean negative log likelihood exceeds the entropy
+  assert run(0.5, BATCH | {'tokens': tokens}, train=False)['image_loss'] == clean['image_loss']
+
+
 def test_sample_puts_true_pictures_beside_drawn_ones(frozen, params):
   for guidance in (1.0, 2.0):
     images = build(guidance=guidance).sample(params, context(frozen), BATCH)
@@ -91,7 +102,8 @@ def test_sample_puts_true_pictures_beside_drawn_ones(frozen, params):
 @pytest.mark.parametrize('axes', [dict(data=2, fsdp=2, tensor=2), dict(data=1, fsdp=8, tensor=1)])
 def test_sharded_equals_unsharded(frozen, axes):
   def step(sizes):
-    c, objective = config(caption_dropout=0.5), build(caption_dropout=0.5)
+    loss = dict(caption_dropout=0.5, token_noise=0.5)
+    c, objective = config(**loss), build(**loss)
     with sharding.use(sizes, common.RULES) as mesh:
       spec = state_lib.batch_spec(BATCH)
       abstract, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)

@@ -113,6 +113,34 @@ def _seen(o: Object, rng: np.random.Generator) -> Object:
   return o if o.color in colors else dataclasses.replace(o, color=colors[int(rng.integers(len(colors)))])
 
 
+def change(scene: Scene, rng: np.random.Generator) -> Scene:
+  """A scene of the same split that differs in one attribute (in more if the split has no such neighbour)."""
+  new = scene
+  while new == scene or new.split != scene.split:
+    new = _step(new, rng)
+  return new
+
+
+def _step(scene: Scene, rng: np.random.Generator) -> Scene:
+  """Draws one thing of a scene again: an attribute of an object, the background, how many; it may come out the same."""
+  pick = lambda table: tuple(table)[int(rng.integers(len(table)))]
+  new = lambda position: Object(position, pick(SHAPES), pick(COLORS), pick(SIZES))
+  k = int(rng.integers(len(scene.objects)))
+  o, others = scene.objects[k], scene.objects[:k] + scene.objects[k + 1 :]
+  free = sorted(set(range(GRID**2)) - {x.position for x in others})
+  values = dict(shape=SHAPES, color=COLORS, size=SIZES, position=free, background=BACKGROUNDS, count=(1, 2))
+  name = pick(values)
+  value = pick(values[name])
+  if name == 'background':
+    return dataclasses.replace(scene, background=value)
+  if name == 'count':
+    more = (new(pick(sorted(set(free) - {o.position}))),) if len(others) + 1 < value else ()
+    objects = others if len(others) >= value else (*scene.objects, *more)
+  else:
+    objects = (*others, dataclasses.replace(o, **{name: value}))
+  return dataclasses.replace(scene, objects=tuple(sorted(objects)))
+
+
 def describe(scene: Scene, rng: np.random.Generator) -> str:
   """One of the wordings of a scene; every wording tells every attribute."""
   words = [f'a {o.size} {o.color} {o.shape} at the {POSITIONS[o.position]}' for o in scene.objects]
@@ -187,6 +215,7 @@ class Shapes:
   seed: int
   count: int
   max_objects: int
+  siblings: int
 
   def __len__(self) -> int:
     return self.count
@@ -194,8 +223,14 @@ class Shapes:
   def _scene_and_rng(self, k: int) -> tuple[Scene, np.random.Generator]:
     if not 0 <= k < self.count:
       raise IndexError(f'picture {k} of a source of {self.count}')
-    rng = np.random.default_rng([self.seed, SPLITS.index(self.split), k])
-    return draw_scene(rng, self.split, self.max_objects), rng
+    family, sibling = divmod(k, self.siblings)
+    key = [self.seed, SPLITS.index(self.split), family]
+    rng = np.random.default_rng(key)
+    scene = draw_scene(rng, self.split, self.max_objects)
+    if sibling:
+      rng = np.random.default_rng([*key, sibling])
+      scene = change(scene, rng)
+    return scene, rng
 
   def scene(self, k: int) -> Scene:
     return self._scene_and_rng(k)[0]
@@ -205,10 +240,14 @@ class Shapes:
     return {'image': render(scene, self.image_size), 'caption': describe(scene, rng)}
 
 
-def load(split: str, *, image_size: int = 48, seed: int = 0, count: int = 0, max_objects: int = 2) -> Shapes:
+def load(
+  split: str, *, image_size: int = 48, seed: int = 0, count: int = 0, max_objects: int = 2, siblings: int = 1
+) -> Shapes:
   """The pictures of a split; `count` 0 means the most there are: 1,000,000 for train and 2,000 for the others.
 
   `max_objects` above 2 gives crowded pictures, from which an image tokenizer learns faster: more looks a picture.
+  Records come in families of `siblings`: a scene, and others that differ from it in one attribute (see `change`). In
+  one batch (`data.group`) they are hard negatives for a contrastive loss.
   """
   if split not in SPLITS:
     raise ValueError(f'shapes: unknown split {split!r}; expected one of {", ".join(SPLITS)}')
@@ -217,4 +256,6 @@ def load(split: str, *, image_size: int = 48, seed: int = 0, count: int = 0, max
   if not 1 <= max_objects <= GRID**2:
     raise ValueError(f'shapes: max_objects {max_objects} does not fit the {GRID**2} cells; use 1 to {GRID**2}')
   most = 1_000_000 if split == 'train' else 2_000
-  return Shapes(split, image_size, seed, min(count or most, most), max_objects)
+  if siblings < 1:
+    raise ValueError(f'shapes: siblings is {siblings}; expected 1 (unrelated scenes) or more')
+  return Shapes(split, image_size, seed, min(count or most, most), max_objects, siblings)

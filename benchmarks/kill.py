@@ -1,0 +1,63 @@
+"""Kills a training run with SIGKILL at random moments, starts it again by the same command, and compares the end.
+
+python benchmarks/kill.py --config=configs/quickstart.py:vqgan --override=--config.train.steps=300
+Prints where it was killed and whether every parameter is equal to the bit to that of a run left alone.
+"""
+
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from dalle_jax.training import checkpoint
+
+_CONFIG = flags.DEFINE_string('config', 'configs/quickstart.py:vqgan', 'of one run')
+_OVERRIDES = flags.DEFINE_multi_string('override', ['--config.train.steps=300'], 'passed on to train.py')
+_EVERY = flags.DEFINE_integer('checkpoint_every', 25, 'steps')
+_KILLS = flags.DEFINE_integer('kills', 3, 'how often')
+_SEED = flags.DEFINE_integer('seed', 0, 'of the moments')
+
+
+def main(_):
+  work = Path(tempfile.mkdtemp())
+
+  def command(name):
+    every = f'--config.train.checkpoint_every={_EVERY.value}'
+    return [
+      sys.executable, 'train.py', f'--config={_CONFIG.value}', f'--config.run_dir={work / name}', every,
+      *_OVERRIDES.value,
+    ]  # fmt: skip
+
+  start = time.monotonic()
+  subprocess.run(command('alone'), check=True, stdout=subprocess.DEVNULL)
+  seconds = time.monotonic() - start
+  last = checkpoint.steps(work / 'alone')[-1]
+  print(f'left alone: {last} steps in {seconds:.0f} s')
+  rng = random.Random(_SEED.value)
+  for _ in range(_KILLS.value):
+    child = subprocess.Popen(command('killed'), stdout=subprocess.DEVNULL)
+    wait = rng.uniform(0.2, 0.6) * seconds
+    time.sleep(wait)
+    child.send_signal(signal.SIGKILL)
+    code = child.wait()
+    print(f'killed after {wait:.1f} s (exit {code}); checkpoints on disk: {checkpoint.steps(work / "killed")}')
+    if code != -signal.SIGKILL:
+      sys.exit('error: the run had ended before it was killed; give it more steps')
+  subprocess.run(command('killed'), check=True, stdout=subprocess.DEVNULL)
+  a, b = (checkpoint.load_run(work / name, ema=False) for name in ('alone', 'killed'))
+  pairs = list(zip(*(jax.tree.leaves(run.params) for run in (a, b)), strict=True))
+  same = sum(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+  print(f'step {a.step} and {b.step}: {same} of {len(pairs)} parameters are equal to the bit')
+  if same != len(pairs) or a.step != b.step:
+    sys.exit('error: they differ')
+
+
+if __name__ == '__main__':
+  app.run(main)
