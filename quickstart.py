@@ -103,7 +103,9 @@ def took(root: Path, stage: str, seconds: float) -> dict[str, float]:
   root.mkdir(parents=True, exist_ok=True)
   known = json.loads(path.read_text()) if path.exists() else {}
   known[stage] = seconds if stage == 'evaluation' else known.get(stage, 0.0) + seconds
-  write_json(path, known)
+  partial = path.with_suffix('.tmp')
+  partial.write_text(json.dumps(known))  # with no word to JAX: the accelerator belongs to the stages
+  partial.replace(path)
   return known
 
 

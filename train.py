@@ -7,11 +7,15 @@
 """
 
 import importlib
+import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dalle_jax.data import bpe, pipeline, sources
@@ -42,19 +46,41 @@ def tokenizer(config: ConfigDict, meta: dict | None, initial: checkpoint.Run | N
   if initial and initial.tokenizer:
     return bpe.BPE(initial.tokenizer)
   if c.path:
-    return bpe.BPE(Path(c.path).read_text())
-  return bpe.train((source[i]['caption'] for i in range(min(len(source), CAPTIONS))), c.vocab_size)
+    return bpe.BPE.load(Path(c.path).expanduser())
+  return bpe.train(captions(source, CAPTIONS), c.vocab_size)
 
 
-def frozen_runs(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> dict[str, checkpoint.Run]:
-  """Loads config.frozen, copying each into RUN_DIR/frozen first, so that a run needs nothing outside itself."""
+def captions(source: pipeline.Source, count: int) -> Iterator[str]:
+  """The first captions of the first `count` records; those that cannot be read are named when training meets them."""
+  for i in range(min(len(source), count)):
+    try:
+      found = source.captions(i) if hasattr(source, 'captions') else [source[i]['caption']]
+    except Exception:  # what a broken file makes a library raise has no common class
+      continue
+    yield from found[:1]
+
+
+def frozen_runs(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh, started: bool) -> dict[str, checkpoint.Run]:
+  """Loads config.frozen, copying each into RUN_DIR/frozen first, so that a run needs nothing outside itself.
+
+  A run that has `started` (saved once) keeps its copies whatever becomes of the originals.
+  """
   runs = {}
   for name, path in config.frozen.items():
     copy = run_dir / 'frozen' / name
-    if not checkpoint.steps(copy):
-      if not path:
-        raise ValueError(f'config.frozen.{name} is empty; pass --config.frozen.{name}=RUN_DIR of a trained {name}.')
-      checkpoint.export_run(copy, checkpoint.load_run(path))
+    have, there = (checkpoint.origin(p) for p in (copy, path or copy))
+    if not have and not path:
+      raise ValueError(f'config.frozen.{name} is empty; pass --config.frozen.{name}=RUN_DIR of a trained {name}.')
+    renew = not have or bool(there and have != there)
+    if have and renew and started:
+      print(f'config.frozen.{name} is not what this run was trained with; it keeps its copy, {copy}', flush=True)
+      renew = False
+    if multihost_utils.broadcast_one_to_all(np.int32(renew)):  # process 0 knows: others may see its copy half made
+      run = checkpoint.load_run(path, mesh=mesh, rules=config.rules)
+      if jax.process_index() == 0:
+        shutil.rmtree(copy, ignore_errors=True)
+      multihost_utils.sync_global_devices(f'frozen {name}')
+      checkpoint.export_run(copy, run, mesh=mesh, rules=config.rules)
     runs[name] = checkpoint.load_run(copy, mesh=mesh, rules=config.rules)
   return runs
 
@@ -64,6 +90,12 @@ def encoded(config: ConfigDict, records: dict, frozen: dict[str, checkpoint.Run]
   if 'vqgan' not in frozen:
     raise ValueError('config.encode.enabled needs config.frozen.vqgan, the run that turns images into codes.')
   encode = importlib.import_module('dalle_jax.pipelines.encode')
+  if config.data.source == 'tokens':
+    for source in records.values():
+      encode.check(source, frozen['vqgan'])
+    return records
+  if config.data.augment:
+    print(f'data.augment {config.data.augment!r} does nothing here: pictures are encoded once, as central crops')
   folder = Path(config.encode.path or run_dir / 'encoded')
   for split, source in records.items():
     encode.encode_dataset(source, frozen['vqgan'], folder / split, config.data.image_size, config.encode.batch_size)
@@ -97,8 +129,8 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
   words = tokenizer(config, before, initial, records[data.split])
   if words:
     config.tokenizer.vocab_size = words.vocab_size
-  frozen = frozen_runs(config, run_dir, mesh)
-  if config.encode.enabled:
+  frozen = frozen_runs(config, run_dir, mesh, started=before is not None)
+  if config.encode.enabled or data.source == 'tokens':
     records = encoded(config, records, frozen, run_dir)
 
   # What the run directory and its checkpoints remember
@@ -153,6 +185,10 @@ def main(argv: list[str]) -> int:
     config = config_lib.parse(argv, options)
     if options.distributed:
       jax.distributed.initialize()
+    if config.stages and config.run_dir:
+      raise ValueError(
+        f'config.run_dir is for one run, not for {", ".join(config.stages)}; pass --config.root=DIRECTORY.'
+      )
     for stage in config.stages or ['']:
       if stage:
         print(f'--- {stage}', flush=True)

@@ -38,7 +38,7 @@ def main(_):
   start = time.monotonic()
   subprocess.run(command('alone'), check=True, stdout=subprocess.DEVNULL)
   seconds = time.monotonic() - start
-  last = checkpoint.steps(work / 'alone')[-1]
+  last = checkpoint.steps(work / 'alone')[0]
   print(f'left alone: {last} steps in {seconds:.0f} s')
   rng = random.Random(_SEED.value)
   for _ in range(_KILLS.value):

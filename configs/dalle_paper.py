@@ -15,7 +15,7 @@ def get_config(arg: str = ''):
   if arg.smoke:
     return smoke(stage='' if arg.variant == '12b' else arg.variant)
   c = common.base()
-  c.data.update(source=arg.source, image_size=256, batch_size=arg.batch, augment='random_crop', workers=8)
+  c.data.update(source=arg.source, image_size=256, batch_size=arg.batch, workers=8)
   return dalle(c, arg.variant, arg.steps)
 
 

@@ -24,7 +24,7 @@ def vqgan(c):
   c.loss = dict(l2_weight=1.0, beta=0.1, ema_decay=0.97)
   c.data.update(batch_size=16, augment='flip')
   c.optim.update(lr=1e-3, b2=0.95, weight_decay=1e-4, warmup=100)
-  c.train.update(steps=4_000, log_every=100, checkpoint_every=1_000, eval_every=2_000)
+  c.train.update(steps=2_500, log_every=100, checkpoint_every=500, eval_every=2_500)
 
 
 def dalle(c):
@@ -36,4 +36,4 @@ def dalle(c):
   c.encode.enabled = True
   c.data.batch_size = 64
   c.optim.update(lr=2e-3, b2=0.96, weight_decay=0.01, warmup=100)
-  c.train.update(steps=1_500, log_every=50, checkpoint_every=500, eval_every=500)
+  c.train.update(steps=1_200, log_every=50, checkpoint_every=400, eval_every=400)

@@ -40,7 +40,7 @@ def get_config(arg: str = ''):
     c.model = dict(variant='small') if large else dict(variant='mini')
     c.frozen = dict(vqgan=c.get_ref('root') + '/vqgan')
     c.loss = dict(caption_dropout=0.1, guidance=2.0)
-    c.encode.enabled = True
+    c.encode.enabled, c.data.augment = True, ''  # encoded once
     c.optim.update(lr=5e-4, b2=0.96, weight_decay=0.045, warmup=100)
     c.train.update(steps=arg.steps, log_every=50, checkpoint_every=500, eval_every=1_000)
 

@@ -6,7 +6,6 @@ BPE dropout follows "BPE-Dropout: Simple and Effective Subword Regularization" (
 
 import itertools
 import json
-import os
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -71,12 +70,6 @@ class BPE:
     if not Path(path).is_file():
       raise FileNotFoundError(f'there is no tokenizer file {path}; expected a tokenizer JSON.')
     return cls(Path(path).read_text(encoding='utf-8'))
-
-  def save(self, path: str | Path) -> None:
-    """Writes the tokenizer JSON atomically."""
-    partial = Path(f'{path}.tmp')
-    partial.write_text(self._json, encoding='utf-8')
-    os.replace(partial, path)
 
   def __reduce__(self):
     return BPE, (self._json,)

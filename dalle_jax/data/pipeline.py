@@ -36,7 +36,8 @@ class Source(Protocol):
   """Random access to records.
 
   A record has `image` (uint8[H, W, 3], a PIL image, or the bytes of a file) or `tokens` (int32[h * w]), `caption` and,
-  where there are several, `captions`. A source may have `name(index) -> str` for messages.
+  where there are several, `captions`. A source may have `name(index) -> str` for messages, and `captions(index) ->
+  list[str]`, which opens no picture.
   """
 
   def __len__(self) -> int: ...
@@ -118,20 +119,25 @@ def collate(groups: Sequence[list[tuple[Batch, Row]]]) -> tuple[Batch, list[Row]
 class Loader(Iterator[Batch]):
   """Iterator over batches. `rows` tells where those of the last batch come from, `skipped` counts broken records.
 
+  `fresh` is the number of rows of the last batch, over all processes, before the repeats that fill it up.
+
   `close()` ends threads and worker processes; leaving the loader to the garbage collector or the end of the program
   does too.
   """
 
-  def __init__(self, batches: Iterator[tuple[Batch, list[Row]]]):
+  def __init__(self, batches: Iterator[tuple[Batch, list[Row]]], batch_size: int, records: int | None = None):
     self._batches = [batches]  # emptied by close, as grain's iterators must not outlive it into the interpreter's end
     self.close = weakref.finalize(self, _close, self._batches)
     self.rows: list[Row] = []
+    self.fresh, self._size, self._left = 0, batch_size, records
     self.skipped: Counter[str] = Counter()  # name -> how often another record took its place
 
   def __next__(self) -> Batch:
     if not self._batches:
       raise StopIteration
     batch, self.rows = next(self._batches[0])
+    self.fresh = self._size if self._left is None else min(self._size, self._left)
+    self._left = None if self._left is None else self._left - self._size
     for name, reason in (s for row in self.rows for s in row.skipped):
       if name not in self.skipped and len(self.skipped) <= LOGGED:
         silent = ' (further ones are only counted)' if len(self.skipped) == LOGGED else ''
@@ -211,9 +217,11 @@ def make_loader(
   dataset = dataset[start_step * process_count + process_index : stop : process_count]
   workers = config_data.workers if shuffle else 0
   if not workers:
-    return Loader(iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD))))
+    options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
+    left = None if shuffle else len(source) - start_step * batch_size
+    return Loader(iter(dataset.to_iter_dataset(options)), batch_size, left)
   if not flags.FLAGS.is_parsed():  # in notebooks and scripts without absl; grain's workers read flags
     flags.FLAGS.mark_as_parsed()
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-AHEAD // workers))
-  return Loader(iter(dataset.mp_prefetch(options, _start_worker)))
+  return Loader(iter(dataset.mp_prefetch(options, _start_worker)), batch_size)

@@ -16,7 +16,12 @@ from dalle_jax.training.state import Context, Objective, Params
 def build(
   objective: Objective, config: ConfigDict, batches: Callable[[], Iterator[dict[str, np.ndarray]]], mesh: Mesh
 ) -> Evaluator:
-  """Means over the first `config.train.eval_batches` of `batches()`, as val_loss and val_METRIC."""
+  """Means over the first `config.train.eval_batches` of `batches()`, as val_loss and val_METRIC.
+
+  Repeats that fill up the last batch (`Loader.fresh`) are left out as far as the mesh allows: they would count twice,
+  and for a contrastive loss as wrong answers.
+  """
+  shards, processes = sharding.batch_shards(mesh), jax.process_count()
 
   @jax.jit
   def metrics(params: Params, context: Context, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -24,8 +29,14 @@ def build(
     return {'loss': loss, **values}
 
   def evaluate(params: Params, context: Context) -> dict[str, Any]:
-    stream = zip(range(config.train.eval_batches), batches(), strict=False)
-    results = [metrics(params, context, sharding.put_batch(batch, mesh)) for _, batch in stream]
+    loader, results = batches(), []
+    for _, batch in zip(range(config.train.eval_batches), loader, strict=False):
+      whole = len(next(iter(batch.values()))) * processes
+      fresh = getattr(loader, 'fresh', whole) // shards * shards
+      if fresh < whole and results:
+        break
+      rows = (fresh or whole) // processes
+      results.append(metrics(params, context, sharding.put_batch({k: v[:rows] for k, v in batch.items()}, mesh)))
     if not results:
       raise ValueError(f'data.val_split {config.data.val_split!r} gives no batch; set data.val_split="" for none.')
     results = jax.device_get(results)

@@ -33,6 +33,8 @@ def build(
   if not hasattr(objective, 'sample'):
     return lambda params, context: {}
   sample = jax.jit(objective.sample, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  if config.train.pictures < 1:
+    raise ValueError(f'train.pictures is {config.train.pictures}; expected 1 or more, or train.evals without pictures.')
   shards, processes = sharding.batch_shards(mesh), jax.process_count()
   rows = math.ceil(config.train.pictures / shards) * shards // processes  # of this process; every device has its share
   batch: dict[str, jax.Array] = {}

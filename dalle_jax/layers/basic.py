@@ -126,10 +126,17 @@ class LayerNorm(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     scale = self.param('scale', boxed(nn.initializers.ones, ('norm',)), (x.shape[-1],), jnp.float32)
     bias = self.param('bias', boxed(nn.initializers.zeros, ('norm',)), (x.shape[-1],), jnp.float32)
-    x = x.astype(jnp.float32)
-    mean = x.mean(-1, keepdims=True)
-    var = jnp.square(x - mean).mean(-1, keepdims=True)
-    return ((x - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(self.dtype)
+    return layer_norm(x, scale, bias, self.eps, self.dtype)
+
+
+def layer_norm(
+  x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float = 1e-5, dtype: jnp.dtype = jnp.float32
+) -> jax.Array:
+  """Normalises the last axis of x[..., D] in float32 and applies float32[D] scale and bias."""
+  x = x.astype(jnp.float32)
+  mean = x.mean(-1, keepdims=True)
+  var = jnp.square(x - mean).mean(-1, keepdims=True)
+  return ((x - mean) * jax.lax.rsqrt(var + eps) * scale + bias).astype(dtype)
 
 
 class GroupNorm(nn.Module):

@@ -112,7 +112,7 @@ def codebook_state(num_codes: int, code_dim: int, data_init: bool = True) -> Sta
   """Statistics before the first batch. A `count` of 0 means: not yet a vector of the data; see `update_codebook`."""
   return {
     'step': jnp.int32(-1),  # of the last update
-    'count': jnp.full(num_codes, 0.0 if data_init else 1.0),  # moving average of `usage`
+    'count': jnp.full(num_codes, 0.0 if data_init else 1.0, jnp.float32),  # moving average of `usage`
     'vectors': jnp.zeros((num_codes, code_dim)),  # to be written into the codebook, where
     'write': jnp.zeros(num_codes, bool),
   }

@@ -12,6 +12,7 @@ import numpy as np
 
 from dalle_jax.layers.attention import Attention, KVCache
 from dalle_jax.layers.basic import Dense, LayerNorm, constrain, normal_init
+from dalle_jax.layers.cross import Context, look
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -22,7 +23,7 @@ REMATS = ('none', 'full', 'dots')
 
 
 class Block(nn.Module):
-  """Attention and MLP, each `x + f(norm(x))`; fields as in Stack."""
+  """Attention, a look at a source where there is one, and MLP, each `x + f(norm(x))`; fields as in Stack."""
 
   depth: int
   heads: int
@@ -31,7 +32,14 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, mask: jax.Array | None, cache: KVCache | None, layer: jax.Array, offset: jax.Array | int
+    self,
+    x: jax.Array,
+    mask: jax.Array | None,
+    cache: KVCache | None,
+    layer: jax.Array,
+    offset: jax.Array | int,
+    context: Context | None = None,
+    looking: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
     x = constrain(x, ('batch', 'seq', 'embed'))
     d = x.shape[-1]
@@ -40,6 +48,8 @@ class Block(nn.Module):
     attention = Attention(self.heads, self.dtype, inner, outer, name='attention')
     y, cache = attention(y, mask, cache, layer, offset)
     x = x + y
+    if context is not None:
+      x = look(x, context, looking)
     y = LayerNorm(dtype=self.dtype, name='norm_2')(x)
     y = Dense(4 * d, ('embed', 'mlp'), dtype=self.dtype, kernel_init=normal_init((2 * d) ** -0.5), name='mlp_in')(y)
     y = ACTIVATIONS[self.activation](y)
@@ -59,16 +69,19 @@ class Period(nn.Module):
   def __call__(
     self,
     carry: tuple[jax.Array, KVCache | None],
-    turn: tuple[jax.Array, jax.Array],
+    turn: tuple[jax.Array, jax.Array, Context | None],
     masks: jax.Array | None,
     offset: jax.Array | int,
+    looking: jax.Array | None,
   ) -> tuple[tuple[jax.Array, KVCache | None], None]:
     x, cache = carry
-    index, kinds = turn  # int32[], int32[period]
+    index, kinds, context = turn  # int32[], int32[period], that of the looking layers of this period
+    every = 0 if context is None else self.period // len(context.scale)
     for i in range(self.period):
       block = Block(self.depth, self.heads, self.activation, self.dtype, name=f'block_{i}')
       mask = None if masks is None else masks[kinds[i]]
-      x, cache = block(x, mask, cache, index * self.period + i, offset)
+      source = context.layer(i // every) if context is not None and (i + 1) % every == 0 else None
+      x, cache = block(x, mask, cache, index * self.period + i, offset, source, looking)
     return (x, cache), None
 
 
@@ -95,6 +108,8 @@ class Stack(nn.Module):
     kinds: Sequence[int] | None = None,
     cache: KVCache | None = None,
     offset: jax.Array | int = 0,
+    context: Context | None = None,
+    looking: jax.Array | np.ndarray | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
     """Runs all blocks; layer l attends by `masks[kinds[l]]`.
 
@@ -103,6 +118,8 @@ class Stack(nn.Module):
       masks: bool[M, T, keys]; None if all see all.
       kinds: the index in `masks` of each layer; all 0 by default.
       cache: written at `offset`, then read for the first `keys` positions.
+      context: of a source that every (depth / L)-th layer looks at.
+      looking: bool[T], the positions of x that look.
 
     Raises ValueError when heads, period, activation or remat do not fit.
     """
@@ -123,12 +140,14 @@ class Stack(nn.Module):
       body,
       variable_axes={'params': 0},
       split_rngs={'params': True},
-      in_axes=(0, nn.broadcast, nn.broadcast),
+      in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
       length=turns,
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
     blocks = scan(self.depth, self.heads, self.activation, self.dtype, self.period, name='blocks')
     which = np.zeros(self.depth, np.int32) if kinds is None else np.asarray(kinds, np.int32)
-    turn = (jnp.arange(turns), jnp.asarray(which.reshape(turns, self.period)))
-    (x, cache), _ = blocks((x, cache), turn, None if masks is None else jnp.asarray(masks), jnp.asarray(offset))
+    sources = None if context is None else context.turns(turns)
+    turn = (jnp.arange(turns), jnp.asarray(which.reshape(turns, self.period)), sources)
+    array = lambda x: None if x is None else jnp.asarray(x)
+    (x, cache), _ = blocks((x, cache), turn, array(masks), jnp.asarray(offset), array(looking))
     return x, cache

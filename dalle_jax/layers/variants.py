@@ -1,4 +1,4 @@
-"""Modules from named sets of fields."""
+"""Modules from named sets of fields, and the checks that fields of a config deserve."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,6 +9,20 @@ import jax.numpy as jnp
 Module = TypeVar('Module')
 
 
+KINDS = ((bool, bool), (int, int), (float, (int, float)), (str, str), ((tuple, list), (tuple, list)))
+
+
+def fields(owner: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+  """`given` as a dict. Raises ValueError for a name that `defaults` lacks or a value of another kind than there."""
+  if unknown := sorted(set(given) - set(defaults)):
+    raise ValueError(f'{owner} has no field {", ".join(unknown)}; there are {", ".join(defaults)}.')
+  for name, value in given.items():
+    wanted = next((kind for default, kind in KINDS if isinstance(defaults[name], default)), object)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted not in (bool, object)):
+      raise ValueError(f'{owner}.{name} is {value!r}; expected something like {defaults[name]!r}.')
+  return dict(given)
+
+
 def build(module: type[Module], variants: Mapping[str, Mapping[str, Any]], variant: str, overrides: Any) -> Module:
   """`module` with the fields of `variants[variant]`, some overridden; a `dtype` may be a string, a tuple a list.
 
@@ -17,12 +31,11 @@ def build(module: type[Module], variants: Mapping[str, Mapping[str, Any]], varia
   name = module.__name__
   if variant not in variants:
     raise ValueError(f'{name} has no variant {variant!r}; there are {", ".join(variants)}.')
-  known = [f.name for f in dataclasses.fields(module) if f.name not in ('parent', 'name')]
-  if unknown := sorted(set(overrides) - set(known)):
-    raise ValueError(f'{name} has no field {", ".join(unknown)}; there are {", ".join(known)}.')
-  fields = {k: tuple(v) if isinstance(v, list) else v for k, v in {**variants[variant], **overrides}.items()}
-  if isinstance(fields.get('dtype'), str):
-    if fields['dtype'] not in ('float32', 'bfloat16'):
-      raise ValueError(f'{name}: dtype {fields["dtype"]!r} is unknown; there are float32 and bfloat16.')
-    fields['dtype'] = jnp.dtype(fields['dtype'])
-  return module(**fields)
+  own = {f.name: f.default for f in dataclasses.fields(module) if f.name not in ('parent', 'name')}
+  merged = {**variants[variant], **fields(name, {**own, **variants[variant]}, overrides)}
+  values = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
+  if isinstance(values.get('dtype'), str):
+    if values['dtype'] not in ('float32', 'bfloat16'):
+      raise ValueError(f'{name}: dtype {values["dtype"]!r} is unknown; there are float32 and bfloat16.')
+    values['dtype'] = jnp.dtype(values['dtype'])
+  return module(**values)

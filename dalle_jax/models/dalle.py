@@ -2,7 +2,8 @@
 
 Axis legend: B batch, T text_length, I image tokens (h * w), P = T + 1 the prefix [start of text] + text, D d_model,
 N = P + I - 1 the positions that go in: the last image token is only ever predicted. Position p predicts token p + 1, so
-the last text position predicts the first image token.
+the last text position predicts the first image token. A model built on this one may put E `extra` vectors before the
+start of text, and let the positions that predict image tokens look at a source (`layers.cross`).
 """
 
 import math
@@ -15,6 +16,7 @@ import numpy as np
 from dalle_jax.layers import variants
 from dalle_jax.layers.attention import KVCache, layer_kinds, stream_mask
 from dalle_jax.layers.basic import LayerNorm, boxed, constrain, normal_init
+from dalle_jax.layers.cross import Context
 from dalle_jax.layers.transformer import Stack
 
 VARIANTS = {
@@ -106,52 +108,86 @@ class DALLE(nn.Module):
       self.text_head = table('text_head', (self.text_vocab,), ('vocab', 'embed'))
       self.image_head = table('image_head', (self.image_vocab,), ('vocab', 'embed'))
 
-  def __call__(self, text: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def __call__(
+    self, text: jax.Array, image: jax.Array, extra: jax.Array | None = None, context: Context | None = None
+  ) -> tuple[jax.Array, jax.Array]:
     """Teacher-forced logits: text int32[B, T], image int32[B, I] -> float32[B, T, text_vocab], [B, I, image_vocab].
 
-    Row t of each is the prediction of token t. Raises ValueError for other lengths.
+    Row t of each is the prediction of token t. `extra` [B, E, D] goes before the start of text. Raises ValueError for
+    other lengths.
     """
     self._check(text, image, (self.image_length,))
-    x = jnp.concatenate([self._embed_text(text), self._embed_image(image[:, :-1], 0)], 1)
-    masks, kinds = self._masks()
-    x, _ = self.blocks(x, masks, kinds)
-    x = self.norm_out(x)
+    x, first = self._stream(text, image[:, :-1], extra)
+    masks, kinds = self._masks(first)
+    x, _ = self.blocks(x, masks, kinds, context=context, looking=self._looking(x, first))
+    x = self.norm_out(x)[:, first:]
     t = self.text_length
     return self._logits(x[:, :t], self.text_head), self._logits(x[:, t:], self.image_head)
 
-  def prefill(self, text: jax.Array, image: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Reads text int32[B, T] and the first k < I image tokens int32[B, k] into a new cache.
+  def prefill(
+    self, text: jax.Array, image: jax.Array, extra: jax.Array | None = None, context: Context | None = None
+  ) -> tuple[jax.Array, KVCache]:
+    """Reads text int32[B, T] and the first k < I image tokens int32[B, k] into a new cache, after `extra` [B, E, D].
 
     Returns the logits of image token k, float32[B, image_vocab], and the cache.
     """
     self._check(text, image, range(self.image_length))
-    x = jnp.concatenate([self._embed_text(text), self._embed_image(image, 0)], 1)
-    cache = KVCache.zeros(self.depth, len(x), self.length, self.heads, self.d_model // self.heads, self.dtype)
-    masks, kinds = self._masks()
+    x, first = self._stream(text, image, extra)
+    length, head_dim = first + self.length, self.d_model // self.heads
+    cache = KVCache.zeros(self.depth, len(x), length, self.heads, head_dim, self.dtype)
+    masks, kinds = self._masks(first)
     n = x.shape[1]
-    x, cache = self.blocks(x, masks[:, :n, :n], kinds, cache)
+    x, cache = self.blocks(x, masks[:, :n, :n], kinds, cache, context=context, looking=self._looking(x, first))
     return self._logits(self.norm_out(x[:, -1]), self.image_head), cache
 
   def step(
-    self, token: jax.Array, index: jax.Array, cache: KVCache, end: int | None = None
+    self,
+    token: jax.Array,
+    index: jax.Array,
+    cache: KVCache,
+    end: int | None = None,
+    context: Context | None = None,
   ) -> tuple[jax.Array, KVCache]:
     """Image token number `index`, int32[B], in; the logits of the next, float32[B, image_vocab], and the cache out.
 
-    `end`, static and above `index`: the cache is read up to image token number `end` alone.
+    `end`, static and above `index`: the cache is read up to image token number `end` alone. `cache` and `context` are
+    those of the prefill.
     """
     x = self._embed_image(token[:, None], index)
-    masks, kinds = self._masks()
-    position = self.prefix + index
-    keys = self.length if end is None else self.prefix + end
+    first = cache.k.shape[2] - self.length
+    masks, kinds = self._masks(first)
+    position = first + self.prefix + index
+    keys = first + (self.length if end is None else self.prefix + end)
     rows = jax.lax.dynamic_slice_in_dim(jnp.asarray(masks)[:, :, :keys], position, 1, axis=1)  # (M, 1, keys)
-    x, cache = self.blocks(x, rows, kinds, cache, position)
+    x, cache = self.blocks(x, rows, kinds, cache, position, context, np.ones(1, bool))
     return self._logits(self.norm_out(x[:, 0]), self.image_head), cache
+
+  def embed_source(self, tokens: jax.Array) -> jax.Array:
+    """A whole picture, int32[B, I], as the stream sees it: token and position embeddings [B, I, D]."""
+    return self._embed_image(tokens, 0)
+
+  def embed_caption(self, text: jax.Array) -> jax.Array:
+    """The mean of the word embeddings of int32[B, T], paddings left out: float32[B, D]; zeros for an empty text."""
+    words = (text < self.text_vocab - self.text_length)[..., None]
+    x = jnp.take(self.text_embed, text, axis=0)
+    return jnp.where(words, x, 0).sum(1) / jnp.maximum(words.sum(1), 1)
 
   def _check(self, text: jax.Array, image: jax.Array, lengths: range | tuple[int, ...]) -> None:
     if text.shape[1] != self.text_length:
       raise ValueError(f'DALL-E takes {self.text_length} text tokens, not {text.shape[1]}; pad or cut the captions.')
     if image.shape[1] not in lengths:
       raise ValueError(f'DALL-E takes {lengths[0]} to {lengths[-1]} image tokens here, not {image.shape[1]}.')
+
+  def _stream(self, text: jax.Array, image: jax.Array, extra: jax.Array | None) -> tuple[jax.Array, int]:
+    """What goes in, [B, E + P + k, D], and E."""
+    parts = [self._embed_text(text), self._embed_image(image, 0)]
+    if extra is not None:
+      parts.insert(0, extra.astype(self.dtype))
+    return jnp.concatenate(parts, 1), 0 if extra is None else extra.shape[1]
+
+  def _looking(self, x: jax.Array, first: int) -> np.ndarray:
+    """The positions of x[B, n, D] that predict image tokens, bool[n]."""
+    return np.arange(x.shape[1]) >= first + self.text_length
 
   def _embed_text(self, text: jax.Array) -> jax.Array:
     """int32[B, T] -> [B, P, D]."""
@@ -170,12 +206,13 @@ class DALLE(nn.Module):
       where = jnp.take(self.image_position, i, axis=0)
     return (x + where).astype(self.dtype)
 
-  def _masks(self) -> tuple[np.ndarray, list[int]]:
-    """bool[M, N, N], one for each kind that occurs, and the index there of each layer."""
+  def _masks(self, first: int) -> tuple[np.ndarray, list[int]]:
+    """bool[M, E + N, E + N] for E = `first`, one for each kind that occurs, and the index there of each layer."""
     kinds = layer_kinds(self.attention, self.depth)
     present = sorted(set(kinds))
-    masks = np.stack([stream_mask(kind, self.prefix, self.grid, self.conv_kernel) for kind in present])
-    return masks[:, : self.length, : self.length], [present.index(kind) for kind in kinds]
+    masks = np.stack([stream_mask(kind, first + self.prefix, self.grid, self.conv_kernel) for kind in present])
+    n = first + self.length
+    return masks[:, :n, :n], [present.index(kind) for kind in kinds]
 
   def _logits(self, x: jax.Array, head: jax.Array) -> jax.Array:
     """[..., D] -> float32[..., vocab]."""

@@ -64,15 +64,19 @@ def load(model: LPIPS, path: str | Path) -> Mapping[str, Any]:
   path = Path(path).expanduser()
   if not path.is_file():
     raise FileNotFoundError(f'LPIPS weights {path} do not exist; set loss.lpips_path="" to train with L1 + L2 instead.')
-  if path.suffix == '.safetensors':
-    flat = safetensors.numpy.load_file(path)
-  elif path.suffix == '.npz':
-    with np.load(path) as file:
-      flat = dict(file)
-  else:
+  if path.suffix not in ('.safetensors', '.npz'):
     raise ValueError(f'LPIPS weights {path} are neither .safetensors nor .npz.')
+  try:
+    if path.suffix == '.safetensors':
+      flat = safetensors.numpy.load_file(path)
+    else:
+      with np.load(path) as file:
+        flat = dict(file)
+  except Exception as e:  # each library has its own for a damaged file
+    raise ValueError(f'LPIPS weights {path} cannot be read: {" ".join(str(e).split())}') from e
   picture = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), picture, picture)['params'])
+  create = lambda *x: nn.unbox(model.init(*x)['params'])  # inside: there may be a mesh
+  shapes = jax.eval_shape(create, jax.random.key(0), picture, picture)
   expected = {k: v.shape for k, v in traverse_util.flatten_dict(shapes, sep='/').items()}
   if wrong := [k for k in sorted({*expected, *flat}) if k not in flat or expected.get(k) != flat[k].shape]:
     raise ValueError(

@@ -38,7 +38,7 @@ class CLIPObjective:
   def tokens(self, batch: Mapping[str, Any]) -> int:
     """Positions of both towers in a global batch."""
     m = self.model
-    return batch['text'].shape[0] * (m.text_length + (m.image_size // m.patch) ** 2 + 1)
+    return batch['text'].shape[0] * (m.text_length + (m.image_size // m.patch) ** 2 + (m.image_pool == 'class'))
 
 
 def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> CLIPObjective:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.functional import decoding, losses
 from dalle_jax.functional.pixels import to_float, to_uint8
+from dalle_jax.layers import variants
 from dalle_jax.models import dalle, vqgan
 
 DEFAULTS = dict(
@@ -90,8 +91,7 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> DALLEO
   The sizes of the text come from the tokenizer, those of the image from the frozen run 'vqgan'. Raises ValueError for
   an unknown field, or without captions or VQGAN.
   """
-  if unknown := sorted(set(config.loss) - set(DEFAULTS)):
-    raise ValueError(f'config.loss has the unknown fields {", ".join(unknown)}; there are {", ".join(DEFAULTS)}.')
+  c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
   if 'vqgan' not in frozen_configs:
     raise ValueError('the objective dalle needs an image tokenizer; set config.frozen.vqgan to the run of a VQGAN.')
   if not config.tokenizer.vocab_size:
@@ -106,4 +106,4 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> DALLEO
       'grid': tokenizer.grid(config.data.image_size),
     }
   )
-  return DALLEObjective(model, tokenizer, ConfigDict({**DEFAULTS, **config.loss}))
+  return DALLEObjective(model, tokenizer, c)

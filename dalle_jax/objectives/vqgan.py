@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.functional import gan
 from dalle_jax.functional.pixels import to_float, to_uint8
-from dalle_jax.layers import quantize
+from dalle_jax.layers import quantize, variants
 from dalle_jax.models import lpips, patchgan, vqgan
 
 Metrics = dict[str, jax.Array]
@@ -23,7 +23,7 @@ DEFAULTS = dict(
   ema_decay=0.0,  # 0.0: the codebook follows the gradient; else moving averages of this decay
   usage_decay=0.99,  # without ema_decay: of the usage that tells dead codes
   revive=0.03,  # a code used less than this fraction of the mean is dead and re-initialised; 0.0: never
-  data_init=True,  # the first batch initialises the codebook; False when fine-tuning
+  data_init=True,  # the first batch initialises the codebook; with config.init.path the default is False
   window=100,  # steps over which used_codes_window counts
   kl_weight=1e-8,  # Gumbel
   temperature=1.0,  # Gumbel, at first
@@ -38,7 +38,7 @@ DEFAULTS = dict(
 class VQGANObjective:
   """The players are 'vqgan' and, with a discriminator, 'discriminator'. Batches: image uint8[B, H, W, 3].
 
-  `frozen` holds what the loop passes on as `ctx.frozen` beside the frozen runs: {'lpips': parameters} or nothing.
+  `frozen` holds what the loop adds to `ctx.frozen` beside the frozen runs: {'lpips': parameters} or nothing.
   """
 
   def __init__(self, model: vqgan.VQGAN, c: ConfigDict, steps: int, perceptual: lpips.LPIPS | None = None):
@@ -52,7 +52,7 @@ class VQGANObjective:
     params = {'vqgan': self.model.init(rng, images)['params']}
     if self.disc:
       params['discriminator'] = self.disc.init(jax.random.fold_in(rng, 1), images)['params']
-    mutable = {'last_used': jnp.full(self.model.num_codes, -self.c.window)}
+    mutable = {'last_used': jnp.full(self.model.num_codes, -self.c.window, jnp.int32)}
     if self.model.quantizer == 'nearest':
       mutable['codebook'] = quantize.codebook_state(self.model.num_codes, self.model.code_dim, self.c.data_init)
     return params, mutable
@@ -157,9 +157,8 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> VQGANO
   LPIPS weights come from the frozen run 'lpips' or the file `loss.lpips_path`; without them the loss is L1 and L2.
   Raises ValueError for an unknown field and what `lpips.load` raises.
   """
-  if unknown := sorted(set(config.loss) - set(DEFAULTS)):
-    raise ValueError(f'config.loss has the unknown fields {", ".join(unknown)}; there are {", ".join(DEFAULTS)}.')
-  c = ConfigDict({**DEFAULTS, **config.loss})
+  defaults = {**DEFAULTS, 'data_init': not config.init.path}
+  c = ConfigDict({**defaults, **variants.fields('config.loss', defaults, config.loss)})
   model = vqgan.build(**config.model)
   model.grid(config.data.image_size)
   given = c.lpips_weight and (c.lpips_path or 'lpips' in frozen_configs)

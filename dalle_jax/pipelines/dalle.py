@@ -126,6 +126,8 @@ class DallE:
       raise ValueError('there are no prompts; give at least one.')
     if n < 1 or batch_size < 1:
       raise ValueError(f'n is {n} and batch_size {batch_size}; both must be 1 or more.')
+    if not 0 <= seed < 2**32:
+      raise ValueError(f'seed is {seed}; expected 0 to {2**32 - 1}.')
     sampling = Sampling(temperature, top_k, top_p, guidance)
     given = self._given(init_image, keep_rows)
     text = np.stack([self._text(p) for p in prompts])

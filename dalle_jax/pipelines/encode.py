@@ -106,6 +106,14 @@ def fingerprint(params: Any) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def check(source: Any, vqgan_run: checkpoint.Run) -> None:
+  """Raises ValueError unless the encoded data set was made by this VQGAN."""
+  if source.meta['vqgan'] != fingerprint(vqgan_run.network('vqgan')):
+    raise ValueError(
+      f'{source.path} was encoded by another VQGAN than {vqgan_run.path}; set config.frozen.vqgan to it.'
+    )
+
+
 def describe(source: pipeline.Source) -> str:
   """Kind, length and a hash of the names and of some records of a source."""
   digest = hashlib.sha256()

@@ -84,19 +84,31 @@ def _one_line(e: Exception) -> str:
   return f'{type(e).__name__}: {text[:300]}'
 
 
-def export_run(path: str | Path, run: Run) -> None:
-  """Writes `run` as a run directory with parameters alone (no optimiser, no EMA beside them), frozen runs included."""
+def export_run(path: str | Path, run: Run, *, mesh: Mesh | None = None, rules: sharding.Rules = ()) -> None:
+  """Writes `run` as a run directory with parameters alone (no optimiser, no EMA beside them), frozen runs included.
+
+  With several processes all call it, with a run that was loaded onto a mesh of all their devices.
+  """
   path = Path(path)
   path.mkdir(parents=True, exist_ok=True)
   for name, source in run.frozen.items():
-    export_run(path / 'frozen' / name, load_run(source))
+    export_run(path / 'frozen' / name, load_run(source, mesh=mesh, rules=rules), mesh=mesh, rules=rules)
   meta = {'config': run.config, 'tokenizer': run.tokenizer, 'axes': run.axes, 'seconds': 0.0}
+  meta['origin'] = origin(run.path)
   meta['frozen'] = {name: f'frozen/{name}' for name in run.frozen}
   write_json(path / 'config.json', run.config)
   target = manager(path, keep=1)
   save(target, run.step, {'params': run.params}, meta)
   finish(target)
   target.close()
+
+
+def origin(run_dir: str | Path) -> str:
+  """Which training the newest checkpoint of a run, or of a copy that `export_run` made of it, is from; '' for none."""
+  meta = read_meta(run_dir)
+  if meta is None:
+    return ''
+  return meta.get('origin') or f'{Path(run_dir).absolute()}, step {steps(run_dir)[0]}, {meta["seconds"]:.3f} s'
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -63,7 +63,7 @@ def _check_fields(argv: Sequence[str]) -> None:
     known = list(flat(holder.value, parents=True))
   except OSError as e:
     raise FileNotFoundError(f'the config cannot be read: {str(e).splitlines()[-1].strip()}') from e
-  for name in (a.lstrip('-').removeprefix('config.').split('=')[0] for a in argv if a.startswith('--config.')):
+  for name in (a.lstrip('-').removeprefix('config.').split('=')[0] for a in argv if re.match('--?config[.]', a)):
     if name not in known and not re.fullmatch(OPEN, name):
       leaf = name.rpartition('.')[2]
       close = [k for k in known if k.rpartition('.')[2] == leaf]

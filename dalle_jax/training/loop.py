@@ -32,17 +32,27 @@ Evaluator = Callable[[Params, Context], dict[str, Any]]  # name -> number, or ui
 
 
 def make_step(
-  objective: Objective, optimizer: optim.Optimizer, *, seed: int, accum: int, ema: float, mesh: Mesh, shardings: Any
+  objective: Objective,
+  optimizer: optim.Optimizer,
+  *,
+  seed: int,
+  accum: int,
+  ema: float,
+  mesh: Mesh,
+  shardings: Any,
+  group: int = 1,
 ) -> Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, dict[str, jax.Array], jax.Array]]:
   """The jitted update `(state, frozen, batch) -> (state, metrics, whether all of them are finite)`; `state` is donated.
 
-  With `accum` > 1 gradients and metrics are means over as many micro batches, one after the other.
+  With `accum` > 1 gradients and metrics are means over as many micro batches, one after the other; `group` consecutive
+  rows stay in the same one.
   """
   after_update = getattr(objective, 'after_update', lambda params, mutable: params)
 
   def split(x: jax.Array) -> jax.Array:
     # Strided micro batches: each device keeps its own rows, so nothing moves. (B, ...) -> (accum, B / accum, ...)
-    x = x.reshape(-1, accum, *x.shape[1:]).swapaxes(0, 1)
+    x = x.reshape(-1, accum, group, *x.shape[1:]).swapaxes(0, 1)
+    x = x.reshape(accum, -1, *x.shape[3:])
     return jax.lax.with_sharding_constraint(
       x, NamedSharding(mesh, PartitionSpec(None, *sharding.batch_sharding(mesh).spec))
     )
@@ -144,18 +154,29 @@ def train(
     Diverged: a metric is not finite; the last checkpoint is from before.
     ValueError: the config does not fit the devices, or not the checkpoint in the run directory.
   """
-  c, run_dir, frozen = config.train, Path(config.run_dir), dict(frozen or {})
+  c, run_dir = config.train, Path(config.run_dir)
+  for name in ('steps', 'accum', 'log_every'):
+    if c[name] < 1:
+      raise ValueError(f'train.{name} is {c[name]}; expected 1 or more.')
+  own = jax.device_put(getattr(objective, 'frozen', {}), NamedSharding(mesh, PartitionSpec()))
+  frozen = {**(frozen or {}), **own}
   say = lambda text: print(text, flush=True) if jax.process_index() == 0 else None
   started = time.monotonic()
   # --- Shapes and sizes -----------------------------------------------------------------------------------------------
   stream = batches(0)
   first = next(stream)
   spec = state_lib.batch_spec(first, jax.process_count())
-  size, shards = next(iter(spec.values())).shape[0], sharding.batch_shards(mesh)
-  if size % (shards * c.accum):
+  size, shards, group = next(iter(spec.values())).shape[0], sharding.batch_shards(mesh), config.data.group
+  parts = shards * (c.accum * group if c.accum > 1 else 1)
+  if size % parts:
     raise ValueError(
-      f'data.batch_size {size} is not divisible by {shards} (mesh data x fsdp) x {c.accum} (train.accum); '
-      f'the nearest is {max(1, round(size / (shards * c.accum))) * shards * c.accum}.'
+      f'data.batch_size {size} is not divisible by {shards} (mesh data x fsdp) x {c.accum} (train.accum) x {group} '
+      f'(data.group, if accumulating); the nearest is {max(1, round(size / parts)) * parts}.'
+    )
+  if shards % jax.process_count():
+    raise ValueError(
+      f'the mesh splits batches into {shards} parts (data x fsdp) for {jax.process_count()} processes, which each read '
+      'their own rows; make data x fsdp a multiple of the processes and keep tensor within one of them.'
     )
   params, mutable, axes = state_lib.abstract(objective, spec, mesh, config.rules)
   optimizer = optim.build(config.optim, c.steps, list(params))
@@ -191,7 +212,9 @@ def train(
     first = next(stream)
   # --- The loop -------------------------------------------------------------------------------------------------------
   shardings = jax.tree.map(lambda x: x.sharding, target)
-  step_fn = make_step(objective, optimizer, seed=config.seed, accum=c.accum, ema=c.ema, mesh=mesh, shardings=shardings)
+  step_fn = make_step(
+    objective, optimizer, seed=config.seed, accum=c.accum, ema=c.ema, mesh=mesh, shardings=shardings, group=group
+  )
   saves = checkpoint.manager(run_dir, c.keep)
   writer, progress = metrics_lib.Writer(run_dir, start), metrics_lib.Progress(start, c.steps)
   log = metrics_lib.Log(writer, progress, c.nan_guard)

@@ -38,7 +38,7 @@ class Context:
 
 
 class Objective(Protocol):
-  """What is minimised. Optional beside these: after_update, sample, tokens, flops (see the loop)."""
+  """What is minimised. Optional beside these: after_update, sample, tokens, flops, frozen (see the loop)."""
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Params, Any]: ...
 

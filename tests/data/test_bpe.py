@@ -59,7 +59,7 @@ def test_the_same_captions_give_the_same_bytes(words, captions):
 
 
 def test_json_file_and_pickle_round_trips(words, tmp_path):
-  words.save(tmp_path / 'words.json')
+  (tmp_path / 'words.json').write_text(words.to_json(), encoding='utf-8')
   for other in (
     bpe.BPE(words.to_json()),
     bpe.BPE.load(tmp_path / 'words.json'),

@@ -65,6 +65,13 @@ def test_every_epoch_shows_every_record_once_in_a_new_order():
   assert list(shown[0]) != list(shown[1])
 
 
+def test_an_ordered_pass_says_how_many_rows_of_a_batch_are_no_repeats():
+  stream = loader(Numbered(10), batch_size=4, shuffle=False)
+  assert [stream.fresh for _ in stream] == [4, 4, 2]
+  later = loader(Numbered(10), batch_size=4, shuffle=False, start_step=2, process=(1, 2))
+  assert [later.fresh for _ in later] == [2]
+
+
 def test_groups_stay_together_in_every_order_of_workers_processes_and_resumed_steps():
   settings = dict(group=4, text=noisy)
   whole = take(loader(Numbered(26), **settings), 6)

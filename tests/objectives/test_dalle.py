@@ -124,7 +124,7 @@ def test_sharded_equals_unsharded(frozen, axes):
 
 
 def test_errors():
-  with pytest.raises(ValueError, match=r'config.loss has the unknown fields dropout; there are text_weight'):
+  with pytest.raises(ValueError, match=r'config.loss has no field dropout; there are text_weight'):
     build(dropout=0.1)
   with pytest.raises(ValueError, match=r'set config.frozen.vqgan to the run of a VQGAN'):
     dalle.from_config(config(), {})

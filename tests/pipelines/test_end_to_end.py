@@ -1,19 +1,25 @@
 """All three stages on the procedural world at the smallest sizes, then what a user does with the runs."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from PIL import Image
 
 import train
 from configs import common
-from dalle_jax.data.sources import shapes
+from dalle_jax.data.sources import folder, shapes, tokens
+from dalle_jax.models import lpips
+from dalle_jax.pipelines import encode
 from dalle_jax.pipelines.dalle import DallE
-from dalle_jax.training import checkpoint, sharding
+from dalle_jax.training import checkpoint, metrics, sharding
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ['a small red circle at the top', 'two blue hearts', '']
@@ -72,6 +78,51 @@ def test_the_run_holds_all_that_a_user_needs(root):
   # Eight pairs, one a device, of 48 x 24 pixels in three columns.
   assert Image.open(run / 'pictures' / 'samples_0000002.png').size == (3 * (48 + 2) + 2, 3 * (24 + 2) + 2)
   assert checkpoint.load_run(run).tokenizer == checkpoint.load_run(root / 'clip').tokenizer
+
+
+def test_a_run_that_has_started_keeps_its_frozen_networks_and_a_new_one_renews_them(root, tmp_path, capsys):
+  shutil.copytree(root / 'vqgan', tmp_path / 'other')
+  c = config(root, 'dalle')
+  with sharding.use(c.mesh, c.rules) as mesh:
+    copy = tmp_path / 'run' / 'frozen' / 'vqgan'
+    for path, started, expected in (('vqgan', False, 'vqgan'), ('other', True, 'vqgan'), ('other', False, 'other')):
+      c.frozen.vqgan = str(tmp_path / path if path == 'other' else root / path)
+      runs = train.frozen_runs(c, tmp_path / 'run', mesh, started)
+      assert checkpoint.origin(copy).split(',')[0].endswith(expected) and runs['vqgan'].step == 2
+      assert ('keeps its copy' in capsys.readouterr().out) == started
+    shutil.rmtree(tmp_path / 'other')  # the copy is all that a run needs
+    train.frozen_runs(c, tmp_path / 'run', mesh, False)
+
+
+def test_codes_of_another_vqgan_are_refused(root):
+  vqgan = checkpoint.load_run(root / 'vqgan')
+  source = tokens.load('train', path=str(root / 'dalle' / 'encoded'))
+  encode.check(source, vqgan)
+  vqgan.params['vqgan'] = jax.tree.map(lambda x: x + 1, vqgan.params['vqgan'])
+  with pytest.raises(ValueError, match='encoded by another VQGAN'):
+    encode.check(source, vqgan)
+
+
+def test_lpips_weights_of_a_file_reach_the_loss(tmp_path):
+  network = lpips.build('vgg16')
+  picture = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
+  shapes_of = nn.unbox(jax.eval_shape(network.init, jax.random.key(0), picture, picture)['params'])
+  flat = traverse_util.flatten_dict(shapes_of, sep='/')
+  np.savez(tmp_path / 'vgg.npz', **{k: np.full(v.shape, 0.01, np.float32) for k, v in flat.items()})
+  c = config(tmp_path, 'vqgan')
+  c.loss = dict(lpips_path=str(tmp_path / 'vgg.npz'))
+  c.train.update(steps=1, evals=())
+  train.run(c)
+  assert metrics.read(tmp_path / 'vqgan' / 'metrics.jsonl')[0]['lpips'] > 0
+
+
+def test_broken_captions_do_not_stop_the_tokenizer(tmp_path):
+  for name, text in (('a', b'a red kite'), ('b', b'\xff\xfe\xfa'), ('c', b'a blue kite')):
+    Image.new('RGB', (8, 8)).save(tmp_path / f'{name}.png')
+    (tmp_path / f'{name}.txt').write_bytes(text)
+  (tmp_path / 'c.png').write_bytes(b'no picture')
+  source = folder.load('train', path=str(tmp_path), val_fraction=0.0)
+  assert list(train.captions(source, 9)) == ['a red kite', 'a blue kite']
 
 
 def test_samples_are_ranked_and_depend_on_prompt_seed_and_number_alone(model):

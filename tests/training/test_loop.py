@@ -125,6 +125,23 @@ def test_accumulation_equals_full_batch(tmp_path):
   assert [int(s.mutable['seen']) for s in states] == [8, 16]
 
 
+def test_accumulation_keeps_groups_together(tmp_path):
+  class Pairs(toy.Toy):
+    def loss(self, params, ctx, batch):
+      loss, (values, mutable) = super().loss(params, ctx, batch)
+      return loss, (values | {'together': (batch['ids'][0::2] == batch['ids'][1::2]).all().astype(float)}, mutable)
+
+  def batches(start):
+    for batch in toy.batches(start):
+      yield {'ids': np.repeat(np.concatenate([batch['ids'], batch['ids'][:, ::-1]])[:16], 2, axis=0)}
+
+  for group, together in ((2, 1.0), (1, 0.0)):
+    c = toy.config(tmp_path / str(group), steps=1, accum=2)
+    c.data.group = group
+    toy.run(c, Pairs(), batches=batches)
+    assert metrics.read(tmp_path / str(group) / 'metrics.jsonl')[0]['together'] == together
+
+
 def test_ema_is_the_average(tmp_path):
   still = toy.config(tmp_path / 'still', steps=1)
   still.optim.groups = dict(net=dict(frozen=True))

@@ -99,9 +99,11 @@ class Emoji:
   def name(self, index: int) -> str:
     return f'emoji U+{ord(self.characters[index]):04X}'
 
+  def captions(self, index: int) -> list[str]:
+    return [unicodedata.name(self.characters[index]).lower()]
+
   def __getitem__(self, index: int) -> dict:
-    character = self.characters[index]
-    return {'image': draw(self.path, character), 'caption': unicodedata.name(character).lower()}
+    return {'image': draw(self.path, self.characters[index]), 'caption': self.captions(index)[0]}
 
 
 def load(split: str, *, path: str = '', val_fraction: float = 0.05, test_fraction: float = 0.05) -> Emoji:

@@ -23,11 +23,14 @@ class Folder:
     return os.path.join(self.path, self.pictures[index])
 
   def __getitem__(self, index: int) -> dict:
-    picture = Path(self.name(index))
-    text = picture.with_suffix('.txt')
+    captions = self.captions(index)
+    picture = Path(self.name(index)).read_bytes()
+    return {'image': picture, 'caption': captions[0] if captions else '', 'captions': captions}
+
+  def captions(self, index: int) -> list[str]:
+    text = Path(self.name(index)).with_suffix('.txt')
     lines = text.read_text(encoding='utf-8-sig').splitlines() if text.is_file() else []
-    captions = [line.strip() for line in lines if line.strip()]
-    return {'image': picture.read_bytes(), 'caption': captions[0] if captions else '', 'captions': captions}
+    return [line.strip() for line in lines if line.strip()]
 
 
 def load(split: str, *, path: str, val_fraction: float = 0.05, test_fraction: float = 0.0) -> Folder:

@@ -235,6 +235,9 @@ class Shapes:
   def scene(self, k: int) -> Scene:
     return self._scene_and_rng(k)[0]
 
+  def captions(self, k: int) -> list[str]:
+    return [describe(*self._scene_and_rng(k))]
+
   def __getitem__(self, k: int) -> dict:
     scene, rng = self._scene_and_rng(k)
     return {'image': render(scene, self.image_size), 'caption': describe(scene, rng)}

@@ -1,0 +1,107 @@
+"""Retro-fitted cross-attention: the stream of a trained transformer looks at a source (StoryDALL-E, section 3.3).
+
+Axis legend: L layers that look, B batch, T queries, C source positions, D embed, H heads, K head_dim.
+
+Its parameters live beside the transformer's, stacked over layers, so that a retro-fitted model is the pretrained tree
+with another one next to it. Whatever does not depend on the stream (keys and values) is computed once, for training
+and for sampling alike; the transformer carries the rest through its scan as a `Context`.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dalle_jax.layers.basic import boxed, constrain, layer_norm, normal_init
+
+CONTEXT_AXES = ('layers', 'batch', None, 'heads', None)
+
+
+@struct.dataclass
+class Context:
+  """What the looking layers need beside the stream; every leaf begins with L, or with nothing for one layer.
+
+  Attributes:
+    scale, bias: [L, D], of the norm of the stream.
+    query, query_bias: [L, D, H, K] and [L, H, K].
+    k, v: [L, B, C, H, K], keys and values of the source.
+    out, out_bias: [L, H, K, D] and [L, D].
+  """
+
+  scale: jax.Array
+  bias: jax.Array
+  query: jax.Array
+  query_bias: jax.Array
+  k: jax.Array
+  v: jax.Array
+  out: jax.Array
+  out_bias: jax.Array
+
+  def repeat(self, n: int) -> 'Context':
+    """Every source n times: frames of one story, candidates of one frame."""
+    more = lambda x: constrain(jnp.repeat(x, n, axis=1), CONTEXT_AXES)
+    return self.replace(k=more(self.k), v=more(self.v))
+
+  def turns(self, turns: int) -> 'Context':
+    """[L, ...] -> [turns, L / turns, ...], for a scan. Raises ValueError when L is not divisible."""
+    layers = len(self.scale)
+    if layers % turns:
+      raise ValueError(
+        f'{layers} layers with cross-attention do not fit {turns} turns of the scan; make model.period a multiple of '
+        'the distance between them.'
+      )
+    return jax.tree.map(lambda x: x.reshape(turns, layers // turns, *x.shape[1:]), self)
+
+  def layer(self, i: int) -> 'Context':
+    return jax.tree.map(lambda x: x[i], self)
+
+
+class CrossAttention(nn.Module):
+  """Parameters of `layers` cross-attentions and, for a source [B, C, D], their `Context`.
+
+  The output projection starts at zero: the first step is that of the pretrained model.
+  """
+
+  layers: int
+  heads: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, source: jax.Array) -> Context:
+    d = source.shape[-1]
+    if d % self.heads:
+      raise ValueError(f'a width of {d} is not divisible by {self.heads} heads; change either.')
+    heads, inner = (self.heads, d // self.heads), normal_init(d**-0.5)
+    ones, zeros = nn.initializers.ones, nn.initializers.zeros
+    of_heads = ('layers', 'embed', 'heads', 'head_dim')
+
+    def table(name, init, shape, axes):
+      return self.param(name, boxed(init, axes), (self.layers, *shape), jnp.float32)
+
+    def project(name):
+      kernel = table(f'{name}_kernel', inner, (d, *heads), of_heads)
+      bias = table(f'{name}_bias', zeros, heads, ('layers', 'heads', 'head_dim'))
+      return kernel.astype(self.dtype), bias.astype(self.dtype)
+
+    scale, shift = (table(f'norm_{k}', i, (d,), ('layers', 'norm')) for k, i in (('scale', ones), ('bias', zeros)))
+    query, query_bias = project('query')
+    source = source.astype(self.dtype)
+
+    def keys(name):
+      kernel, bias = project(name)
+      y = jnp.einsum('BCD,LDHK->LBCHK', source, kernel) + bias[:, None, None]
+      return constrain(y, CONTEXT_AXES)
+
+    k, v = keys('key'), keys('value')
+    out = table('out_kernel', zeros, (*heads, d), ('layers', 'heads', 'head_dim', 'embed')).astype(self.dtype)
+    out_bias = table('out_bias', zeros, (d,), ('layers', 'embed')).astype(self.dtype)
+    return Context(scale, shift, query, query_bias, k, v, out, out_bias)
+
+
+def look(x: jax.Array, context: Context, looking: jax.Array) -> jax.Array:
+  """x[B, T, D] plus what it finds in the source of one layer, at the positions of bool[T] `looking` alone."""
+  y = layer_norm(x, context.scale, context.bias, dtype=x.dtype)
+  q = jnp.einsum('BTD,DHK->BTHK', y, context.query) + context.query_bias
+  y = jax.nn.dot_product_attention(q, context.k, context.v)  # softmax in float32
+  y = jnp.einsum('BTHK,HKD->BTD', y, context.out) + context.out_bias
+  return x + jnp.where(looking[:, None], y, 0)

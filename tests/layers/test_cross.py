@@ -1,0 +1,96 @@
+"""Retro-fitted cross-attention: nothing at the start, then every looking position and no other; cached as taught."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.layers.cross import CrossAttention, look
+from dalle_jax.models import dalle
+
+TEXT = jax.random.randint(jax.random.key(0), (2, 6), 0, 40)
+IMAGE = jax.random.randint(jax.random.key(1), (2, 16), 0, 16)
+SOURCE = jax.random.normal(jax.random.key(2), (2, 5, 16))
+EXTRA = jax.random.normal(jax.random.key(3), (2, 3, 16))
+
+
+def larger(params, seed=4):
+  keys = iter(jax.random.split(jax.random.key(seed), 100))
+  return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
+
+
+def models(layers=4, **fields):
+  """apply of a DALL-E with grown parameters, the cross-attention module, its fresh parameters."""
+  model, cross = dalle.build('test', **fields), CrossAttention(layers, 2)
+  params = larger(nn.unbox(jax.jit(model.init)(jax.random.key(5), TEXT, IMAGE)['params']))
+  return functools.partial(model.apply, {'params': params}), cross, nn.unbox(cross.init(jax.random.key(6), SOURCE))
+
+
+def test_the_first_step_is_the_pretrained_model_to_the_bit():
+  apply, cross, fresh = models()
+  for a, b in zip(apply(TEXT, IMAGE), apply(TEXT, IMAGE, context=cross.apply(fresh, SOURCE)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_only_positions_that_predict_image_tokens_look_each_at_its_own_source():
+  apply, cross, fresh = models()
+  context = cross.apply(larger(fresh), SOURCE)
+  (text, image), (plain_text, plain_image) = apply(TEXT, IMAGE, context=context), apply(TEXT, IMAGE)
+  np.testing.assert_array_equal(text, plain_text)
+  assert (np.abs(image - plain_image).max((0, 2)) > 1e-3).all()  # from the first image token to the last
+  other = cross.apply(larger(fresh), SOURCE.at[1].multiply(-1))
+  changed = np.abs(apply(TEXT, IMAGE, context=other)[1] - image).max(2) > 1e-3
+  assert not changed[0].any() and changed[1].all()
+  swapped = apply(TEXT[::-1], IMAGE[::-1], context=cross.apply(larger(fresh), SOURCE[::-1]))
+  np.testing.assert_allclose(swapped[1][::-1], image, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'fields', [dict(layers=4), dict(layers=2, period=2, attention='row,column'), dict(layers=1, period=4)]
+)
+def test_cached_logits_are_the_teacher_forced_ones(fields):
+  apply, cross, fresh = models(**fields)
+  context = cross.apply(larger(fresh), SOURCE)
+  for extra in (None, EXTRA):
+    _, expected = apply(TEXT, IMAGE, extra, context)
+    logits, cache = apply(TEXT, IMAGE[:, :3], extra, context, method='prefill')
+    np.testing.assert_allclose(logits, expected[:, 3], atol=1e-4)
+    step = jax.jit(functools.partial(apply, method='step'), static_argnums=3)
+    for i in range(3, 15):
+      logits, cache = step(IMAGE[:, i], jnp.int32(i), cache, 16, context)
+      np.testing.assert_allclose(logits, expected[:, i + 1], atol=1e-4, err_msg=f'token {i + 1}')
+
+
+def test_every_third_layer_looks_and_the_others_do_not():
+  apply, cross, fresh = models(layers=1, period=4)
+  context = cross.apply(larger(fresh), SOURCE)
+  alone, _, _ = models(layers=1, period=4, depth=4)
+  assert not np.array_equal(alone(TEXT, IMAGE)[1], apply(TEXT, IMAGE, context=context)[1])
+  with pytest.raises(ValueError, match=r'1 layers with cross-attention do not fit 4 turns.*model.period'):
+    one, cross, fresh = models(layers=1)
+    one(TEXT, IMAGE, context=cross.apply(fresh, SOURCE))
+
+
+def test_look_is_attention():
+  cross = CrossAttention(1, 2)
+  context = cross.apply(larger(nn.unbox(cross.init(jax.random.key(6), SOURCE))), SOURCE).layer(0)
+  x = jax.random.normal(jax.random.key(7), (2, 3, 16))
+  y = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * context.scale + context.bias
+  q = jnp.einsum('btd,dhk->bthk', y, context.query) + context.query_bias
+  weights = jax.nn.softmax(jnp.einsum('bthk,bchk->bhtc', q, context.k) / np.sqrt(8), -1)
+  found = jnp.einsum('bhtc,bchk,hkd->btd', weights, context.v, context.out) + context.out_bias
+  where = np.array([False, True, True])
+  np.testing.assert_allclose(look(x, context, where), x + found * where[:, None], atol=1e-4)
+
+
+def test_every_parameter_gets_a_gradient_and_sources_repeat():
+  apply, cross, fresh = models()
+  loss = lambda p, x: jnp.square(apply(TEXT, IMAGE, context=cross.apply(p, x))[1]).sum()
+  grads = jax.grad(loss, (0, 1))(larger(fresh), SOURCE)
+  dead = [jax.tree_util.keystr(k) for k, g in jax.tree_util.tree_leaves_with_path(grads) if not g.any()]
+  assert [k for k in dead if 'key_bias' not in k] == []  # a bias of the keys shifts all scores of a query alike
+  context = cross.apply(fresh, SOURCE)
+  np.testing.assert_array_equal(context.repeat(3).k[:, 3:], np.repeat(context.k[:, 1:], 3, axis=1))
