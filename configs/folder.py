@@ -25,6 +25,8 @@ def get_config(arg: str = ''):
     c.objective = 'vqgan'
     c.model = dict(variant='f8_8192', dtype='bfloat16') if large else dict(variant='small')
     c.loss = dict(l2_weight=1.0, disc_weight=0.75 if large else 0.0, disc_start=0.5)
+    if not large:
+      c.loss.update(beta=0.1, ema_decay=0.97)  # a few hundred pictures: codes must follow them fast
     c.tokenizer.vocab_size = 0
     c.optim.update(lr=1e-4 if large else 1e-3, warmup=100)
     c.train.update(steps=arg.steps, log_every=50, checkpoint_every=500, eval_every=1_000)
