@@ -26,7 +26,11 @@ _SEED = flags.DEFINE_integer('seed', 0, 'of the moments')
 
 
 def main(_):
-  work = Path(tempfile.mkdtemp())
+  with tempfile.TemporaryDirectory() as work:
+    compare(Path(work))
+
+
+def compare(work: Path) -> None:
 
   def command(name):
     every = f'--config.train.checkpoint_every={_EVERY.value}'

@@ -23,7 +23,7 @@ VARIANTS = {
     text_length=8, embed_dim=16,
   ),
   'quickstart': dict(
-    image_size=48, patch=8, width=128, layers=3, heads=4, text_width=128, text_layers=3, text_heads=4, vocab_size=536,
+    image_size=36, patch=12, width=128, layers=3, heads=4, text_width=128, text_layers=3, text_heads=4, vocab_size=536,
     text_length=24, embed_dim=128, image_pool='all', text_causal=False,
   ),
   'vit_b32': dict(),
@@ -47,6 +47,8 @@ class ImageTower(nn.Module):
   def __call__(self, images: jax.Array) -> jax.Array:
     if images.shape[1:3] != (self.image_size, self.image_size):
       raise ValueError(f'CLIP takes pictures of {self.image_size} pixels a side, not {images.shape[1:3]}; resize.')
+    if self.image_size % self.patch:
+      raise ValueError(f'CLIP patch {self.patch} does not divide pictures of {self.image_size} pixels; change either.')
     init, stem = normal_init(self.width**-0.5), normal_init((3 * self.patch**2) ** -0.5)
     conv = Conv(
       self.width, self.patch, self.patch, 'VALID', use_bias=False, dtype=self.dtype, kernel_init=stem, name='stem'

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dalle_jax.layers.cross import CrossAttention, look
+from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import dalle
 
 TEXT = jax.random.randint(jax.random.key(0), (2, 6), 0, 40)
@@ -64,11 +65,19 @@ def test_cached_logits_are_the_teacher_forced_ones(fields):
       np.testing.assert_allclose(logits, expected[:, i + 1], atol=1e-4, err_msg=f'token {i + 1}')
 
 
-def test_every_third_layer_looks_and_the_others_do_not():
-  apply, cross, fresh = models(layers=1, period=4)
-  context = cross.apply(larger(fresh), SOURCE)
-  alone, _, _ = models(layers=1, period=4, depth=4)
-  assert not np.array_equal(alone(TEXT, IMAGE)[1], apply(TEXT, IMAGE, context=context)[1])
+@pytest.mark.parametrize(('layers', 'period', 'spreads'), [(1, 4, False), (2, 2, True), (2, 4, True), (4, 1, True)])
+def test_the_last_layer_of_each_stretch_looks_and_no_other(layers, period, spreads):
+  """What one position finds reaches the others by a later layer's attention: not if the last layer alone looks."""
+  stack, cross = Stack(4, 2, period=period), CrossAttention(layers, 2)
+  x = jax.random.normal(jax.random.key(8), (2, 6, 16))
+  params = larger(nn.unbox(stack.init(jax.random.key(9), x)))
+  context = cross.apply(larger(nn.unbox(cross.init(jax.random.key(6), SOURCE))), SOURCE)
+  run = lambda **kwargs: stack.apply(params, x, **kwargs)[0]
+  moved = np.abs(run(context=context, looking=np.arange(6) == 2) - run()).max((0, 2)) > 1e-5
+  assert moved[2] and moved.all() == spreads and (spreads or moved.sum() == 1)
+
+
+def test_a_scan_that_does_not_hold_whole_stretches_is_refused():
   with pytest.raises(ValueError, match=r'1 layers with cross-attention do not fit 4 turns.*model.period'):
     one, cross, fresh = models(layers=1)
     one(TEXT, IMAGE, context=cross.apply(fresh, SOURCE))

@@ -43,9 +43,26 @@ def test_text_is_pooled_where_asked_and_sees_what_it_may(causal):
   assert not np.allclose(encode_text(later, text_causal=causal), encode_text(end, text_causal=causal), atol=1e-4)
 
 
-@pytest.mark.parametrize('activation', ['gelu', 'quick_gelu'])
-def test_every_parameter_gets_a_gradient(activation):
-  model = clip.build('test', activation=activation)
+def test_a_picture_is_pooled_where_asked():
+  """Halves of a picture trade places: a projection of all patches tells that at the start, a class token hardly."""
+  shapes = {
+    pool: jax.tree.map(jnp.shape, init(clip.build('test', image_pool=pool))['image']) for pool in ('class', 'all')
+  }
+  assert shapes['class']['positions'] == (5, 16) and shapes['class']['proj']['kernel'] == (16, 16)
+  assert shapes['all']['positions'] == (4, 16) and shapes['all']['proj']['kernel'] == (64, 16)
+  assert 'class_token' in shapes['class'] and 'class_token' not in shapes['all']
+  rolled, change = jnp.roll(IMAGES, 8, axis=2), {}
+  for pool in shapes:
+    model = clip.build('test', image_pool=pool)
+    params = init(model)
+    a, b = (model.apply({'params': params}, x, method='encode_image') for x in (IMAGES, rolled))
+    change[pool] = float(jnp.abs(a - b).mean())
+  assert change['all'] > 5 * change['class']
+
+
+@pytest.mark.parametrize(('activation', 'pool'), [('gelu', 'class'), ('quick_gelu', 'all')])
+def test_every_parameter_gets_a_gradient(activation, pool):
+  model = clip.build('test', activation=activation, image_pool=pool)
 
   def loss(params):
     a, b, scale = model.apply({'params': params}, IMAGES, TEXT)
@@ -77,6 +94,10 @@ def test_errors():
     model.init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)), TEXT)
   with pytest.raises(ValueError, match='8 text tokens, not 7'):
     model.init(jax.random.key(0), IMAGES, TEXT[:, :7])
+  with pytest.raises(ValueError, match="image_pool 'mean' is unknown; there are class and all"):
+    init(clip.build('test', image_pool='mean'))
+  with pytest.raises(ValueError, match='patch 6 does not divide pictures of 16 pixels'):
+    init(clip.build('test', patch=6))
   with pytest.raises(ValueError, match="text_pool 'mean' is unknown; there are last and max_id"):
     init(clip.build('test', text_pool='mean'))
   with pytest.raises(ValueError, match='a width of 16 is not divisible by 3 heads'):
