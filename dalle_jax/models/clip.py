@@ -23,7 +23,7 @@ VARIANTS = {
     text_length=8, embed_dim=16,
   ),
   'quickstart': dict(
-    image_size=36, patch=12, width=128, layers=3, heads=4, text_width=128, text_layers=3, text_heads=4, vocab_size=536,
+    image_size=36, patch=9, width=128, layers=3, heads=4, text_width=128, text_layers=3, text_heads=4, vocab_size=536,
     text_length=24, embed_dim=128, image_pool='all', text_causal=False,
   ),
   'vit_b32': dict(),
