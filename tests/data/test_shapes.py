@@ -136,5 +136,7 @@ def test_bad_arguments_are_refused():
     shapes.load('train', max_objects=10)
   with pytest.raises(ValueError, match='siblings'):
     shapes.load('train', siblings=0)
+  with pytest.raises(ValueError, match='one or two objects'):
+    shapes.load('train', siblings=2, max_objects=1)
   with pytest.raises(ValueError, match='expected uint8'):
     Oracle(48).read(np.zeros((1, 48, 48, 3)))

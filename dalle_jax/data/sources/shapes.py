@@ -261,4 +261,6 @@ def load(
   most = 1_000_000 if split == 'train' else 2_000
   if siblings < 1:
     raise ValueError(f'shapes: siblings is {siblings}; expected 1 (unrelated scenes) or more')
+  if siblings > 1 and max_objects < 2:
+    raise ValueError(f'shapes: siblings have one or two objects; max_objects {max_objects} must be 2 or more')
   return Shapes(split, image_size, seed, min(count or most, most), max_objects, siblings)
