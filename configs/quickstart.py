@@ -1,6 +1,6 @@
 """The quickstart: VQGAN, CLIP and DALL-E on the procedural world, on two CPU cores.
 
-  python train.py --config configs/quickstart.py            # all three stages, about 20 minutes
+  python train.py --config configs/quickstart.py            # all three stages, about 19 minutes
   python train.py --config configs/quickstart.py:vqgan      # one of them
 `python quickstart.py` (`make quickstart`) does the same and then scores held-out captions with the oracle.
 """
