@@ -7,11 +7,12 @@ BPE dropout follows "BPE-Dropout: Simple and Effective Subword Regularization" (
 import itertools
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 Merges = dict[tuple[int, int], tuple[int, int]]  # pair of ids -> (rank, id of both)
 BYTES = 256  # entries that every byte-level vocabulary starts with, so that any text encodes
@@ -62,7 +63,9 @@ class BPE:
     self._tokenizer.no_padding()
     self._tokenizer.no_truncation()
     self._json = json_str
-    self._model: tuple[dict[str, int], Merges] | None = None  # read when first needed, by any of several threads
+    self._model: tuple[dict[str, int], Merges, dict[str, int]] | None = (
+      None  # read when first needed, by any of several threads
+    )
 
   @classmethod
   def load(cls, path: str | Path) -> 'BPE':
@@ -82,6 +85,21 @@ class BPE:
     """The number of entries there really are, V; ids lie in [0, V)."""
     return self._tokenizer.get_vocab_size()
 
+  def add(self, words: Sequence[str]) -> 'BPE':
+    """A tokenizer in which each of `words` is one token, with new ids from `vocab_size` on for those that were not.
+
+    A word counts alone, in any case, with the space before it: `pip` is none in `pipe`. Raises ValueError for one that
+    is empty or has a space in it.
+    """
+    if bad := [w for w in words if not w.strip() or len(w.split()) > 1 or w != w.strip()]:
+      raise ValueError(f'tokenizer.new_tokens has {bad}; expected single words.')
+    grown = Tokenizer.from_str(self._json)
+    normal = grown.normalizer.normalize_str if grown.normalizer else str
+    several = [w for w in dict.fromkeys(map(normal, words)) if len(self.encode(w)) > 1]
+    # One that the model knows inside other words keeps its id: the library adds no second one.
+    grown.add_tokens([AddedToken(w, single_word=True, lstrip=True, normalized=True) for w in several])
+    return BPE(grown.to_str())
+
   def encode(self, text: str, dropout: float = 0.0, seed: int | None = None) -> list[int]:
     """Ids of a text of any length; '' gives [].
 
@@ -92,26 +110,40 @@ class BPE:
       return self._tokenizer.encode(text, add_special_tokens=False).ids
     if self._model is None:
       self._model = self._read_model()
-    vocab, merges = self._model
+    vocab, merges, added = self._model
     rng = random.Random(seed)
     if self._tokenizer.normalizer:
       text = self._tokenizer.normalizer.normalize_str(text)
-    words = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
-    return [i for word, _ in words for i in _merge([vocab[c] for c in word], merges, dropout, rng)]
+    pattern = '|'.join(map(re.escape, sorted(added, key=len, reverse=True)))
+    parts = re.split(rf'\s*(?<!\w)({pattern})(?!\w)', text) if added else [text]  # every second one was added
+    ids: list[int] = []
+    for i, part in enumerate(parts):
+      if i % 2:
+        ids.append(added[part])
+      elif part:
+        words = self._tokenizer.pre_tokenizer.pre_tokenize_str(part)
+        ids += [i for word, _ in words for i in _merge([vocab[c] for c in word], merges, dropout, rng)]
+    return ids
 
-  def _read_model(self) -> tuple[dict[str, int], Merges]:
-    model = json.loads(self._json)['model']
+  def _read_model(self) -> tuple[dict[str, int], Merges, dict[str, int]]:
+    whole = json.loads(self._json)
+    model, added = whole['model'], {t['content']: t['id'] for t in whole.get('added_tokens', [])}
     vocab = model.get('vocab', {})
     plain = model['type'] == 'BPE' and not (model.get('continuing_subword_prefix') or model.get('end_of_word_suffix'))
     if not plain or not set(pre_tokenizers.ByteLevel.alphabet()) <= set(vocab):
       raise ValueError('BPE dropout needs a byte-level BPE, this tokenizer is another kind; set tokenizer.dropout=0.0.')
     merges = [m.split(' ') if isinstance(m, str) else m for m in model['merges']]
-    return vocab, {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)}
+    return vocab, {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)}, added
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids; those outside [0, V), padding among them, are ignored."""
-    known = [int(i) for i in ids if 0 <= i < self.vocab_size]
-    return self._tokenizer.decode(known, skip_special_tokens=False).removeprefix(' ')
+    added = self._tokenizer.get_added_tokens_decoder()  # they took the space before them
+    parts = itertools.groupby((int(i) for i in ids if 0 <= i < self.vocab_size), key=added.__contains__)
+    texts = [
+      ''.join(f' {added[i].content}' for i in part) if whole else self._tokenizer.decode(list(part))
+      for whole, part in parts
+    ]
+    return ''.join(texts).removeprefix(' ')
 
 
 def _merge(ids: list[int], merges: Merges, dropout: float, rng: random.Random) -> list[int]:

@@ -14,7 +14,7 @@ import signal
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -22,6 +22,7 @@ import numpy as np
 from absl import flags
 
 from dalle_jax.data import ops
+from dalle_jax.data.stories import Story
 
 logger = logging.getLogger(__name__)
 LOGGED = 20  # broken records that a loader names; further ones are counted in silence
@@ -30,14 +31,18 @@ EPOCHS = 2**31  # for ever; grain's own for ever overflows in batches of one
 AHEAD = 4  # batches that are ready before they are asked for
 
 Batch = dict[str, np.ndarray]
+Encoder = Callable[[str, int | None], np.ndarray]
+Encoders = Mapping[str, Encoder]
 
 
 class Source(Protocol):
   """Random access to records.
 
-  A record has `image` (uint8[H, W, 3], a PIL image, or the bytes of a file) or `tokens` (int32[h * w]), `caption` and,
-  where there are several, `captions`. A source may have `name(index) -> str` for messages, and `captions(index) ->
-  list[str]`, which opens no picture.
+  A record is a `stories.Story`, or has `image` (uint8[H, W, 3], a PIL image, or the bytes of a file) or `tokens`
+  (int32[h * w]; [F, h * w] for a story), `caption` and, where there are several, `captions`; `labels` bool[C] and, with
+  tokens of a story, `vectors` are passed on. A source may have `name(index) -> str` for messages, `captions(index) ->
+  list[str]`, which opens no picture, and `draw(index, rng)`, which is asked for the record instead (see
+  `stories.StorySource`).
   """
 
   def __len__(self) -> int: ...
@@ -57,10 +62,11 @@ class Row:
 class Examples:
   """`examples(index, rng) -> (arrays, Row)`: one record, or the next usable one after it in the source's order."""
 
-  def __init__(self, source: Source, image_size: int, augment: str, encode_text: Callable | None):
+  def __init__(self, source: Source, image_size: int, augment: str, encode_text: Encoders | Encoder | None):
     if image_size < 1:
       raise ValueError(f'data.image_size is {image_size}; expected a positive number of pixels.')
-    self.source, self.image_size, self.encode_text = source, image_size, encode_text
+    self.source, self.image_size = source, image_size
+    self.encoders = {'text': encode_text} if callable(encode_text) else dict(encode_text or {})
     self.augment = ops.parse_augment(augment)
     self.broken: dict[int, str] = {}  # index -> reason, so that nothing is tried twice
 
@@ -74,27 +80,52 @@ class Examples:
     for i in ((index + offset) % count for offset in range(count)):
       if i not in self.broken:
         try:
-          arrays, captions = self.read(i, rng)
+          arrays, captions, story = self.read(i, rng)
           break
         except Exception as e:  # what a broken file makes Pillow raise has no common class
           self.broken[i] = ' '.join(f'{type(e).__name__}: {e}'.split())
       skipped.append(i)
     else:
       raise ValueError(f'none of {count} records is usable; {self.name(index)}: {self.broken[index]}')
-    if self.encode_text:
-      one = 0 if rng is None else int(rng.integers(len(captions)))
-      arrays['text'] = self.encode_text(captions[one], None if rng is None else int(rng.integers(2**63)))
+    seed = lambda: None if rng is None else int(rng.integers(2**63))
+    if story:
+      for name, encode in self.encoders.items():
+        arrays[name] = np.stack([encode(c, seed()) for c in captions[1:]])
+    elif self.encoders:
+      one = captions[0 if rng is None else int(rng.integers(len(captions)))]
+      arrays |= {name: encode(one, seed()) for name, encode in self.encoders.items()}
     return arrays, Row(i, captions, [(self.name(k), self.broken[k]) for k in skipped])
 
-  def read(self, index: int, rng: np.random.Generator | None) -> tuple[Batch, list[str]]:
-    record = self.source[index]
-    captions = [c for c in record.get('captions', [record['caption']]) if c.strip()]
-    if self.encode_text and not captions:
+  def read(self, index: int, rng: np.random.Generator | None) -> tuple[Batch, list[str], bool]:
+    """Arrays and captions of a record, and whether it is a story, with as many captions as frames."""
+    source: Any = self.source
+    record = source.draw(index, rng) if hasattr(source, 'draw') else source[index]
+    if isinstance(record, Story):
+      record = vars(record)
+    story = 'frames' in record or np.ndim(record.get('tokens', ())) == 2
+    captions = list(record.get('captions') or [record['caption']])
+    captions = captions if story else [c for c in captions if c.strip()]
+    if self.encoders and not (captions and all(c.strip() for c in captions[story:])):
       raise ValueError('no caption')
+    arrays = {}
     if 'tokens' in record:
-      return {'tokens': np.asarray(record['tokens'], np.int32)}, captions
-    image = ops.to_rgb(record['image'], least=2 * self.image_size)  # twice, so that the resize still antialiases
-    return {'image': ops.crop(image, self.image_size, self.augment, rng)}, captions
+      arrays['tokens'] = np.asarray(record['tokens'], np.int32)
+    elif story:
+      # One crop and one flip for all frames, so that left stays left.
+      seed = None if rng is None else int(rng.integers(2**63))
+      again = lambda: None if seed is None else np.random.default_rng(seed)
+      arrays['image'] = np.stack([self.picture(frame, again()) for frame in record['frames']])
+    else:
+      arrays['image'] = self.picture(record['image'], rng)
+    if record.get('vectors') is not None:
+      arrays['vectors'] = np.asarray(record['vectors'], np.float32)[1:]
+    if record.get('labels') is not None:
+      arrays['labels'] = np.asarray(record['labels'], bool)
+    return arrays, captions, story
+
+  def picture(self, image: Any, rng: np.random.Generator | None) -> np.ndarray:
+    image = ops.to_rgb(image, least=2 * self.image_size)  # twice, so that the resize still antialiases
+    return ops.crop(image, self.image_size, self.augment, rng)
 
   def ordered(self, index: int) -> list[tuple[Batch, Row]]:
     return [self(index, None)]
@@ -167,7 +198,7 @@ def make_loader(
   source: Source,
   config_data: Any,
   *,
-  encode_text: Callable[[str, int | None], np.ndarray] | None,
+  encode_text: Encoders | Encoder | None,
   batch_size: int,
   seed: int,
   shuffle: bool,
@@ -177,11 +208,12 @@ def make_loader(
 ) -> Loader:
   """Batches of `source` from batch `start_step` on: rows [p * B / P, (p + 1) * B / P) of each for process p of P.
 
-  A batch is a dict of `image` uint8[b, size, size, 3] or, from records with tokens, `tokens` int32[b, h * w]; and
-  `text` int32[b, N] with `encode_text`. With `shuffle` it goes on for ever, a new order each epoch; batches do not stop
-  at the end of one. Without, it is one pass in order, free of chance (central crops, first captions, seed None); the
-  last batch is filled up with the first records, so row r of batch k is a repeat when k * batch_size + r >=
-  len(source).
+  A batch is a dict of `image` uint8[b, size, size, 3] or, from records with tokens, `tokens` int32[b, h * w]; `text`
+  int32[b, N] with `encode_text`; `labels` and `vectors` where the records have them. Stories of F frames have `image`
+  [b, F, size, size, 3] or `tokens` [b, F, h * w]; `text` [b, F - 1, N] and `vectors` [b, F - 1, d] of the frames after
+  the source; `labels` [b, F, C]. With `shuffle` it goes on for ever, a new order each epoch; batches do not stop at the
+  end of one. Without, it is one pass in order, free of chance (central crops, first captions, seed None); the last
+  batch is filled up with the first records, so row r of batch k is a repeat when k * batch_size + r >= len(source).
 
   A record that cannot be read, or has no caption where text is asked for, gives its place to the next usable one, is
   counted in `loader.skipped` and named once in the log.
@@ -190,7 +222,8 @@ def make_loader(
     config_data: has image_size; augment, see `ops.parse_augment`; workers, processes that read ahead (0: threads of
       this process, as always in an ordered pass, which is too short to wait for processes to start); group, how many
       consecutive records of the source stay together when shuffled (what is left over at its end is never read).
-    encode_text: (caption, seed) -> int32[N]; must pickle when there are workers.
+    encode_text: (caption, seed) -> int32[N], or several such by the name of their array; must pickle when there are
+      workers.
     batch_size: over all processes.
 
   Raises ValueError for impossible arguments; while iterating, when not a single record is usable.

@@ -13,8 +13,10 @@ import numpy as np
 
 from dalle_jax.data.sources import shapes
 from dalle_jax.data.sources.shapes import Object, Scene
+from dalle_jax.data.sources.story_shapes import Moment
 
 ATTRIBUTES = ('background', 'count', 'position', 'shape', 'color', 'size')
+COLUMNS = ('caption', 'hero', 'setting', 'size')  # of the frames of stories
 _READABLE = 0.16  # RMS error, of 1, up to which a cell is read as its nearest content; uniform noise is at 0.3
 _MAX_SIZE = 96  # larger pictures are averaged down first: the templates of 9 x 774 cells must fit in memory
 
@@ -24,14 +26,16 @@ class Oracle:
 
   Args:
     image_size: side of the pictures in pixels; above 96 a multiple of an integer reduction is used.
+    accessories: whether objects may wear any; templates are four times as many.
   """
 
-  def __init__(self, image_size: int):
+  def __init__(self, image_size: int, accessories: bool = False):
     self.image_size = image_size
     self._reduce = max(1, -(-image_size // _MAX_SIZE))
     if image_size % self._reduce:
       raise ValueError(f'oracle: image_size {image_size} is not divisible by {self._reduce}; use a multiple of it')
-    self._contents = [None, *shapes.all_looks()]
+    worn = ('', *shapes.ACCESSORIES) if accessories else ('',)
+    self._contents = [None, *((*look, accessory) for look in shapes.all_looks() for accessory in worn)]
 
   @functools.cached_property
   def _templates(self) -> list[tuple[slice, slice, np.ndarray, np.ndarray]]:
@@ -104,3 +108,31 @@ def _compare(seen: Scene | None, true: Scene) -> dict[str, bool]:
   ]
   best = max(options, key=lambda o: sum(o.values()), default=dict.fromkeys(names, False))
   return {'background': seen.background == true.background, 'count': same_count, **best}
+
+
+def score_moments(oracle: Oracle, images: np.ndarray, moments: Sequence[Moment]) -> dict[str, np.ndarray]:
+  """What is right in each frame of a story, uint8[N, S, S, 3]: `{column: bool[N]}`. `oracle` must read accessories.
+
+  'caption': all that the caption tells, the hero's place, the other object and no third one, size and setting if told.
+  'hero': shape, colour and accessory of the object at the hero's place (if that is empty, of any that was not told).
+  'setting': that of the source or of the last change. 'size': the hero's, as the story has left it.
+  """
+  rows = [_judge(seen, moment) for seen, moment in zip(oracle.read(images), moments, strict=True)]
+  return {name: np.array([row[name] for row in rows], bool) for name in COLUMNS}
+
+
+def _judge(seen: Scene | None, true: Moment) -> dict[str, bool]:
+  if seen is None:
+    return dict.fromkeys(COLUMNS, False)
+  others = [o for o in seen.objects if true.met is None or o.position != true.met.position]
+  here = [o for o in others if o.position == true.hero.position]
+  look = lambda o: (o.shape, o.color, o.accessory)
+  size = any(o.size == true.hero.size for o in here or others)
+  told = bool(here) and len(seen.objects) == len(true.scene.objects) and (true.met is None or true.met in seen.objects)
+  setting = seen.background == true.scene.background
+  return {
+    'caption': told and (size or not true.tells_size) and (setting or not true.tells_setting),
+    'hero': any(look(o) == look(true.hero) for o in here or others),
+    'setting': setting,
+    'size': size,
+  }

@@ -93,12 +93,12 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, monkeypatch, resumed_batch)
   source = Numbered(23, broken=[5])
   monkeypatch.setattr(encode, 'SAVE_EVERY', 0.0)
 
-  def killed(self, start, codes, rows):
+  def killed(self, start, *rest):
     if start >= 12:
       self.files[0].write(b'torn bytes after the last save')
       [f.close() for f in self.files]
       raise Killed
-    whole(self, start, codes, rows)
+    whole(self, start, *rest)
 
   whole = encode._Writer.append
   with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -40,7 +40,7 @@ def test_sources_are_found_by_the_name_of_their_file(pictures):
 @pytest.mark.parametrize(
   'config, message',
   [
-    (dict(source='webcam'), "'webcam' is unknown; there are emoji, folder, shapes"),
+    (dict(source='webcam'), "'webcam' is unknown; there are clevr_sv, didemo, emoji"),
     (dict(source=''), "'' is unknown"),
     (dict(source='shapes', source_args=dict(colour=1)), "'shapes' does not take colour; it takes image_size"),
     (dict(source='shapes', path='x'), 'does not take path'),

@@ -24,6 +24,13 @@ COLORS = {
   'pink': (252, 142, 196),
 }
 SIZES = {'small': 0.7, 'large': 0.97}  # half extent of an object, in half cells
+# What an object may wear, in the middle column of its cell: which third, counted from the top, and the colours of its
+# upper and lower half.
+ACCESSORIES = {
+  'hat': (0, (16, 16, 16), (255, 255, 255)),
+  'badge': (1, (255, 255, 255), (16, 16, 16)),
+  'boots': (2, (255, 255, 255), (96, 48, 16)),
+}
 POSITIONS = (
   'top left', 'top', 'top right', 'left', 'center', 'right', 'bottom left', 'bottom', 'bottom right',
 )  # fmt: skip
@@ -43,7 +50,7 @@ UNSEEN_PAIRS = frozenset(
 )  # fmt: skip
 SPLITS = ('train', 'val', 'test', 'test_unseen')
 
-_WHERE = {'night': 'at night', 'snow': 'in the snow', 'sand': 'on the sand', 'forest': 'in the forest',
+WHERE = {'night': 'at night', 'snow': 'in the snow', 'sand': 'on the sand', 'forest': 'in the forest',
           'stone': 'on grey stone', 'dusk': 'at dusk'}  # fmt: skip
 _SENTENCES = ('{objects} {where}', '{where}, {objects}', 'a picture of {objects} {where}', '{objects}, {where}')
 _JOINS = (' and ', ' with ', ', ')
@@ -51,12 +58,13 @@ _JOINS = (' and ', ' with ', ', ')
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Object:
-  """One thing in a scene; `position` is the index of its cell in raster order."""
+  """One thing in a scene; `position` is the index of its cell in raster order, `accessory` one of theirs or ''."""
 
   position: int
   shape: str
   color: str
   size: str
+  accessory: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,9 +151,14 @@ def _step(scene: Scene, rng: np.random.Generator) -> Scene:
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
   """One of the wordings of a scene; every wording tells every attribute."""
-  words = [f'a {o.size} {o.color} {o.shape} at the {POSITIONS[o.position]}' for o in scene.objects]
+  words = [f'{name(o)} at the {POSITIONS[o.position]}' for o in scene.objects]
   objects = _JOINS[int(rng.integers(len(_JOINS)))].join(words)
-  return _SENTENCES[int(rng.integers(len(_SENTENCES)))].format(objects=objects, where=_WHERE[scene.background])
+  return _SENTENCES[int(rng.integers(len(_SENTENCES)))].format(objects=objects, where=WHERE[scene.background])
+
+
+def name(o: Object) -> str:
+  wearing = f' with {o.accessory if o.accessory == "boots" else f"a {o.accessory}"}' if o.accessory else ''
+  return f'a {o.size} {o.color} {o.shape}{wearing}'
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -198,6 +211,13 @@ def render(scene: Scene, image_size: int) -> np.ndarray:
   for o in scene.objects:
     rows, cols, mask = coverage(o.shape, o.size, o.position, image_size)
     image[rows, cols] += mask * (np.asarray(COLORS[o.color], np.float32) - image[rows, cols])
+    if o.accessory:
+      third, upper, lower = ACCESSORIES[o.accessory]
+      cell = image_size / GRID
+      top, left = (o.position // GRID + third / 3) * cell, (o.position % GRID + 1 / 3) * cell
+      for half, color in enumerate((upper, lower)):
+        a, b = round(top + half * cell / 6), round(top + (half + 1) * cell / 6)
+        image[a:b, round(left) : round(left + cell / 3)] = color
   return (image + 0.5).astype(np.uint8)
 
 
@@ -216,6 +236,7 @@ class Shapes:
   count: int
   max_objects: int
   siblings: int
+  accessories: float
 
   def __len__(self) -> int:
     return self.count
@@ -230,6 +251,8 @@ class Shapes:
     if sibling:
       rng = np.random.default_rng([*key, sibling])
       scene = change(scene, rng)
+    if self.accessories:
+      scene = dataclasses.replace(scene, objects=tuple(dress(o, rng, self.accessories) for o in scene.objects))
     return scene, rng
 
   def scene(self, k: int) -> Scene:
@@ -243,14 +266,28 @@ class Shapes:
     return {'image': render(scene, self.image_size), 'caption': describe(scene, rng)}
 
 
+def dress(o: Object, rng: np.random.Generator, share: float) -> Object:
+  """The object with an accessory, any of them, with probability `share`."""
+  worn = tuple(ACCESSORIES)[int(rng.integers(len(ACCESSORIES)))] if rng.random() < share else ''
+  return dataclasses.replace(o, accessory=worn)
+
+
 def load(
-  split: str, *, image_size: int = 48, seed: int = 0, count: int = 0, max_objects: int = 2, siblings: int = 1
+  split: str,
+  *,
+  image_size: int = 48,
+  seed: int = 0,
+  count: int = 0,
+  max_objects: int = 2,
+  siblings: int = 1,
+  accessories: float = 0.0,
 ) -> Shapes:
   """The pictures of a split; `count` 0 means the most there are: 1,000,000 for train and 2,000 for the others.
 
   `max_objects` above 2 gives crowded pictures, from which an image tokenizer learns faster: more looks a picture.
   Records come in families of `siblings`: a scene, and others that differ from it in one attribute (see `change`). In
-  one batch (`data.group`) they are hard negatives for a contrastive loss.
+  one batch (`data.group`) they are hard negatives for a contrastive loss. Every object wears an accessory, as heroes of
+  stories do, with the probability `accessories`.
   """
   if split not in SPLITS:
     raise ValueError(f'shapes: unknown split {split!r}; expected one of {", ".join(SPLITS)}')
@@ -263,4 +300,6 @@ def load(
     raise ValueError(f'shapes: siblings is {siblings}; expected 1 (unrelated scenes) or more')
   if siblings > 1 and max_objects < 2:
     raise ValueError(f'shapes: siblings have one or two objects; max_objects {max_objects} must be 2 or more')
-  return Shapes(split, image_size, seed, min(count or most, most), max_objects, siblings)
+  if not 0 <= accessories <= 1:
+    raise ValueError(f'shapes: accessories is {accessories}; expected a probability')
+  return Shapes(split, image_size, seed, min(count or most, most), max_objects, siblings, accessories)

@@ -1,8 +1,10 @@
 """Pictures as codes, written once by `pipelines.encode.encode_dataset`: no picture is decoded in training.
 
-PATH/SPLIT/meta.json       count, grid, num_codes, dtype, where it came from; written last, so it means "whole"
-PATH/SPLIT/tokens.bin      count x (h * w) codes of `dtype`, row by row
+PATH/SPLIT/meta.json       count, frames, grid, num_codes, dtype, vectors, where it came from; written last: "whole"
+PATH/SPLIT/tokens.bin      count x frames x (h * w) codes of `dtype`, row by row
 PATH/SPLIT/captions.jsonl  a list of captions a line
+PATH/SPLIT/vectors.bin     float32 sentence embeddings, count x (frames - 1) x `vectors`, where there are any
+`frames` is 1 for pictures; the first of several is the source of a story.
 """
 
 import json
@@ -12,7 +14,10 @@ import numpy as np
 
 
 class Tokens:
-  """Random-access source: `{'tokens': int32[h * w], 'caption': str, 'captions': list[str]}`, read from the disk."""
+  """Random-access source: `{'tokens': int32[h * w], 'caption': str, 'captions': list[str]}`, read from the disk.
+
+  Of stories: tokens int32[F, h * w], F captions and, if encoded with them, vectors float32[F, d] (0 for the source).
+  """
 
   def __init__(self, path: str | Path):
     """Raises FileNotFoundError when the folder is not a finished encoded data set, ValueError when it is damaged."""
@@ -21,7 +26,8 @@ class Tokens:
     if not meta.is_file():
       raise FileNotFoundError(f'{path} holds no encoded data set; encode one first (config.encode.enabled=True).')
     self.meta = json.loads(meta.read_text())
-    count, width = self.meta['count'], int(np.prod(self.meta['grid']))
+    count, self.frames, dim = self.meta['count'], self.meta.get('frames', 1), self.meta.get('vectors', 0)
+    width = self.frames * int(np.prod(self.meta['grid']))
     tokens, captions = self.path / 'tokens.bin', self.path / 'captions.jsonl'
     dtype = np.dtype(self.meta['dtype'])
     if not tokens.is_file() or tokens.stat().st_size != count * width * dtype.itemsize or not captions.is_file():
@@ -29,6 +35,10 @@ class Tokens:
         f'{path} is damaged: tokens.bin or captions.jsonl does not fit meta.json; delete it to encode again.'
       )
     self._tokens = np.memmap(tokens, dtype, 'r', shape=(count, width))
+    vectors, shape = self.path / 'vectors.bin', (count, self.frames - 1, dim)
+    if dim and (not vectors.is_file() or vectors.stat().st_size != 4 * np.prod(shape)):
+      raise ValueError(f'{path} is damaged: vectors.bin does not fit meta.json; delete it to encode again.')
+    self._vectors = np.memmap(vectors, np.float32, 'r', shape=shape) if dim else None
     self._captions = np.memmap(captions, np.uint8, 'r')
     self._ends = np.flatnonzero(self._captions == ord('\n'))
     if len(self._ends) != count:
@@ -46,7 +56,12 @@ class Tokens:
     start = self._ends[index - 1] + 1 if index else 0
     captions = json.loads(self._captions[start : self._ends[index]].tobytes())
     tokens = self._tokens[index].astype(np.int32)
-    return {'tokens': tokens, 'caption': captions[0] if captions else '', 'captions': captions}
+    record = {'tokens': tokens, 'caption': captions[0] if captions else '', 'captions': captions}
+    if self.frames > 1:
+      record['tokens'] = tokens.reshape(self.frames, -1)
+    if self._vectors is not None:
+      record['vectors'] = np.pad(self._vectors[index], ((1, 0), (0, 0)))
+    return record
 
 
 def load(split: str, *, path: str) -> Tokens:
