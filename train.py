@@ -44,20 +44,26 @@ def tokenizer(config: ConfigDict, meta: dict | None, initial: checkpoint.Run | N
   if meta and meta['tokenizer']:
     return bpe.BPE(meta['tokenizer'])
   if initial and initial.tokenizer:
-    return bpe.BPE(initial.tokenizer)
-  if c.path:
-    return bpe.BPE.load(Path(c.path).expanduser())
-  return bpe.train(captions(source, CAPTIONS), c.vocab_size)
+    words = bpe.BPE(initial.tokenizer)
+  elif c.path:
+    words = bpe.BPE.load(Path(c.path).expanduser())
+  else:
+    words = bpe.train(captions(source, CAPTIONS), c.vocab_size)
+  if not c.new_tokens:
+    return words
+  grown = words.add(c.new_tokens)
+  print(f'tokenizer: {grown.vocab_size - words.vocab_size} of {len(c.new_tokens)} new tokens are new', flush=True)
+  return grown
 
 
 def captions(source: pipeline.Source, count: int) -> Iterator[str]:
-  """The first captions of the first `count` records; those that cannot be read are named when training meets them."""
+  """The captions of the first `count` records; those that cannot be read are named when training meets them."""
   for i in range(min(len(source), count)):
     try:
       found = source.captions(i) if hasattr(source, 'captions') else [source[i]['caption']]
     except Exception:  # what a broken file makes a library raise has no common class
       continue
-    yield from found[:1]
+    yield from found
 
 
 def frozen_runs(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh, started: bool) -> dict[str, checkpoint.Run]:
@@ -124,6 +130,9 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
   # Records, words, networks
   data = config.data
   records = {split: sources.load(data, split) for split in dict.fromkeys([data.split, data.val_split]) if split}
+  for split, source in records.items():
+    for line in source.report() if hasattr(source, 'report') else []:
+      print(f'{split}: {line}', flush=True)
   start_from = config.init.path if not before else ''
   initial = checkpoint.load_run(start_from, mesh=mesh, rules=config.rules) if start_from else None
   words = tokenizer(config, before, initial, records[data.split])
@@ -142,11 +151,16 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
   meta = {'config': now, 'tokenizer': words.to_json() if words else None, 'frozen': kept}
 
   def batches(split: str, training: bool, start: int = 0):
-    length, dropout = config.tokenizer.length, config.tokenizer.dropout if training else 0.0
+    encoders = {}
+    if words:
+      encoders['text'] = bpe.TextEncoder(words, config.tokenizer.length, config.tokenizer.dropout if training else 0.0)
+      for name, other in frozen.items():  # a frozen network that reads text has words of its own
+        if other.tokenizer:
+          encoders[f'{name}_text'] = bpe.TextEncoder(bpe.BPE(other.tokenizer), other.config['tokenizer']['length'])
     return pipeline.make_loader(
       records[split],
       data,
-      encode_text=bpe.TextEncoder(words, length, dropout) if words else None,
+      encode_text=encoders,
       batch_size=data.batch_size,
       seed=data.seed,
       shuffle=training,
@@ -156,6 +170,10 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
     )
 
   objective = room.from_config(config, {name: r.config for name, r in frozen.items()})
+  if initial and hasattr(objective, 'adopt'):
+    initial = objective.adopt(initial.params, initial.config, jax.random.key(config.seed))
+  elif initial:
+    initial = initial.params
   held_out = lambda: batches(data.val_split, training=False)
   return loop.train(
     config,
@@ -165,7 +183,7 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
     frozen={name: r.network(name) for name, r in frozen.items()},
     evals=[build(objective, config, held_out, mesh) for build in builders] if data.val_split else [],
     meta=meta,
-    initial=initial.params if initial else None,
+    initial=initial,
   )
 
 

@@ -53,9 +53,9 @@ def measure(remat: str, mesh: jax.sharding.Mesh) -> tuple[float, float]:
   c, spec = common.base(), state_lib.batch_spec(data)
   params, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
   optimizer = optim.build(c.optim, 100, list(params))
-  target = state_lib.abstract_state(params, mutable, optimizer.tx, False, mesh)
+  target = state_lib.abstract_state(params, mutable, optimizer, False, mesh)
   where = jax.tree.map(lambda x: x.sharding, target)
-  state = state_lib.init(objective, target, optimizer.tx, 0, spec)
+  state = state_lib.init(objective, target, optimizer, 0, spec)
   step = make_step(objective, optimizer, seed=0, accum=1, ema=0.0, mesh=mesh, shardings=where)
   data = sharding.put_batch(data, mesh)
   for _ in range(2):

@@ -51,7 +51,15 @@ def base() -> ConfigDict:
       source_args=ConfigDict(),
     )
   )
-  c.tokenizer = ConfigDict(dict(vocab_size=0, length=64, dropout=0.1, path=''))  # vocab_size 0: no text
+  c.tokenizer = ConfigDict(
+    dict(
+      vocab_size=0,  # 0: no text
+      length=64,
+      dropout=0.1,
+      path='',
+      new_tokens=(),  # words that become tokens of their own, such as names
+    )
+  )
   c.encode = ConfigDict(dict(enabled=False, batch_size=64, path=''))  # images to codes once, before training
   c.optim = ConfigDict(
     dict(

@@ -29,6 +29,7 @@ def vqgan(c):
   c.model = dict(variant='quickstart')
   c.loss = dict(l2_weight=1.0, disc_weight=0.0, beta=0.1, ema_decay=0.97)
   c.data.source_args.max_objects = 9  # crowded pictures: three times as many looks to learn from
+  c.data.source_args.accessories = 0.5  # heroes of stories wear them
   c.data.batch_size = 16
   c.optim.update(name='adamw', lr=3e-3, b1=0.9, b2=0.95, weight_decay=1e-4, warmup=100, clip=1.0, schedule='cosine')
   c.train.update(steps=2_500, ema=0.0, log_every=100, checkpoint_every=1_000, eval_every=2_500)

@@ -139,6 +139,17 @@ def layer_norm(
   return ((x - mean) * jax.lax.rsqrt(var + eps) * scale + bias).astype(dtype)
 
 
+def sinusoid(length: int, width: int) -> jax.Array:
+  """Sines, then cosines, of positions 0 .. length - 1 at wavelengths 2 pi to 20,000 pi: float32[length, width].
+
+  "Attention Is All You Need", Vaswani et al., 2017, section 3.5. Raises ValueError for an odd width.
+  """
+  if width % 2:
+    raise ValueError(f'sinusoidal positions need an even width, not {width}.')
+  angle = jnp.arange(length)[:, None] * 1e4 ** (-jnp.arange(width // 2) / (width // 2))
+  return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], 1)
+
+
 class GroupNorm(nn.Module):
   """Group normalisation over (H, W, C / groups) of NHWC; statistics in float32, output in `dtype`."""
 

@@ -42,6 +42,11 @@ class Context:
     more = lambda x: constrain(jnp.repeat(x, n, axis=1), CONTEXT_AXES)
     return self.replace(k=more(self.k), v=more(self.v))
 
+  def tile(self, n: int) -> 'Context':
+    """All sources, n times over: the halves of guidance."""
+    more = lambda x: constrain(jnp.tile(x, (1, n, 1, 1, 1)), CONTEXT_AXES)
+    return self.replace(k=more(self.k), v=more(self.v))
+
   def turns(self, turns: int) -> 'Context':
     """[L, ...] -> [turns, L / turns, ...], for a scan. Raises ValueError when L is not divisible."""
     layers = len(self.scale)

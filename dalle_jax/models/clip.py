@@ -5,6 +5,8 @@ stem and the projections; `activation='quick_gelu'`, `text_pool='max_id'` and 77
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -170,3 +172,10 @@ def normalize(x: jax.Array) -> jax.Array:
 def build(variant: str, **overrides) -> CLIP:
   """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
   return variants.build(CLIP, VARIANTS, variant, overrides)
+
+
+def of_run(config: Mapping[str, Any]) -> CLIP:
+  """The network of a trained run, from the config in it."""
+  words, length = config['tokenizer']['vocab_size'], config['tokenizer']['length']
+  sizes = dict(vocab_size=words + length, text_length=length, image_size=config['data']['image_size'])
+  return build(**{**config['model'], **sizes})

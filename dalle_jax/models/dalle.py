@@ -7,6 +7,8 @@ start of text, and let the positions that predict image tokens look at a source 
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -218,6 +220,32 @@ class DALLE(nn.Module):
     """[..., D] -> float32[..., vocab]."""
     y = jnp.einsum('...D,VD->...V', x, head.astype(self.dtype), preferred_element_type=jnp.float32)
     return constrain(y, ('batch', *(None,) * (y.ndim - 2), 'vocab'))
+
+
+def grow_vocabulary(params: Any, words: int, count: int, rng: jax.Array) -> Any:
+  """The parameters of a DALL-E that knows `count` more words than `words`; ids of the paddings move up.
+
+  A new word starts as a random vector of the usual size, and no likelier to follow than the average word.
+  """
+
+  def insert(table: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.concatenate([table[:words], new.astype(table.dtype), table[words:]])
+
+  table = params['text_embed']
+  fresh = jax.random.normal(rng, (count, table.shape[1])) * table[:words].std()
+  grown = {**params, 'text_embed': insert(table, fresh)}
+  if 'text_head' in params:
+    head = params['text_head']
+    grown['text_head'] = insert(head, jnp.broadcast_to(head[:words].mean(0), fresh.shape))
+  return grown
+
+
+def adopt(model: DALLE, params: Any, config: Mapping[str, Any], rng: jax.Array) -> Any:
+  """Parameters of the run with this config, for a model that may know more words. Raises ValueError if fewer."""
+  words, known = model.text_vocab - model.text_length, config['tokenizer']['vocab_size']
+  if words < known:
+    raise ValueError(f'the run to start from knows {known} words, this one {words}; leave config.tokenizer.path empty.')
+  return grow_vocabulary(params, known, words - known, rng) if words > known else params
 
 
 def flops(model: DALLE, batch: int) -> float:

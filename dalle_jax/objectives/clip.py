@@ -47,6 +47,4 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> CLIPOb
     raise ValueError(f'config.loss has the unknown fields {", ".join(config.loss)}; the objective clip has none.')
   if not config.tokenizer.vocab_size:
     raise ValueError('the objective clip needs captions; set config.tokenizer.vocab_size.')
-  vocab, length = config.tokenizer.vocab_size, config.tokenizer.length
-  sizes = dict(vocab_size=vocab + length, text_length=length, image_size=config.data.image_size)
-  return CLIPObjective(clip.build(**{**config.model, **sizes}))
+  return CLIPObjective(clip.of_run(config))

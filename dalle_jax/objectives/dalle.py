@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dalle_jax.functional import decoding, losses
+from dalle_jax.functional import corruption, decoding, losses
 from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.layers import variants
 from dalle_jax.models import dalle, vqgan
@@ -38,20 +38,21 @@ class DALLEObjective:
     image = jnp.zeros((1, self.model.image_length), jnp.int32)
     return {'dalle': self.model.init(rng, jnp.zeros((1, batch['text'].shape[1]), jnp.int32), image)['params']}, {}
 
+  def adopt(self, params: Any, config: Mapping[str, Any], rng: jax.Array) -> Any:
+    """Parameters of another run, with as many words as this one has (see `models.dalle.grow_vocabulary`)."""
+    return {**params, 'dalle': dalle.adopt(self.model, params['dalle'], config, rng)}
+
   def loss(
     self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
   ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
     text, image = batch['text'], self._tokens(ctx, batch)
-    kept = None
+    kept, read = None, image
     if ctx.train and self.c.caption_dropout:
-      drop = jax.random.bernoulli(ctx.rng, self.c.caption_dropout, (len(text), 1))
-      text = jnp.where(drop, self.model.padding, text)
-      kept = 1.0 - drop[:, 0]  # padding alone teaches nothing about text
-    read = image
+      # What is dropped does not count as text: padding alone teaches nothing about it.
+      text, kept = corruption.drop_captions(ctx.rng, text, self.c.caption_dropout, self.model.padding)
     if ctx.train and self.c.token_noise:
-      where, what = jax.random.split(jax.random.fold_in(ctx.rng, 1))
-      noisy = jax.random.bernoulli(where, self.c.token_noise, image.shape)
-      read = jnp.where(noisy, jax.random.randint(what, image.shape, 0, self.model.image_vocab), image)
+      rng = jax.random.fold_in(ctx.rng, 1)
+      read = corruption.replace_tokens(rng, image, self.c.token_noise, self.model.image_vocab)
     text_logits, image_logits = self.model.apply({'params': params['dalle']}, text, read)
     text_loss, _ = losses.token_loss(text_logits, text, kept)
     image_loss, accuracy = losses.token_loss(image_logits, image)
@@ -92,18 +93,19 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> DALLEO
   an unknown field, or without captions or VQGAN.
   """
   c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
+  tokenizer, sizes = text_and_image(config, frozen_configs, 'dalle')
+  return DALLEObjective(dalle.build(**{**config.model, **sizes}), tokenizer, c)
+
+
+def text_and_image(
+  config: ConfigDict, frozen_configs: Mapping[str, Any], name: str
+) -> tuple[vqgan.VQGAN, dict[str, Any]]:
+  """The frozen VQGAN, and the fields of a DALL-E that follow from it and from the tokenizer of the captions."""
   if 'vqgan' not in frozen_configs:
-    raise ValueError('the objective dalle needs an image tokenizer; set config.frozen.vqgan to the run of a VQGAN.')
+    raise ValueError(f'the objective {name} needs an image tokenizer; set config.frozen.vqgan to the run of a VQGAN.')
   if not config.tokenizer.vocab_size:
-    raise ValueError('the objective dalle needs captions; set config.tokenizer.vocab_size.')
+    raise ValueError(f'the objective {name} needs captions; set config.tokenizer.vocab_size.')
   tokenizer = vqgan.build(**frozen_configs['vqgan']['model'])
-  model = dalle.build(
-    **{
-      **config.model,
-      'text_vocab': config.tokenizer.vocab_size + config.tokenizer.length,
-      'text_length': config.tokenizer.length,
-      'image_vocab': tokenizer.num_codes,
-      'grid': tokenizer.grid(config.data.image_size),
-    }
-  )
-  return DALLEObjective(model, tokenizer, c)
+  words, length = config.tokenizer.vocab_size, config.tokenizer.length
+  grid = tokenizer.grid(config.data.image_size)
+  return tokenizer, dict(text_vocab=words + length, text_length=length, image_vocab=tokenizer.num_codes, grid=grid)

@@ -22,18 +22,20 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from dalle_jax.data import ops, pipeline
+from dalle_jax.data.stories import Story
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import vqgan
 from dalle_jax.training import checkpoint, sharding
 
 SAVE_EVERY = 30.0  # seconds
+PARTIAL = {'tokens.partial': 'tokens.bin', 'captions.partial': 'captions.jsonl', 'vectors.partial': 'vectors.bin'}
 SAMPLED = 16  # records by whose content a source is recognised
 
 
 def encode_dataset(
   source: pipeline.Source, vqgan_run: checkpoint.Run, out_dir: str | Path, image_size: int, batch_size: int
 ) -> dict[str, Any]:
-  """Encodes every usable picture of `source`, centrally cropped, and returns what meta.json says.
+  """Encodes every usable picture or story of `source`, centrally cropped, and returns what meta.json says.
 
   With a mesh under the parameters each batch is split over it; several processes must share `out_dir`. A finished
   folder made of the same network, source and size is left as it is, one of others is made anew. The source is known by
@@ -58,8 +60,8 @@ def encode_dataset(
 
   @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()) if mesh else None)
   def encode(params: Any, images: jax.Array) -> jax.Array:
-    codes = model.apply({'params': params}, to_float(images), method='encode')
-    return codes.reshape(images.shape[0], -1)
+    flat = to_float(images.reshape(-1, *images.shape[-3:]))  # frames of a story are pictures
+    return model.apply({'params': params}, flat, method='encode').reshape(images.shape[0], -1)
 
   index, count = jax.process_index(), jax.process_count()
   writer = _Writer(Path(out_dir), identity) if index == 0 else None
@@ -79,10 +81,11 @@ def encode_dataset(
     part = slice(index * batch_size // count, (index + 1) * batch_size // count)
     bar = tqdm(total=len(source), initial=done, unit='pictures', desc='encoding', disable=index > 0, mininterval=5.0)
     for start in range(done // batch_size * batch_size, len(source), batch_size):
-      batch = {'image': next(loader)['image'][part]}
+      whole = next(loader)
+      batch = {'image': whole['image'][part]}
       codes = np.asarray(encode(params, (sharding.put_batch(batch, mesh) if mesh else batch)['image']))
       if writer:
-        writer.append(start, codes, loader.rows[: len(source) - start])
+        writer.append(start, codes, loader.rows[: len(source) - start], whole.get('vectors'))
       bar.update(min(start + batch_size, len(source)) - bar.n)
     bar.close()
     loader.close()
@@ -122,8 +125,11 @@ def describe(source: pipeline.Source) -> str:
     digest.update(name(i).encode('utf-8', 'surrogateescape') + b'\n')
   for i in np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(int).tolist():
     try:
-      record = source[i]
-      digest.update(repr(record.get('captions', record['caption'])).encode() + ops.decode(record['image']).tobytes())
+      record: Any = source[i]
+      record = vars(record) if isinstance(record, Story) else record
+      digest.update(repr(record.get('captions') or record['caption']).encode())
+      for image in record.get('frames') or [record['image']]:
+        digest.update(ops.decode(image).tobytes())
     except Exception as e:  # a broken record is part of what the source is
       digest.update(type(e).__name__.encode())
   return f'{type(source).__name__} {len(source)} {digest.hexdigest()[:16]}'
@@ -140,11 +146,11 @@ class _Writer:
     if meta and all(meta.get(k) == v for k, v in identity.items()):
       return
     (out / 'meta.json').unlink(missing_ok=True)  # from here on the folder is not whole
-    paths = [out / 'tokens.partial', out / 'captions.partial']
-    sizes = progress.get('bytes', [0, 0])
+    paths = [out / name for name in PARTIAL]
+    sizes = progress.get('bytes', [0] * len(paths))
     whole = all(p.is_file() and p.stat().st_size >= s for p, s in zip(paths, sizes, strict=True))
     if progress.get('identity') != identity or not whole:
-      progress, sizes = {}, [0, 0]
+      progress, sizes = {}, [0] * len(paths)
     self.done, self.count = progress.get('done', 0), progress.get('count', 0)
     self.files = [p.open('ab') for p in paths]
     for file, size in zip(self.files, sizes, strict=True):
@@ -157,11 +163,15 @@ class _Writer:
     except (OSError, json.JSONDecodeError):
       return {}
 
-  def append(self, start: int, codes: np.ndarray, rows: Sequence[pipeline.Row]) -> None:
+  def append(
+    self, start: int, codes: np.ndarray, rows: Sequence[pipeline.Row], vectors: np.ndarray | None = None
+  ) -> None:
     """Takes records `start`, `start` + 1, ...; those already done, and substitutes of broken ones, are left out."""
     keep = [i for i, row in enumerate(rows) if start + i >= self.done and row.index == start + i]
     self.files[0].write(codes[keep].astype(self.identity['dtype']).tobytes())
     self.files[1].write(''.join(json.dumps(list(rows[i].captions)) + '\n' for i in keep).encode())
+    if vectors is not None:
+      self.files[2].write(vectors[keep].astype(np.float32).tobytes())
     self.done, self.count = start + len(rows), self.count + len(keep)
     if time.monotonic() - self.saved > SAVE_EVERY:
       self.save()
@@ -177,9 +187,15 @@ class _Writer:
 
   def finish(self) -> None:
     self.save()
-    for file, name in zip(self.files, ('tokens.bin', 'captions.jsonl'), strict=True):
+    codes, _, vectors = (file.tell() for file in self.files)
+    for file, name in zip(self.files, PARTIAL.values(), strict=True):
       file.close()
       os.replace(file.name, self.out / name)
-    meta = {**self.identity, 'count': self.count, 'skipped': self.done - self.count}
+    if not vectors:
+      (self.out / PARTIAL['vectors.partial']).unlink()
+    width = np.dtype(self.identity['dtype']).itemsize * int(np.prod(self.identity['grid']))
+    frames = codes // (width * self.count) if self.count else 1
+    dim = vectors // (4 * (frames - 1) * self.count) if vectors else 0
+    meta = {**self.identity, 'count': self.count, 'skipped': self.done - self.count, 'frames': frames, 'vectors': dim}
     checkpoint.write_json(self.out / 'meta.json', meta)
     (self.out / 'progress.json').unlink()

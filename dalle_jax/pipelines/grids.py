@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 PAD, FONT_SIZE = 6, 14  # pixels
-CELL = 96  # smallest side of a picture shown
+CELL, BOARD = 96, 144  # smallest side of a picture shown in a grid, on a storyboard
 
 
 def caption_grid(rows: Sequence[tuple[str, Sequence[np.ndarray]]], labels: Sequence[str] = ()) -> Image.Image:
@@ -39,4 +39,24 @@ def caption_grid(rows: Sequence[tuple[str, Sequence[np.ndarray]]], labels: Seque
       picture = Image.fromarray(np.asarray(image)).resize((width, height), Image.Resampling.NEAREST)
       canvas.paste(picture, (PAD + i * (width + PAD), y))
     y += height + 2 * PAD
+  return canvas
+
+
+def storyboard(source: np.ndarray, frames: Sequence[np.ndarray], captions: Sequence[str]) -> Image.Image:
+  """The source and the frames of a story in a row, uint8[H, W, 3] each, with the captions under the frames."""
+  font = ImageFont.load_default(FONT_SIZE)
+  scale = max(1, -(-BOARD // source.shape[1]))
+  height, width = source.shape[0] * scale, source.shape[1] * scale
+  letters = max(10, int(width / (FONT_SIZE * 0.5)))
+  texts = [textwrap.wrap(caption, letters) or [''] for caption in ('source', *captions)]
+  line = FONT_SIZE + 4
+  size = (len(texts) * (width + PAD) + PAD, height + 2 * PAD + max(map(len, texts)) * line + PAD)
+  canvas = Image.new('RGB', size, 'white')
+  draw = ImageDraw.Draw(canvas)
+  for i, (image, text) in enumerate(zip([source, *frames], texts, strict=True)):
+    x = PAD + i * (width + PAD)
+    picture = Image.fromarray(np.asarray(image)).resize((width, height), Image.Resampling.NEAREST)
+    canvas.paste(picture, (x, PAD))
+    for k, part in enumerate(text):
+      draw.text((x, height + 2 * PAD + k * line), part, 'black' if i else 'gray', font)
   return canvas

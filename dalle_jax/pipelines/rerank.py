@@ -35,10 +35,8 @@ class Reranker:
       raise ValueError(
         f'{path} is a run of {run.config.get("objective")!r}; reranking needs one of the objective clip.'
       )
-    config = run.config
-    words, length = BPE(run.tokenizer), config['tokenizer']['length']
-    sizes = dict(vocab_size=words.vocab_size + length, text_length=length, image_size=config['data']['image_size'])
-    return cls(clip.build(**{**config['model'], **sizes}), run.network('clip'), TextEncoder(words, length))
+    words = TextEncoder(BPE(run.tokenizer), run.config['tokenizer']['length'])
+    return cls(clip.of_run(run.config), run.network('clip'), words)
 
   def scores(self, prompts: Sequence[str], images: np.ndarray) -> np.ndarray:
     """Cosines float32[B, n] between each of B prompts and its n pictures, uint8[B, n, H, W, 3]."""

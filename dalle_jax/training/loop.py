@@ -1,7 +1,8 @@
 """The training loop: one for every objective, read from top to bottom.
 
 An objective may have, beside `init` and `loss`: `after_update(params, mutable) -> params`, run inside the step after
-the optimiser; `tokens(batch) -> int` and `flops(batch) -> float` of a global batch, for speed and utilisation.
+the optimiser; `tokens(batch) -> int` and `flops(batch) -> float` of a global batch, for speed and utilisation;
+`adopt(params, config, rng) -> params`, which makes the parameters of another run fit (train.py calls it).
 """
 
 import contextlib
@@ -60,10 +61,12 @@ def make_step(
   def step(state: TrainState, frozen: Mapping[str, Params], batch: Batch):
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)  # init used the seed itself
 
+    trained = {player: state.params[player] for player in optimizer.schedules}
+
     def gradients(mutable, rng, batch):
       context = Context(frozen, mutable, rng, state.step, train=True)
-      grad = jax.value_and_grad(objective.loss, has_aux=True)
-      (loss, (metrics, mutable)), grads = grad(state.params, context, batch)
+      loss_of = lambda trained: objective.loss({**state.params, **trained}, context, batch)
+      (loss, (metrics, mutable)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
       return grads, {'loss': loss, **metrics}, mutable
 
     if accum == 1:
@@ -76,12 +79,12 @@ def make_step(
         grads, metrics, mutable = gradients(mutable, jax.random.fold_in(rng, index), micro)
         return (jax.tree.map(jnp.add, total, grads), mutable), metrics
 
-      carry = jax.tree.map(jnp.zeros_like, state.params), state.mutable
+      carry = jax.tree.map(jnp.zeros_like, trained), state.mutable
       (grads, mutable), metrics = jax.lax.scan(body, carry, (jnp.arange(accum), jax.tree.map(split, dict(batch))))
       grads, metrics = jax.tree.map(lambda x: x / accum, grads), jax.tree.map(lambda x: x.mean(0), metrics)
 
-    updates, opt_state = optimizer.tx.update(grads, state.opt_state, state.params)
-    params = after_update(jax.tree.map(jnp.add, state.params, updates), mutable)
+    updates, opt_state = optimizer.tx.update(grads, state.opt_state, trained)
+    params = after_update({**state.params, **jax.tree.map(jnp.add, trained, updates)}, mutable)
     average = state.ema
     if ema:
       decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))  # short memory while the model moves fast
@@ -180,7 +183,7 @@ def train(
     )
   params, mutable, axes = state_lib.abstract(objective, spec, mesh, config.rules)
   optimizer = optim.build(config.optim, c.steps, list(params))
-  target = state_lib.abstract_state(params, mutable, optimizer.tx, c.ema > 0, mesh)
+  target = state_lib.abstract_state(params, mutable, optimizer, c.ema > 0, mesh)
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
   device = mesh.devices.flat[0]
   say(f'devices: {mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(mesh.shape)}')
@@ -198,7 +201,7 @@ def train(
   if found:
     state, seconds = found[0], found[1]['seconds']
   else:
-    state, seconds = state_lib.init(objective, target, optimizer.tx, config.seed, spec), 0.0  # 3. fresh parameters
+    state, seconds = state_lib.init(objective, target, optimizer, config.seed, spec), 0.0  # 3. fresh parameters
     if initial is not None:  # 2. another run's parameters
       merged = checkpoint.strict_merge(state.params, initial, config.init.new)
       state = state.replace(params=merged, ema=jax.tree.map(jnp.copy, merged) if c.ema else {})

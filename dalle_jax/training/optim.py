@@ -28,11 +28,15 @@ SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt')
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """`tx` for the whole tree of players; `schedules` and `frozen` say what happens to each of them."""
+  """`tx` for the players that train, whose names are those of `schedules`; the `frozen` ones have no state."""
 
   tx: optax.GradientTransformation
   schedules: dict[str, Schedule]  # by player, those that train
   frozen: frozenset[str]
+
+  def init(self, params: Mapping[str, Any]) -> optax.OptState:
+    """The state for the whole tree of players."""
+    return self.tx.init({player: params[player] for player in self.schedules})
 
 
 def schedule(config: Mapping[str, Any], steps: int) -> Schedule:
@@ -91,6 +95,8 @@ def build(config: Mapping[str, Any], steps: int, players: list[str]) -> Optimize
     if extra := sorted(set(fields) - set(config)):
       raise ValueError(f'optim.groups.{player} has the unknown fields {extra}; there are {sorted(config)} and frozen.')
   merged = {p: {**config, **groups.get(p, {})} for p in players}
-  transforms = {p: optax.set_to_zero() if p in frozen else transform(c, steps) for p, c in merged.items()}
-  tx = optax.partition(transforms, lambda params: {k: k for k in params})
-  return Optimizer(tx, {p: schedule(c, steps) for p, c in merged.items() if p not in frozen}, frozenset(frozen))
+  trained = {p: c for p, c in merged.items() if p not in frozen}
+  if not trained:
+    raise ValueError(f'optim.groups freezes all players, {players}; nothing would train.')
+  tx = optax.partition({p: transform(c, steps) for p, c in trained.items()}, lambda params: {k: k for k in params})
+  return Optimizer(tx, {p: schedule(c, steps) for p, c in trained.items()}, frozenset(frozen))

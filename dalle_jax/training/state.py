@@ -11,6 +11,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.training import sharding
+from dalle_jax.training.optim import Optimizer
 
 Params = Any
 
@@ -60,10 +61,10 @@ def abstract(
   return params, extra, axes
 
 
-def abstract_state(params: Params, mutable: Any, tx: optax.GradientTransformation, ema: bool, mesh: Mesh) -> TrainState:
+def abstract_state(params: Params, mutable: Any, optimizer: Optimizer, ema: bool, mesh: Mesh) -> TrainState:
   """The whole state as shapes with shardings: optimiser moments and EMA lie like their parameters."""
   replicated = NamedSharding(mesh, PartitionSpec())
-  opt = jax.eval_shape(tx.init, params)
+  opt = jax.eval_shape(optimizer.init, params)
   where = sharding.like_params(opt, params, mesh)
   opt = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), opt, where)
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
@@ -73,7 +74,7 @@ def abstract_state(params: Params, mutable: Any, tx: optax.GradientTransformatio
 def init(
   objective: Objective,
   shape: TrainState,
-  tx: optax.GradientTransformation,
+  optimizer: Optimizer,
   seed: int,
   spec: Mapping[str, jax.ShapeDtypeStruct],
 ) -> TrainState:
@@ -84,7 +85,7 @@ def init(
     params, mutable = sharding.unbox(objective.init(rng, batch))
     # A copy, because the donated step may not be given one buffer twice.
     ema = jax.tree.map(jnp.copy, params) if jax.tree.leaves(shape.ema) else {}
-    return TrainState(jnp.int32(0), params, tx.init(params), ema, mutable)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, mutable)
 
   return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, shape))(jax.random.key(seed))
 

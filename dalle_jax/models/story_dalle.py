@@ -1,0 +1,221 @@
+"""StoryDALL-E: a trained DALL-E continues a story ("StoryDALL-E", Maharana et al., ECCV 2022, sections 3.2 and 3.3).
+
+Two parts are added beside the DALL-E, whose own parameters keep their names, so that retro-fitting is a strict merge of
+the pretrained tree with `new='story/.*'`. The story encoder puts one vector before each caption's tokens; by
+cross-attention the positions that predict image tokens look at the source frame.
+
+Axis legend: B stories, T frames to be generated, N text_length, I image tokens, D d_model, S sentence_dim, R = B * T.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dalle_jax.layers import variants
+from dalle_jax.layers.attention import KVCache
+from dalle_jax.layers.basic import Dense, LayerNorm, boxed, normal_init, sinusoid
+from dalle_jax.layers.cross import Context, CrossAttention
+from dalle_jax.layers.transformer import Stack
+from dalle_jax.models import clip, dalle
+
+VARIANTS = dalle.VARIANTS  # of the DALL-E; the fields of what is added come beside them
+PROMPT_DROPOUT = 0.2
+
+
+class Prompt(nn.Module):
+  """`length` learnt vectors [length, width]: embedding -> Dense -> tanh -> Dense (section 3.4)."""
+
+  length: int
+  width: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, rng: jax.Array | None) -> jax.Array:
+    """With `rng`, dropout acts."""
+    init = boxed(normal_init(1.0), (None, 'embed'))
+    x = self.param('embedding', init, (self.length, self.width), jnp.float32)
+    dense = lambda name: Dense(
+      self.width, ('embed', None), dtype=self.dtype, kernel_init=normal_init(self.width**-0.5), name=name
+    )
+    x = dense('out')(jnp.tanh(dense('in')(x)))
+    return nn.Dropout(PROMPT_DROPOUT)(x, deterministic=rng is None, rng=rng)
+
+
+class StoryEncoder(nn.Module):
+  """S_global = f_self(S + S_pos): one block in which every caption sees all (section 3.2)."""
+
+  width: int
+  heads: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, sentences: jax.Array) -> jax.Array:
+    """float[B, T, S] -> [B, T, D]."""
+    x = LayerNorm(dtype=self.dtype, name='norm_in')(sentences)  # the embeddings of words are small, positions are not
+    init = normal_init(sentences.shape[-1] ** -0.5)
+    x = Dense(self.width, (None, 'embed'), dtype=self.dtype, kernel_init=init, name='linear')(x)
+    x = x + sinusoid(x.shape[1], self.width).astype(self.dtype)
+    return Stack(1, self.heads, dtype=self.dtype, name='self')(x)[0]
+
+
+class Additions(nn.Module):
+  """What is put beside a DALL-E; fields as in StoryDALLE, `layers` is how many blocks look at the source."""
+
+  layers: int
+  heads: int
+  width: int
+  story_encoder: bool
+  prompt: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self, sentences: jax.Array, source: jax.Array, rng: jax.Array | None
+  ) -> tuple[jax.Array, Context | None]:
+    """What goes before each caption, [R, E, D], and what blocks find in the sources [B, I, D]."""
+    b, t, _ = sentences.shape
+    extra = [jnp.zeros((b * t, 0, self.width), self.dtype)]
+    if self.prompt:
+      x = Prompt(self.prompt, self.width, self.dtype, name='prompt')(rng)
+      extra.append(jnp.broadcast_to(x, (b * t, *x.shape)))
+    if self.story_encoder:
+      x = StoryEncoder(self.width, self.heads, self.dtype, name='encoder')(sentences)
+      extra.append(x.reshape(b * t, 1, self.width))
+    context = None
+    if self.layers:
+      source = LayerNorm(dtype=self.dtype, name='norm_source')(source)
+      context = CrossAttention(self.layers, self.heads, self.dtype, name='cross')(source)
+    return jnp.concatenate(extra, 1), context
+
+
+@struct.dataclass
+class StoryCache:
+  """The cache of R rows, and what their blocks find in the source frame."""
+
+  kv: KVCache
+  context: Context | None
+
+  def repeat(self, n: int) -> 'StoryCache':
+    return StoryCache(self.kv.repeat(n), self.context and self.context.repeat(n))
+
+
+class StoryDALLE(nn.Module):
+  """A DALL-E (parameters 'dalle') and what is added to it ('story').
+
+  Attributes:
+    retro: blocks retro, 2 retro, 3 retro, ... look at the source frame (1: all; 3: as the released model); 0: none.
+      `dalle.period` must be a multiple of it.
+    story_encoder: whether the story token stands before each caption.
+    prompt: learnt vectors before that, for prompt tuning; 0: none.
+    sentences: where the embeddings of captions come from: 'own', the mean of the DALL-E's word embeddings; 'clip', the
+      text tower of a CLIP; 'data', vectors of the data set.
+    sentence_dim: S; 0 with 'own'.
+    frames: the most frames after the source.
+  """
+
+  dalle: dalle.DALLE
+  retro: int = 1
+  story_encoder: bool = True
+  prompt: int = 0
+  sentences: str = 'own'
+  sentence_dim: int = 0
+  frames: int = 4
+
+  def setup(self):
+    if self.retro and self.dalle.depth % self.retro:
+      raise ValueError(f'model.retro {self.retro} does not divide the {self.dalle.depth} layers; change either.')
+    layers, d = self.dalle.depth // self.retro if self.retro else 0, self.dalle
+    self.story = Additions(layers, d.heads, d.d_model, self.story_encoder, self.prompt, d.dtype)
+
+  def __call__(
+    self,
+    text: jax.Array,
+    image: jax.Array,
+    source: jax.Array,
+    sentences: jax.Array | None = None,
+    read: jax.Array | None = None,
+    rng: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Teacher-forced logits of the tokens of every frame, float32[R, N, text_vocab] and [R, I, image_vocab].
+
+    Args:
+      text: int32[B, T, N], what the sentence embeddings are made of by default.
+      image: int32[B, T, I], what goes in.
+      source: int32[B, I], the tokens of the source frame.
+      sentences: float32[B, T, S]; None for the model's own.
+      read: int32[B, T, N], the captions as they go in; `text` by default.
+      rng: for the dropout of the prompt; None in evaluation.
+    """
+    extra, context = self.look(text, source, sentences, rng)
+    rows = lambda x: x.reshape(-1, x.shape[-1])
+    context = context and context.repeat(text.shape[1])
+    return self.dalle(rows(text if read is None else read), rows(image), extra, context)
+
+  def look(
+    self, text: jax.Array, source: jax.Array, sentences: jax.Array | None = None, rng: jax.Array | None = None
+  ) -> tuple[jax.Array, Context | None]:
+    """What goes before each caption, [R, E, D], and keys and values of each source, the same for all its frames."""
+    b, t, n = text.shape
+    if t > self.frames:
+      raise ValueError(f'a story has {t} frames after the source, the model takes {self.frames}; set model.frames.')
+    if sentences is None:
+      sentences = self.dalle.embed_caption(text.reshape(b * t, n)).reshape(b, t, -1)
+    return self.story(sentences, self.dalle.embed_source(source), rng)
+
+  def prefill(
+    self, text: jax.Array, image: jax.Array, extra: jax.Array, context: Context | None
+  ) -> tuple[jax.Array, StoryCache]:
+    """Reads text int32[R, N] and the first image tokens int32[R, k] after `extra`; `context` has R rows, too."""
+    logits, kv = self.dalle.prefill(text, image, extra, context)
+    return logits, StoryCache(kv, context)
+
+  def step(
+    self, token: jax.Array, index: jax.Array, cache: StoryCache, end: int | None = None
+  ) -> tuple[jax.Array, StoryCache]:
+    """As `DALLE.step`."""
+    logits, kv = self.dalle.step(token, index, cache.kv, end, cache.context)
+    return logits, StoryCache(kv, cache.context)
+
+
+def sampler(
+  model: StoryDALLE, params: Any, text: jax.Array, source: jax.Array, sentences: jax.Array | None
+) -> Callable[..., Any]:
+  """An `apply` for `functional.decoding.sample` with the captions of these stories as its rows, int32[R, N].
+
+  With guidance a second half of rows follows, which differ in the caption alone. Arguments as of `StoryDALLE.look`.
+  """
+  extra, context = model.apply({'params': params}, text, source, sentences, method='look')
+  context = context and context.repeat(text.shape[1])
+
+  def apply(*args, method: str):
+    if method == 'prefill':
+      halves = len(args[0]) // len(extra)
+      args = (*args, jnp.tile(extra, (halves, 1, 1)), context and context.tile(halves))
+    return model.apply({'params': params}, *args, method=method)
+
+  return apply
+
+
+def embed_sentences(tower: clip.CLIP, params: Any, text: jax.Array) -> jax.Array:
+  """The captions of stories by the text tower of a CLIP: int32[B, T, M] -> float32[B, T, embed_dim]."""
+  vectors = tower.apply({'params': params}, text.reshape(-1, text.shape[-1]), method='encode_text')
+  return vectors.reshape(*text.shape[:2], -1)
+
+
+def build(variant: str, **overrides) -> StoryDALLE:
+  """The DALL-E of `VARIANTS[variant]` with additions; `overrides` are fields of either.
+
+  Raises ValueError for an unknown variant or field, or sentence embeddings that do not fit.
+  """
+  own = {f.name for f in dataclasses.fields(StoryDALLE)} - {'dalle', 'parent', 'name'}
+  mine = {k: v for k, v in overrides.items() if k in own}
+  base = dalle.build(variant, **{k: v for k, v in overrides.items() if k not in own})
+  model = variants.build(StoryDALLE, {variant: {'dalle': base}}, variant, mine)
+  if model.sentences not in ('own', 'clip', 'data'):
+    raise ValueError(f'model.sentences {model.sentences!r} is unknown; there are own, clip and data.')
+  return model

@@ -1,0 +1,147 @@
+"""What every pipeline that draws shares: a run with its words, its VQGAN and a mesh."""
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dalle_jax.data import ops
+from dalle_jax.data.bpe import BPE, TextEncoder
+from dalle_jax.functional.pixels import to_float, to_uint8
+from dalle_jax.models import vqgan
+from dalle_jax.pipelines.rerank import Reranker, in_batches
+from dalle_jax.training import checkpoint, sharding
+
+logger = logging.getLogger(__name__)
+BATCH = 64  # pictures at once through the VQGAN
+
+
+class Generator:
+  """A trained transformer over image tokens with its VQGAN, its tokenizer and, if wanted, a CLIP that ranks pictures.
+
+  A kind of it has the OBJECTIVE of its runs; `sizes` are the fields of the transformer that follow from words and
+  pictures.
+  """
+
+  OBJECTIVE = ''
+
+  def __init__(
+    self,
+    run: checkpoint.Run,
+    frozen: dict[str, checkpoint.Run],
+    reranker: Reranker | None = None,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = (),
+  ):
+    config = run.config
+    self.config, self.reranker, self.mesh, self.rules = config, reranker, mesh, rules
+    self.words = TextEncoder(BPE(run.tokenizer), config['tokenizer']['length'])
+    self.vqgan = vqgan.build(**frozen['vqgan'].config['model'])
+    self.image_size = config['data']['image_size']
+    self.grid = self.vqgan.grid(self.image_size)
+    words, length = self.words.bpe.vocab_size, self.words.length
+    self.sizes = dict(text_vocab=words + length, text_length=length, image_vocab=self.vqgan.num_codes, grid=self.grid)
+    self.params = {**run.params, 'vqgan': frozen['vqgan'].network('vqgan')}
+    self._encode, self._decode = jax.jit(self._encode_images), jax.jit(self._decode_codes)
+
+  @classmethod
+  def load(
+    cls,
+    path: str | Path,
+    *,
+    clip: str | Path = '',
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = (),
+    step: int | None = None,
+  ):
+    """Loads the run in `path` (its EMA if it has one) and, with `clip`, the run of a CLIP.
+
+    Any checkpoint loads onto any mesh: with `mesh` parameters and pictures are split over it by `rules`; without it
+    everything is on one device. Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when
+    a run is of another kind.
+    """
+    run = checkpoint.load_run(path, mesh=mesh, rules=rules, step=step)
+    if run.config.get('objective') != cls.OBJECTIVE or not run.tokenizer or 'vqgan' not in run.frozen:
+      found = run.config.get('objective')
+      raise ValueError(f'{path} is a run of {found!r}; sampling needs one of the objective {cls.OBJECTIVE}.')
+    frozen = {name: checkpoint.load_run(p, mesh=mesh, rules=rules) for name, p in run.frozen.items()}
+    reranker = Reranker.load(clip, mesh=mesh, rules=rules) if clip else None
+    return cls(run, frozen, reranker, mesh, rules)
+
+  def encode(self, images: np.ndarray) -> np.ndarray:
+    """uint8[B, H, W, 3] of the model's size -> image tokens int32[B, I]."""
+    with self._context():
+      return in_batches(lambda x: self._encode(self.params, x), self._checked(images), BATCH)
+
+  def reconstruct(self, images: np.ndarray) -> np.ndarray:
+    """uint8[B, H, W, 3] through the image tokens and back: uint8[B, H, W, 3]."""
+    with self._context():
+      return in_batches(lambda x: self._decode(self.params, self._encode(self.params, x)), self._checked(images), BATCH)
+
+  # --- Under jit
+
+  def _decode_codes(self, params: Any, tokens: jax.Array) -> jax.Array:
+    codes = tokens.reshape(-1, *self.grid)
+    return to_uint8(self.vqgan.apply({'params': params['vqgan']}, codes, method='decode_codes'))
+
+  def _encode_images(self, params: Any, images: jax.Array) -> jax.Array:
+    codes = self.vqgan.apply({'params': params['vqgan']}, to_float(images), method='encode')
+    return codes.reshape(len(images), -1)
+
+  # --- On the host
+
+  def _text(self, prompt: str) -> np.ndarray:
+    count, length = len(self.words.bpe.encode(prompt)), self.words.length
+    if count > length:
+      logger.warning('the prompt %r has %d tokens; the model reads the first %d.', prompt, count, length)
+    return self.words(prompt)
+
+  def _picture(self, picture: Any, name: str) -> np.ndarray:
+    """uint8[size, size, 3] from a path, bytes, PIL image or array; `name` is what an error calls it."""
+    if isinstance(picture, (str, Path)):
+      if not Path(picture).is_file():
+        raise FileNotFoundError(f'there is no picture {picture}.')
+      picture = Path(picture).read_bytes()
+    try:
+      picture = ops.to_rgb(picture)
+    except Exception as e:  # what a broken file makes Pillow raise has no common class
+      raise ValueError(f'{name} is no picture that can be read: {" ".join(str(e).split())}') from e
+    return ops.crop(picture, self.image_size, (), None)
+
+  def _checked(self, images: np.ndarray) -> np.ndarray:
+    size = self.image_size
+    if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
+      raise ValueError(f'pictures are {images.dtype}{list(images.shape)}; expected uint8[B, {size}, {size}, 3].')
+    return images
+
+  def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    return sharding.put_batch(batch, self.mesh) if self.mesh else batch
+
+  def _context(self) -> contextlib.AbstractContextManager:
+    """The mesh and rules that the layers see."""
+    if self.mesh is None:
+      return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    stack.enter_context(jax.set_mesh(self.mesh))
+    stack.enter_context(nn.logical_axis_rules(sharding.logical_rules(self.rules)))
+    return stack
+
+
+def check_numbers(n: int, batch_size: int, seed: int) -> None:
+  """Raises ValueError for what no pipeline can draw."""
+  if n < 1 or batch_size < 1:
+    raise ValueError(f'n is {n} and batch_size {batch_size}; both must be 1 or more.')
+  if not 0 <= seed < 2**32:
+    raise ValueError(f'seed is {seed}; expected 0 to {2**32 - 1}.')
+
+
+def request_keys(seed: jax.Array, names: jax.Array, numbers: jax.Array) -> jax.Array:
+  """A key for each number of each name, [B * n]: so a picture depends on nothing that is asked for beside it."""
+  key = jax.random.key(seed)
+  pair = lambda name, number: jax.random.fold_in(jax.random.fold_in(key, name), number)
+  return jax.vmap(lambda name: jax.vmap(lambda number: pair(name, number))(numbers))(names).ravel()
