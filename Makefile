@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test lint format quickstart clean
+.PHONY: setup test lint format quickstart ablations clean
 
 setup: .venv/installed
 
@@ -25,6 +25,9 @@ format: setup
 
 quickstart: setup
 	$(BIN)/python quickstart.py --run_dir runs/quickstart
+
+ablations: setup
+	$(BIN)/python quickstart.py --run_dir runs/quickstart --ablations
 
 clean:
 	rm -rf .venv runs/quickstart

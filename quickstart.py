@@ -1,7 +1,8 @@
-"""Trains VQGAN, CLIP and DALL-E on the procedural world and reports what came of it (`make quickstart`).
+"""Trains VQGAN, CLIP, DALL-E and StoryDALL-E on the procedural world and reports what came of it (`make quickstart`).
 
-Everything lands in --run_dir: a run directory a stage, grid.png, curves.png, report.md, metrics.json. Interrupted
-anywhere, the same command goes on where it was: each stage resumes from its last checkpoint or is skipped when done.
+Everything lands in --run_dir: a run directory a stage, grid.png, storyboards.png, curves.png, report.md, metrics.json.
+Interrupted anywhere, the same command goes on where it was: each stage resumes from its last checkpoint or is skipped
+when done. With --ablations (`make ablations`) it also trains and scores the story model without each of its parts.
 """
 
 import json
@@ -18,10 +19,11 @@ from absl import app, flags
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
-from dalle_jax.data.sources import shapes
-from dalle_jax.evals.oracle import ATTRIBUTES, Oracle
+from dalle_jax.data.sources import shapes, story_shapes
+from dalle_jax.evals.oracle import ATTRIBUTES, COLUMNS, Oracle, score_moments
 from dalle_jax.pipelines.dalle import DallE
-from dalle_jax.pipelines.grids import caption_grid
+from dalle_jax.pipelines.grids import caption_grid, stacked, storyboard
+from dalle_jax.pipelines.story_dalle import StoryDallE
 from dalle_jax.training.checkpoint import write_json
 from dalle_jax.training.metrics import read
 
@@ -31,17 +33,23 @@ _PROMPTS = flags.DEFINE_integer('prompts', 200, 'held-out captions a split')
 _CANDIDATES = flags.DEFINE_integer('candidates', 8, 'samples a caption, of which CLIP picks the best')
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'of the samples')
 _GUIDANCE = flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale')
+_STORIES = flags.DEFINE_integer('stories', 200, 'held-out stories a split')
+_ABLATIONS = flags.DEFINE_bool('ablations', False, 'also the story model without each of its parts')
 _OVERRIDES = flags.DEFINE_multi_string('override', [], 'passed on to train.py, e.g. --override=--config.train.steps=10')
-STAGES = ('vqgan', 'clip', 'dalle')
+STAGES = ('vqgan', 'clip', 'dalle', 'story')
+ABLATIONS = ('no_retro', 'no_story_encoder', 'prompt')  # of configs/story_shapes.py
 
 
 def main(argv):
   if len(argv) > 1:
     sys.exit(f'error: unexpected argument {argv[1]!r}')
   root = Path(_RUN_DIR.value)
-  for stage in STAGES:
+  stages = {stage: f'{_CONFIG.value}:{stage}' for stage in STAGES}
+  if _ABLATIONS.value:
+    stages |= {f'story_{variant}': f'configs/story_shapes.py:{variant}' for variant in ABLATIONS}
+  for stage, config in stages.items():
     print(f'==== {stage}', flush=True)
-    command = [sys.executable, 'train.py', f'--config={_CONFIG.value}:{stage}', f'--config.root={root}']
+    command = [sys.executable, 'train.py', f'--config={config}', f'--config.root={root}']
     start = time.monotonic()
     child = subprocess.Popen([*command, *_OVERRIDES.value])
     try:
@@ -54,6 +62,11 @@ def main(argv):
   print('==== evaluation', flush=True)
   start = time.monotonic()
   metrics, pictures = evaluate(root)
+  variants = {'full': root / 'story'} | {v: root / f'story_{v}' for v in ABLATIONS if (root / f'story_{v}').is_dir()}
+  for variant, run in variants.items():
+    found, boards = evaluate_stories(run)
+    metrics |= {f'story/{variant}/{name}': value for name, value in found.items()}
+    stacked(boards).save(root / ('storyboards.png' if variant == 'full' else f'storyboards_{variant}.png'))
   metrics |= {f'wall_s/{k}': v for k, v in took(root, 'evaluation', time.monotonic() - start).items()}
   caption_grid(pictures, ['true', 'best by CLIP']).save(root / 'grid.png')
   draw_curves(root, root / 'curves.png')
@@ -97,6 +110,30 @@ def evaluate(root: Path) -> tuple[dict[str, float], list]:
   return metrics, rows
 
 
+def evaluate_stories(run: Path) -> tuple[dict[str, float], list]:
+  """What the oracle finds right in continued stories, as SPLIT/COLUMN; also storyboards, three of each split.
+
+  'setting_silent' is the setting in frames after a change, whose captions say nothing of it.
+  """
+  model = StoryDallE.load(run)
+  size = model.image_size
+  oracle = Oracle(size, accessories=True)
+  metrics: dict[str, float] = {}
+  boards = []
+  for split in ('test_seen', 'test_unseen'):
+    source = story_shapes.load(split, image_size=size, count=_STORIES.value)
+    told = [source.moments(k) for k in range(len(source))]
+    moments = [m for story in told for m in story[1:]]
+    firsts = np.stack([shapes.render(story[0].scene, size) for story in told])
+    captions = [[m.caption for m in story[1:]] for story in told]
+    samples = model.continue_stories(firsts, captions, seed=0, temperature=_TEMPERATURE.value)
+    right = score_moments(oracle, np.concatenate([s.frames[:, 0] for s in samples]), moments)
+    metrics |= {f'{split}/{c}': float(right[c].mean()) for c in COLUMNS}
+    metrics[f'{split}/setting_silent'] = float(right['setting'][[m.silent for m in moments]].mean())
+    boards += [storyboard(s.source, s.frames[:, 0], s.captions) for s in samples[:3]]
+  return metrics, boards
+
+
 def took(root: Path, stage: str, seconds: float) -> dict[str, float]:
   """Adds to what a stage took so far, over all interruptions; returns the seconds of every stage."""
   path = root / 'wall_s.json'
@@ -111,7 +148,7 @@ def took(root: Path, stage: str, seconds: float) -> dict[str, float]:
 
 def draw_curves(root: Path, path: Path) -> None:
   """One panel a stage: training loss, and validation loss where it was measured."""
-  figure, axes = plt.subplots(1, len(STAGES), figsize=(5 * len(STAGES), 3.5), layout='constrained')
+  figure, axes = plt.subplots(1, len(STAGES), figsize=(4 * len(STAGES), 3.5), layout='constrained')
   for axis, stage in zip(axes, STAGES, strict=True):
     lines = read(root / stage / 'metrics.jsonl')
     for key in ('loss', 'val_loss'):
@@ -135,6 +172,15 @@ def report(metrics: dict[str, float]) -> str:
     (f'DALL-E: best of {n} by CLIP, `test_unseen`', f'dalle/correct_unseen_best_of_{n}'),
   ]
   table = '\n'.join(f'| {name} | {100 * metrics[key]:.1f}% |' for name, key in shown)
+  columns = (*COLUMNS, 'setting_silent')
+  stories = '\n'.join(
+    f'| {variant} | `{split}` | '
+    + ' | '.join(f'{100 * metrics[f"story/{variant}/{split}/{c}"]:.1f}%' for c in columns)
+    + ' |'
+    for variant in ('full', *ABLATIONS)
+    for split in ('test_seen', 'test_unseen')
+    if f'story/{variant}/{split}/caption' in metrics
+  )
   times = '\n'.join(f'| {k.removeprefix("wall_s/")} | {v:.0f} |' for k, v in metrics.items() if k.startswith('wall_s/'))
   page = """\
     # Quickstart
@@ -152,11 +198,25 @@ def report(metrics: dict[str, float]) -> str:
     ![samples](grid.png)
     ![curves](curves.png)
 
+    ## Stories
+
+    Four frames that continue a source frame. The hero is known by name alone: what it looks like only the source frame
+    shows. Heroes of `test_unseen` have a pair of shape and colour that no training picture shows. Right in each frame
+    are: all that its caption tells; the hero's shape, colour and accessory; the setting, that of the source or of the
+    last change; the hero's size, as the story has left it; the setting in frames after a change that their captions
+    are silent about.
+
+    | model | split | caption | hero | setting | size | setting after a silent change |
+    |---|---|---|---|---|---|---|
+    {stories}
+
+    ![storyboards](storyboards.png)
+
     | stage | seconds |
     |---|---|
     {times}
     """
-  return textwrap.dedent(page).format(table=table, n=n, temperature=_TEMPERATURE.value, times=times)
+  return textwrap.dedent(page).format(table=table, stories=stories, n=n, temperature=_TEMPERATURE.value, times=times)
 
 
 if __name__ == '__main__':

@@ -1,9 +1,11 @@
-"""Draws pictures from captions by a trained DALL-E.
+"""Draws pictures from captions by a trained DALL-E, or continues a story by a trained StoryDALL-E.
 
   python sample.py --run runs/quickstart/dalle --clip runs/quickstart/clip --prompt "a large red circle at the top"
   python sample.py --run RUN --prompts captions.txt --n 8 --guidance 2       # one caption a line
   python sample.py --run RUN --prompt "..." --init_image photo.png --keep_rows 3     # completes the lower part
-Writes OUT/NUMBER_RANK.png, OUT/grid.png (best first with --clip) and OUT/samples.json. `--debug` shows tracebacks.
+  python sample.py --run runs/quickstart/story --story story.json --source frame.png  # {"captions": ["...", "..."]}
+Writes OUT/NUMBER_RANK.png, OUT/grid.png (best first with --clip), OUT/samples.json, for a story OUT/storyboard.png.
+`--debug` shows tracebacks.
 """
 
 import json
@@ -17,12 +19,13 @@ from PIL import Image
 
 from configs import common
 from dalle_jax.pipelines.dalle import DallE
-from dalle_jax.pipelines.grids import caption_grid
+from dalle_jax.pipelines.grids import caption_grid, storyboard
+from dalle_jax.pipelines.story_dalle import StoryDallE
 from dalle_jax.training import errors, sharding
 
 FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
-string('run', '', 'run directory of a DALL-E')
+string('run', '', 'run directory of a DALL-E or StoryDALL-E')
 string('clip', '', 'run directory of a CLIP that ranks the pictures')
 flags.DEFINE_multi_string('prompt', [], 'a caption; may be repeated', flag_values=FLAGS)
 string('prompts', '', 'a text file with one caption a line')
@@ -34,6 +37,8 @@ flags.DEFINE_float('temperature', 1.0, '0 takes the most probable token', flag_v
 flags.DEFINE_integer('top_k', 0, 'only the k most probable tokens; 0: all', flag_values=FLAGS)
 flags.DEFINE_float('top_p', 1.0, 'only the most probable tokens of this mass', flag_values=FLAGS)
 flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale; 1: none', flag_values=FLAGS)
+string('story', '', 'a JSON file with the captions of a story: a list, or {"captions": [...], "source": "frame.png"}')
+string('source', '', 'the frame that the story goes on from')
 string('init_image', '', 'a picture to complete')
 flags.DEFINE_integer('keep_rows', 0, 'rows of its image tokens to keep', flag_values=FLAGS)
 flags.DEFINE_integer('batch_size', 64, 'pictures at once', 1, flag_values=FLAGS)
@@ -51,6 +56,28 @@ def prompts() -> list[str]:
   return found
 
 
+def story() -> list[str]:
+  """The captions of --story; its source becomes --source where that is empty."""
+  if FLAGS.prompt or FLAGS.prompts or FLAGS.init_image or FLAGS.keep_rows:
+    raise ValueError('--story has its captions and --source its picture; leave out --prompt(s) and --init_image.')
+  path = Path(FLAGS.story)
+  if not path.is_file():
+    raise FileNotFoundError(f'there is no file {path}; expected a JSON file with the captions of a story.')
+  try:
+    found = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as e:
+    raise ValueError(f'{path} is no JSON file ({e}); expected {{"captions": ["...", "..."]}}.') from e
+  found = {'captions': found} if isinstance(found, list) else found
+  captions = found.get('captions') if isinstance(found, dict) else None
+  if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
+    raise ValueError(f'{path} has no list of captions; expected {{"captions": ["...", "..."]}}.')
+  if not FLAGS.source and found.get('source'):
+    FLAGS.source = str(path.parent / found['source'])
+  if not FLAGS.source:
+    raise ValueError('a story goes on from a picture; give it with --source FRAME.png.')
+  return captions
+
+
 def mesh_sizes() -> dict[str, int]:
   if not FLAGS.mesh:
     return {}
@@ -64,45 +91,48 @@ def mesh_sizes() -> dict[str, int]:
 
 def run() -> None:
   if not FLAGS.run:
-    raise ValueError('give --run RUN_DIR, the run directory of a trained DALL-E.')
-  captions, sizes = prompts(), mesh_sizes()
+    raise ValueError('give --run RUN_DIR, the run directory of a trained DALL-E or StoryDALL-E.')
+  if FLAGS.source and not FLAGS.story:
+    raise ValueError('--source is the first frame of a story; give its captions with --story FILE.')
+  asked, sizes = story() if FLAGS.story else prompts(), mesh_sizes()
   if sizes:
     with sharding.use(sizes, common.RULES) as mesh:
-      draw(captions, mesh=mesh, rules=common.RULES)
+      draw(asked, mesh=mesh, rules=common.RULES)
   else:
-    draw(captions)
+    draw(asked)
 
 
-def draw(captions: list[str], **layout) -> None:
-  model = DallE.load(FLAGS.run, clip=FLAGS.clip, step=FLAGS.step or None, **layout)
+def draw(asked: list[str], **layout) -> None:
+  """Draws and writes pictures for captions, or for those of a story."""
+  kind = StoryDallE if FLAGS.story else DallE
+  model = kind.load(FLAGS.run, clip=FLAGS.clip, step=FLAGS.step or None, **layout)
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
-  samples = model.sample(
-    captions,
-    n=FLAGS.n,
-    seed=FLAGS.seed,
-    temperature=FLAGS.temperature,
-    top_k=FLAGS.top_k,
-    top_p=FLAGS.top_p,
-    guidance=FLAGS.guidance,
-    init_image=FLAGS.init_image or None,
-    keep_rows=FLAGS.keep_rows,
-    batch_size=FLAGS.batch_size,
-  )
+  names = ('n', 'seed', 'temperature', 'top_k', 'top_p', 'guidance', 'batch_size')
+  options = {name: getattr(FLAGS, name) for name in names}
   out, best = Path(FLAGS.out), FLAGS.best or FLAGS.n
   out.mkdir(parents=True, exist_ok=True)
+  if FLAGS.story:
+    drawn = model.continue_story(FLAGS.source, asked, **options)
+    none = [None] * len(asked)
+    results = zip(asked, drawn.frames, drawn.candidates, none if drawn.scores is None else drawn.scores, strict=True)
+    storyboard(drawn.source, drawn.frames[:, 0], asked).save(out / 'storyboard.png')
+  else:
+    samples = model.sample(asked, init_image=FLAGS.init_image or None, keep_rows=FLAGS.keep_rows, **options)
+    results = ((s.prompt, s.images, s.candidates, s.scores) for s in samples)
   table, rows = [], []
-  for i, sample in enumerate(samples):
-    files = [f'{i:03d}_{rank}.png' for rank in range(min(best, len(sample.images)))]
-    for file, image in zip(files, sample.images, strict=False):
+  for i, (caption, images, candidates, scores) in enumerate(results, bool(FLAGS.story)):  # frame 0 is the source
+    files = [f'{i:03d}_{rank}.png' for rank in range(min(best, len(images)))]
+    for file, image in zip(files, images, strict=False):
       Image.fromarray(image).save(out / file)
-    scores = None if sample.scores is None else [round(float(s), 4) for s in sample.scores[: len(files)]]
-    candidates = sample.candidates[: len(files)].tolist()
-    table.append({'prompt': sample.prompt, 'files': files, 'candidates': candidates, 'scores': scores})
-    rows.append((sample.prompt, sample.images[: len(files)]))
+    cosines = None if scores is None else [round(float(s), 4) for s in scores[: len(files)]]
+    row = {'prompt': caption, 'files': files, 'candidates': candidates[: len(files)].tolist(), 'scores': cosines}
+    table.append(row)
+    rows.append((caption, images[: len(files)]))
   caption_grid(rows).save(out / 'grid.png')
   settings = {k: getattr(FLAGS, k) for k in ('run', 'clip', 'seed', 'n', 'temperature', 'top_k', 'top_p', 'guidance')}
   (out / 'samples.json').write_text(json.dumps({**settings, 'samples': table}, indent=2) + '\n')
-  print(f'wrote {sum(len(t["files"]) for t in table)} pictures, grid.png and samples.json to {out}')
+  more = 'storyboard.png, ' if FLAGS.story else ''
+  print(f'wrote {sum(len(t["files"]) for t in table)} pictures, {more}grid.png and samples.json to {out}')
 
 
 def main(argv: list[str]) -> int:

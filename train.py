@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dalle_jax.data import bpe, pipeline, sources
-from dalle_jax.training import checkpoint, errors, loop, sharding
+from dalle_jax.training import checkpoint, errors, host, loop, sharding
 from dalle_jax.training import config as config_lib
 from dalle_jax.training.state import TrainState
 
@@ -117,6 +117,8 @@ def run(config: ConfigDict) -> TrainState:
   config = config.copy_and_resolve_references()
   if config.train.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', str(Path(config.train.compilation_cache).expanduser()))
+  if jax.default_backend() == 'cpu':
+    host.keep_memory()
   with sharding.use(config.mesh, config.rules) as mesh:
     return train(config, Path(config.run_dir), mesh)
 

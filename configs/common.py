@@ -111,6 +111,33 @@ def vqgan(arg: ConfigDict) -> ConfigDict:
   return c
 
 
+def story(
+  source: str, arg: ConfigDict, *, stories: int, new_tokens: tuple[str, ...] = (), frames: int = 4
+) -> ConfigDict:
+  """What the published StoryDALL-E recipes share (Maharana et al., 2022, section 5): 50 epochs of `stories` stories.
+
+  `arg` has adapt ('finetune' or 'prompt'), variant of the DALL-E, sentences, batch and lr.
+  """
+  if arg.adapt not in ('finetune', 'prompt'):
+    raise ValueError(f'adapt {arg.adapt!r} is unknown; there are finetune and prompt.')
+  c = base()
+  c.objective = 'story_dalle'
+  c.model = dict(variant=arg.variant, frames=frames, sentences=arg.sentences)
+  if arg.sentences == 'data':
+    c.model.sentence_dim = 512  # the sentence vectors that come with the data
+  c.frozen = dict(vqgan='', clip='') if arg.sentences == 'clip' else dict(vqgan='')
+  c.init.new = 'story/.*'
+  c.tokenizer.update(vocab_size=16_384, length=64, dropout=0.0, new_tokens=new_tokens)
+  c.data.update(source=source, image_size=256, augment='random_crop', batch_size=arg.batch, workers=8)
+  c.optim.update(lr=arg.lr, b1=0.9, b2=0.99, weight_decay=4.5e-2, warmup=500, clip=4.0, schedule='cosine')
+  c.train.update(steps=50 * stories // arg.batch, log_every=100, checkpoint_every=2_000, eval_every=2_000, pictures=4)
+  c.mesh.update(MESHES['fsdp'])
+  if arg.adapt == 'prompt':
+    c.model.prompt = 32
+    c.optim.groups = dict(dalle=dict(frozen=True))
+  return c
+
+
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
   """Reads the part after the colon of `--config file.py:res=448,small`.
 

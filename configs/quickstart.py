@@ -1,11 +1,11 @@
-"""The quickstart: VQGAN, CLIP and DALL-E on the procedural world, on two CPU cores.
+"""The quickstart: VQGAN, CLIP, DALL-E and StoryDALL-E on the procedural world, on two CPU cores.
 
-  python train.py --config configs/quickstart.py            # all three stages, about 19 minutes
+  python train.py --config configs/quickstart.py            # all four stages
   python train.py --config configs/quickstart.py:vqgan      # one of them
 `python quickstart.py` (`make quickstart`) does the same and then scores held-out captions with the oracle.
 """
 
-from configs import common
+from configs import common, story_shapes
 
 SIZE = 36  # 3 x 3 cells of 12 pixels; f = 4 gives 9 x 9 codes
 TEXT = 24  # tokens a caption at most
@@ -14,13 +14,13 @@ TEXT = 24  # tokens a caption at most
 def get_config(arg: str = ''):
   arg = common.parse_arg(arg, stage='')
   c = common.base()
-  c.stages = ('vqgan', 'clip', 'dalle')
+  c.stages = ('vqgan', 'clip', 'dalle', 'story')
   c.root = 'runs/quickstart'
   c.data.source = 'shapes'
   c.data.image_size = SIZE
   c.data.source_args = dict(image_size=SIZE)
   if arg.stage:
-    common.choose_stage(c, arg.stage, dict(vqgan=vqgan, clip=clip, dalle=dalle))
+    common.choose_stage(c, arg.stage, dict(vqgan=vqgan, clip=clip, dalle=dalle, story=story_shapes.story))
   return c
 
 

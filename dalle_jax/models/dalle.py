@@ -28,11 +28,11 @@ VARIANTS = {
   ),
   'quickstart': dict(
     text_vocab=536, text_length=24, image_vocab=512, grid=(9, 9), d_model=128, depth=4, heads=4, attention='full',
-    dtype=jnp.float32,
+    unroll=4, dtype=jnp.float32,
   ),
   'mini': dict(
     text_vocab=2080, text_length=24, image_vocab=1024, grid=(8, 8), d_model=192, depth=4, heads=6, attention='full',
-    dtype=jnp.float32,
+    unroll=4, dtype=jnp.float32,
   ),
   # 256 + 1,024 tokens with the sizes of the GPT family, and the paper's.
   'small': dict(d_model=768, depth=12, heads=12),
@@ -51,7 +51,7 @@ class DALLE(nn.Module):
     attention: kinds by layer, see `layers.attention.layer_kinds`.
     image_positions: 'axial', a row and a column embedding each, or 'learned', one a position.
     tied: the heads are the embeddings of text and image.
-    period, remat: see `layers.transformer.Stack`.
+    period, remat, unroll: see `layers.transformer.Stack`.
   """
 
   text_vocab: int = 16_384 + 256
@@ -68,6 +68,7 @@ class DALLE(nn.Module):
   activation: str = 'gelu'
   period: int = 1
   remat: str = 'none'
+  unroll: int = 1
   dtype: jnp.dtype = jnp.bfloat16
 
   @property
@@ -102,7 +103,7 @@ class DALLE(nn.Module):
       self.image_position = table('image_position', (self.image_length,), (None, 'embed'))
     else:
       raise ValueError(f'image_positions {self.image_positions!r} is unknown; there are axial and learned.')
-    self.blocks = Stack(self.depth, self.heads, self.activation, self.dtype, self.period, self.remat)
+    self.blocks = Stack(self.depth, self.heads, self.activation, self.dtype, self.period, self.remat, self.unroll)
     self.norm_out = LayerNorm(dtype=self.dtype)
     if self.tied:
       self.text_head, self.image_head = self.text_embed, self.image_embed

@@ -60,3 +60,13 @@ def storyboard(source: np.ndarray, frames: Sequence[np.ndarray], captions: Seque
     for k, part in enumerate(text):
       draw.text((x, height + 2 * PAD + k * line), part, 'black' if i else 'gray', font)
   return canvas
+
+
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+  """Pictures one under the other, as one."""
+  canvas = Image.new('RGB', (max(p.width for p in pictures), sum(p.height for p in pictures)), 'white')
+  y = 0
+  for picture in pictures:
+    canvas.paste(picture, (0, y))
+    y += picture.height
+  return canvas

@@ -94,7 +94,7 @@ def test_dropout_is_a_function_of_the_seed_and_keeps_the_text(words, captions):
 def test_dropout_has_the_published_distribution():
   # One merge, 'a' 'b': it happens with probability 1 - p, on a text without a second chance.
   words = bpe.train(['xaby'] * 3, 257)
-  _, merges = words._read_model()
+  _, merges, _ = words._read_model()
   assert len(merges) == 1
   rng = random.Random(0)
   pair, (_, new) = next(iter(merges.items()))
@@ -129,6 +129,22 @@ def test_a_library_tokenizer_with_padding_and_special_tokens_is_taken_bare():
   assert words.encode('red ball blue') == [1, 2, 0]
   with pytest.raises(ValueError, match=r'dropout needs a byte-level BPE.*dropout=0\.0'):
     words.encode('red', 0.1, 0)
+
+
+def test_added_words_are_one_token_each_and_counted_when_new(words):
+  grown = words.add(['Pororo', 'pip', 'red', 'pip'])  # 'red' is a token already
+  assert grown.vocab_size == words.vocab_size + 2 and grown.add(['pip', 'PORORO']).vocab_size == grown.vocab_size
+  ids = grown.encode('Pip, pororo and pipe')
+  assert ids[0] == words.vocab_size + 1 and words.vocab_size in ids and ids.count(ids[0]) == 1  # not in 'pipe'
+  assert [i for i in ids if i < words.vocab_size] == words.encode(',') + words.encode('and pipe')
+  assert grown.decode(grown.encode('a red circle pip meets pororo')) == 'a red circle pip meets pororo'
+  again = bpe.BPE(grown.to_json())
+  for text in ('pip', 'a red pip at the top', 'PIP pip', 'pippip pip.'):
+    assert again.encode(text) == grown.encode(text) == grown.encode(text, 1e-9, 3)
+  dropped = grown.encode('a red circle pip', 1.0, 0)
+  assert dropped[-1] == words.vocab_size + 1 and len(dropped) > 6
+  with pytest.raises(ValueError, match=r"new_tokens has \['two words', ''\]; expected single words"):
+    words.add(['ok', 'two words', ''])
 
 
 def test_errors_are_one_line(words, tmp_path):

@@ -1,0 +1,55 @@
+"""CLEVR-SV, 72 real stories: VQGAN, DALL-E on single frames, then StoryDALL-E, on two CPU cores.
+
+  python train.py --config configs/story_clevr.py --config.data.path=CLEVR_SV --config.root=runs/clevr
+  python evaluate.py --run runs/clevr/story --path CLEVR_SV
+`:prompt` adapts by prompt tuning, `:vqgan`, `:dalle`, `:story` run one stage; steps=0.1 a tenth of the steps. CLEVR_SV
+has images/ and CLEVR_dict.npy. A frame shows one object more than the last, its caption tells that one alone: what else
+is there, the model knows from the source and from the other captions.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ''):
+  arg = common.parse_arg(arg, stage='', steps=1.0)
+  c = common.base()
+  c.stages, c.root = ('vqgan', 'dalle', 'story'), 'runs/clevr'
+  c.data.update(source='clevr_sv', image_size=64, batch_size=16, source_args=dict(val_stories=6))
+  c.tokenizer.update(vocab_size=512, length=16)
+
+  def steps(count: int, every: int = 500):
+    c.train.update(steps=max(1, int(count * arg.steps)), log_every=50, checkpoint_every=every, eval_every=every)
+
+  def vqgan(c):
+    c.objective = 'vqgan'
+    c.model = dict(variant='small', patch=2, num_codes=512)  # 16 x 16 codes
+    c.loss = dict(l2_weight=1.0, disc_weight=0.0, beta=0.1, ema_decay=0.97)
+    c.data.augment, c.data.source_args.unit, c.tokenizer.vocab_size = 'random_crop', 'frame', 0
+    c.optim.update(lr=1e-3, warmup=100)
+    steps(1_500)
+
+  def dalle(c):
+    c.objective = 'dalle'
+    c.model = dict(variant='mini')
+    c.frozen = dict(vqgan=c.get_ref('root') + '/vqgan')
+    c.data.source_args.unit, c.encode.enabled = 'frame', True
+    c.loss = dict(token_noise=0.1)
+    c.optim.update(lr=1e-3, b2=0.96, weight_decay=0.045, warmup=50)
+    steps(500)
+
+  def story(c, prompt: bool = False):
+    c.objective = 'story_dalle'
+    c.model = dict(variant='mini', frames=3)
+    c.frozen = dict(vqgan=c.get_ref('root') + '/vqgan')
+    c.init.update(path=c.get_ref('root') + '/dalle', new='story/.*')
+    c.data.batch_size, c.encode.enabled = 8, True
+    c.loss = dict(token_noise=0.1)
+    c.optim.update(lr=1e-3, b2=0.99, weight_decay=0.045, warmup=50)
+    steps(600)
+    if prompt:
+      c.model.prompt = 32
+      c.optim.groups = dict(dalle=dict(frozen=True))
+
+  if arg.stage:
+    common.choose_stage(c, arg.stage, dict(vqgan=vqgan, dalle=dalle, story=story, prompt=lambda c: story(c, True)))
+  return c

@@ -1,0 +1,165 @@
+"""The Frechet distance between two sets of pictures, seen through a network ("GANs Trained by a Two Time-Scale Update
+Rule", Heusel et al., 2017).
+
+Figures compare only when network, resize, reference pictures and the number of pictures are the same; so a
+reference carries a hash of all of them. None is comparable to a figure by an Inception-v3.
+"""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from dalle_jax.functional.pixels import to_float
+from dalle_jax.models import classifier, clip
+from dalle_jax.training import checkpoint, sharding
+
+BATCH = 64  # pictures at once through a network
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+  """Of a set of features: mean float64[E], cov float64[E, E], how many, and a hash of what they are of."""
+
+  mean: np.ndarray
+  cov: np.ndarray
+  count: int
+  sha256: str
+
+
+def statistics(features: np.ndarray, sha256: str = '') -> Statistics:
+  """Mean and unbiased covariance of [N, E], in float64.
+
+  `sha256` names what the features are of (pictures and network); without it, it is the hash of the features, which
+  differ in the last bits from machine to machine. Raises ValueError for N < 2 or numbers that are not finite.
+  """
+  if features.ndim != 2 or len(features) < 2 or not features.shape[1]:
+    raise ValueError(f'features are {list(features.shape)}; a covariance needs [N, E] with N of 2 or more.')
+  x = np.asarray(features, np.float64)
+  if not np.isfinite(x).all():
+    raise ValueError('some features are not finite; the network or its pictures are damaged.')
+  if not sha256:
+    kind = f'{features.dtype}{list(features.shape)}'.encode()
+    sha256 = hashlib.sha256(kind + np.ascontiguousarray(features).tobytes()).hexdigest()
+  return Statistics(x.mean(0), np.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1]), len(x), sha256)
+
+
+def frechet(a: Statistics, b: Statistics) -> float:
+  """|mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), at least 0; symmetric and 0 for equal sets up to rounding.
+
+  With N < E a covariance has rank N - 1 at most. The distance is still exact for those degenerate Gaussians: the trace
+  of the root is taken as the sum of singular values of A^(1/2) B^(1/2), which needs no inverse, no jitter and never
+  turns complex. But few samples make it larger, by about the spread over E - N directions that they never saw: compare
+  only sets of the same size. Raises ValueError for another E.
+  """
+  if a.mean.shape != b.mean.shape:
+    raise ValueError(f'features of {len(a.mean)} and of {len(b.mean)} numbers; use the same network for both.')
+  overlap = np.linalg.svd(_root(a.cov) @ _root(b.cov), compute_uv=False).sum()
+  distance = np.square(a.mean - b.mean).sum() + np.trace(a.cov) + np.trace(b.cov) - 2 * overlap
+  return max(float(distance), 0.0)  # rounding may leave -1e-14
+
+
+def _root(cov: np.ndarray) -> np.ndarray:
+  """The symmetric root of a covariance; what rounding made of zero eigenvalues is zero again."""
+  values, vectors = np.linalg.eigh(cov)
+  noise = np.finfo(np.float64).eps * len(cov) * max(values[-1], 0.0)
+  return (vectors * np.sqrt(np.where(values > noise, values, 0.0))) @ vectors.T
+
+
+def resized(images: np.ndarray, size: int) -> np.ndarray:
+  """uint8[N, S, S, 3] -> uint8[N, size, size, 3], bicubic and antialiased; 0 and S leave them as they are."""
+  if not size or images.shape[1:3] == (size, size):
+    return images
+  resize = lambda x: np.asarray(Image.fromarray(x).resize((size, size), Image.Resampling.BICUBIC))
+  return np.stack([resize(x) for x in images])
+
+
+class Seen:
+  """Pictures seen through a network, added batch by batch: only features are kept.
+
+  `resize` is the side that they are brought to before the network brings them to its own; 0 for none. A trap:
+  published StoryDALL-E figures are of pictures resized to 64 x 64 first, which lowers the distance.
+  """
+
+  def __init__(self, network: 'Network', resize: int = 0):
+    self.network, self.resize = network, resize
+    self._digest = hashlib.sha256(f'{network.kind} {network.sha256} {resize}'.encode())
+    self._features: list[np.ndarray] = []
+
+  def add(self, images: np.ndarray) -> None:
+    """Adds uint8[N, S, S, 3]."""
+    images = resized(images, self.resize)
+    for image in images:  # one by one, so that the hash does not tell how they were batched
+      self._digest.update(f'{list(image.shape)}'.encode() + image.tobytes())
+    self._features.append(self.network.features(images))
+
+  def statistics(self) -> Statistics:
+    """Hashed are the pictures in their order, the resize and the network. Raises ValueError for less than two."""
+    return statistics(np.concatenate(self._features), self._digest.hexdigest())
+
+
+def report(drawn: Seen, true: Seen) -> dict[str, Any]:
+  """'fid', and what makes it comparable: network, resize, feature and frame counts, the hash of the reference `true`.
+
+  Prints a warning when there are fewer pictures than features. Raises ValueError for less than two pictures.
+  """
+  a, b, network = drawn.statistics(), true.statistics(), true.network
+  if min(a.count, b.count) < len(b.mean):
+    counts = f'{a.count} and {b.count} pictures by {len(b.mean)} features'
+    print(f'warning: the FID of {counts} is too large; use more pictures than features.', flush=True)
+  by = {'kind': network.kind, 'run': network.run, 'step': network.step, 'sha256': network.sha256}
+  sizes = {'fid_features': len(b.mean), 'fid_frames': [a.count, b.count], 'fid_resize': true.resize}
+  return {'fid': frechet(a, b), 'fid_network': by, **sizes, 'fid_reference_sha256': b.sha256}
+
+
+class Network:
+  """A trained classifier or CLIP as one who looks at pictures; `Network.load(run)`.
+
+  Attributes:
+    model, kind: the module, and its objective: 'classifier' or 'clip'.
+    run, step: the checkpoint.
+    sha256: of its parameters.
+  """
+
+  def __init__(self, run: checkpoint.Run):
+    """Raises ValueError for a run of another objective."""
+    rooms: dict[str, Any] = {'classifier': classifier, 'clip': clip}
+    self.kind = str(run.config.get('objective'))
+    if self.kind not in rooms:
+      raise ValueError(f'{run.path} is a run of {self.kind!r}; looking at pictures needs a classifier or a clip.')
+    self.model, self.run, self.step = rooms[self.kind].of_run(run.config), run.path, run.step
+    self._params = run.network(self.kind)
+    digest = hashlib.sha256()
+    for name, value in sorted(sharding.flatten(self._params).items()):
+      digest.update(f'{name} {value.dtype}{list(value.shape)}'.encode() + np.asarray(value).tobytes())
+    self.sha256 = digest.hexdigest()
+    apply = lambda method: jax.jit(lambda p, x: self.model.apply({'params': p}, to_float(x), method=method))
+    self._features = apply('features' if self.kind == 'classifier' else 'encode_image')
+    self._logits = apply('__call__')
+
+  @classmethod
+  def load(cls, path: str | Path) -> 'Network':
+    """Loads a run. Raises FileNotFoundError without checkpoints, ValueError for a run of another objective."""
+    return cls(checkpoint.load_run(path))
+
+  def features(self, images: np.ndarray) -> np.ndarray:
+    """uint8[N, S, S, 3] of any size -> float32[N, E]: before the logits of a classifier, the embedding of a CLIP."""
+    return self._in_batches(self._features, images)
+
+  def labels(self, images: np.ndarray) -> np.ndarray:
+    """uint8[N, S, S, 3] of any size -> bool[N, C], what a classifier finds (threshold 0.5). Raises for a CLIP."""
+    if self.kind != 'classifier':
+      raise ValueError(f'{self.run} is a run of {self.kind!r}; labels need one of the objective classifier.')
+    return self._in_batches(self._logits, images) > 0
+
+  def _in_batches(self, function: Any, images: np.ndarray) -> np.ndarray:
+    results = []
+    for start in range(0, len(images), BATCH):
+      part = resized(images[start : start + BATCH], self.model.image_size)
+      filled = np.concatenate([part, np.repeat(part[-1:], BATCH - len(part), axis=0)])  # so that it compiles once
+      results.append(np.asarray(function(self._params, filled))[: len(part)])
+    return np.concatenate(results)

@@ -1,0 +1,131 @@
+"""The loss of stories by hand, what is frozen, sharded = unsharded."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from dalle_jax.functional import losses
+from dalle_jax.models import clip
+from dalle_jax.objectives import story_dalle
+from dalle_jax.training import optim, sharding
+from dalle_jax.training import state as state_lib
+from dalle_jax.training.loop import make_step
+from dalle_jax.training.state import Context
+
+VQGAN = {'model': {'variant': 'test'}}  # 16 x 16 pixels, 8 x 8 codes of 16
+CLIP = {
+  'model': {'variant': 'test'},
+  'tokenizer': {'vocab_size': 32, 'length': 8},
+  'data': {'image_size': 16},
+}
+BATCH = {
+  'text': jax.random.randint(jax.random.key(0), (8, 2, 6), 0, 34),
+  'tokens': jax.random.randint(jax.random.key(1), (8, 3, 64), 0, 16),
+}
+
+
+def config(loss=(), **model):
+  c = common.base()
+  c.model, c.loss = ConfigDict(dict(variant='test', **model)), ConfigDict(dict(loss))
+  c.data.image_size, c.tokenizer.vocab_size, c.tokenizer.length = 16, 34, 6
+  return c
+
+
+def build(loss=(), **model):
+  return story_dalle.from_config(config(loss, **model), {'vqgan': VQGAN, 'clip': CLIP})
+
+
+@pytest.fixture(scope='module')
+def params():
+  fresh = sharding.unbox(build().init(jax.random.key(3), BATCH)[0])
+  keys = iter(jax.random.split(jax.random.key(4), 100))
+  return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), fresh)
+
+
+def context(train=True, **frozen):
+  return Context(frozen, {}, jax.random.key(4), jnp.int32(0), train=train)
+
+
+def test_the_loss_is_that_of_the_frames_after_the_source_half_text_half_image(params):
+  objective = build()
+  loss, (metrics, _) = objective.loss(params, context(), BATCH)
+  tokens = BATCH['tokens']
+  text, image = objective.model.apply({'params': params}, BATCH['text'], tokens[:, 1:], tokens[:, 0])
+  text, _ = losses.token_loss(text, BATCH['text'].reshape(16, 6))
+  image, accuracy = losses.token_loss(image, tokens[:, 1:].reshape(16, 64))
+  assert float(loss) == pytest.approx(float(text / 2 + image / 2), rel=1e-5)
+  assert float(metrics['accuracy']) == pytest.approx(float(accuracy), rel=1e-5)
+
+
+def test_noise_spares_the_source_and_dropped_captions_leave_the_text_loss(params):
+  run = lambda batch=BATCH, **loss: build(loss).loss(params, context(), batch)[1][0]
+  source = {**BATCH, 'tokens': BATCH['tokens'].at[:, 0].set(0)}
+  assert run(token_noise=1.0)['image_loss'] != run(source, token_noise=1.0)['image_loss']
+  assert run(token_noise=1.0)['text_loss'] == run()['text_loss']
+  assert run(caption_dropout=1.0)['text_loss'] == 0.0
+  changed = {**BATCH, 'text': (BATCH['text'] + 1) % 34}  # the story token still knows
+  assert run(caption_dropout=1.0)['image_loss'] != run(changed, caption_dropout=1.0)['image_loss']
+
+
+def test_sentences_of_clip_and_of_the_data():
+  ids = jax.random.randint(jax.random.key(5), (8, 2, 8), 0, 32)
+  tower = clip.of_run(CLIP)
+  frozen = sharding.unbox(tower.init(jax.random.key(6), jnp.zeros((1, 16, 16, 3)), ids[0]))['params']
+  by_clip = build(sentences='clip')
+  assert by_clip.model.sentence_dim == tower.embed_dim
+  params = sharding.unbox(by_clip.init(jax.random.key(3), BATCH)[0])
+  vectors = tower.apply({'params': frozen}, ids.reshape(16, 8), method='encode_text').reshape(8, 2, -1)
+  by_data = build(sentences='data', sentence_dim=16)
+  a, _ = by_clip.loss(params, context(clip=frozen), {**BATCH, 'clip_text': ids})
+  b, _ = by_data.loss(params, context(), {**BATCH, 'vectors': vectors})
+  c, _ = by_data.loss(params, context(), {**BATCH, 'vectors': vectors[::-1]})
+  assert float(a) == pytest.approx(float(b), rel=1e-6) and abs(float(a) - float(c)) > 1e-6
+
+
+def one_step(sizes, groups=()):
+  loss = dict(caption_dropout=0.5, token_noise=0.5)
+  c, objective = config(loss, prompt=2), build(loss, prompt=2)
+  c.optim.groups = dict(groups)
+  with sharding.use(sizes, common.RULES) as mesh:
+    spec = state_lib.batch_spec(BATCH)
+    abstract, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
+    optimizer = optim.build(c.optim, 10, list(abstract))
+    target = state_lib.abstract_state(abstract, mutable, optimizer, False, mesh)
+    state = state_lib.init(objective, target, optimizer, 0, spec)
+    where = jax.tree.map(lambda x: x.sharding, target)
+    run = make_step(objective, optimizer, seed=0, accum=1, ema=0.0, mesh=mesh, shardings=where)
+    before = jax.device_get(state.params)
+    state, metrics, _ = run(state, {}, sharding.put_batch(BATCH, mesh))
+    cross = state.params['story']['cross']['query_kernel']
+    return before, jax.device_get(state), jax.device_get(metrics), cross.sharding.shard_shape(cross.shape)
+
+
+@pytest.mark.parametrize('axes', [dict(data=2, fsdp=2, tensor=2)])
+def test_sharded_equals_unsharded(axes):
+  _, expected, expected_metrics, _ = one_step(dict(data=8, fsdp=1, tensor=1))
+  _, state, metrics, shape = one_step(axes)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4), metrics, expected_metrics)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), state.params, expected.params)
+  assert shape == (4, 16 // axes['fsdp'], 2 // axes['tensor'], 8)  # (layers, embed, heads, head_dim)
+
+
+def test_a_frozen_player_has_no_gradient_and_no_state():
+  before, state, metrics, _ = one_step(dict(data=8, fsdp=1, tensor=1), dict(dalle=dict(frozen=True)))
+  jax.tree.map(np.testing.assert_array_equal, before['dalle'], state.params['dalle'])
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), before['story'], state.params['story'])
+  assert moved['prompt']['embedding'] and moved['cross']['out_kernel']
+  assert not any('dalle' in k for k in sharding.flatten(state.opt_state)) and 'grad_norm/dalle' not in metrics
+
+
+def test_errors():
+  with pytest.raises(ValueError, match=r'set config.frozen.vqgan to the run of a VQGAN'):
+    story_dalle.from_config(config(), {})
+  with pytest.raises(ValueError, match=r'needs a text tower; set config.frozen.clip'):
+    story_dalle.from_config(config(sentences='clip'), {'vqgan': VQGAN})
+  with pytest.raises(ValueError, match=r'needs config.model.sentence_dim'):
+    build(sentences='data')
+  with pytest.raises(ValueError, match=r'config.loss has no field dropout'):
+    build(dict(dropout=0.1))

@@ -1,0 +1,159 @@
+"""The evaluation script from end to end, with runs of random parameters: what it writes, counts, and refuses."""
+
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+from dalle_jax.data import bpe
+from dalle_jax.data.sources import pororo, story_shapes
+from dalle_jax.evals import fid
+from dalle_jax.evals.oracle import COLUMNS, Oracle, score_moments
+from dalle_jax.models import classifier, clip, story_dalle, vqgan
+from dalle_jax.pipelines.story_dalle import StoryDallE
+from dalle_jax.training.checkpoint import Run, export_run
+from tests.data.test_story_sources import CLIPS, write_pororo, write_pororo_tables
+
+SIZE, TOKENIZER = 24, dict(length=6)
+SOURCE = story_shapes.load('test_seen', image_size=SIZE)
+WORDS = bpe.train((c for k in range(20) for c in SOURCE.captions(k)), 280)
+TOKENIZER['vocab_size'] = WORDS.vocab_size
+
+
+def write(path, kind, model, config, *inputs, frozen=(), players=None):
+  """A run directory of random parameters."""
+  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)['params'])
+  rng = np.random.default_rng(0)  # nothing to compile
+  params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes)
+  config = {'objective': kind, 'tokenizer': TOKENIZER, **config}
+  frozen = {name: str(path.parent / name) for name in frozen}
+  export_run(path, Run(config, params if players else {kind: params}, WORDS.to_json(), 3, str(path), frozen))
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  root = tmp_path_factory.mktemp('runs')
+  picture, text = np.zeros((1, SIZE, SIZE, 3), np.float32), np.zeros((1, 1, 6), np.int32)
+  data = {'image_size': SIZE, 'path': '', 'source': 'story_shapes', 'source_args': {'image_size': SIZE, 'count': 50}}
+
+  fields = dict(variant='test', image_size=SIZE, patch=3)  # 4 x 4 codes of 16
+  write(root / 'vqgan', 'vqgan', vqgan.build(**fields), {'model': fields, 'data': data}, picture)
+  c = {'model': {'variant': 'test'}, 'data': data, 'tokenizer': TOKENIZER}
+  write(root / 'clip', 'clip', clip.of_run(c), c, picture, text[0])
+  c = {'model': {'variant': 'test', 'labels': 9}, 'data': data}
+  write(root / 'classifier', 'classifier', classifier.of_run(c), c, picture)
+
+  model = story_dalle.build('test', text_vocab=WORDS.vocab_size + 6)
+  codes = np.zeros((1, 1, 16), np.int32)
+  for name, source in (('story', data), ('pororo', {**data, 'source': 'pororo', 'source_args': {'seed': 1}})):
+    c = {'model': {'variant': 'test'}, 'data': source}
+    write(root / name, 'story_dalle', model, c, text, codes, codes[0], frozen=['vqgan'], players=True)
+  return root
+
+
+@pytest.fixture
+def run(tmp_path):
+  def run(*arguments):
+    for name in evaluate.FLAGS:
+      evaluate.FLAGS[name].unparse()
+    return evaluate.main(['evaluate.py', '--out', str(tmp_path / 'out'), *map(str, arguments)])
+
+  return run
+
+
+def read(tmp_path):
+  return [json.loads((tmp_path / 'out' / f'{name}.json').read_text()) for name in ('predictions', 'metrics')]
+
+
+def picture(tmp_path, row):
+  return np.asarray(Image.open(tmp_path / 'out' / row['file']))
+
+
+def test_procedural_stories_by_oracle_and_clip(root, run, tmp_path):
+  flags = ['--split', 'test_seen', '--stories', 3, '--n', 2, '--batch_size', 16, '--seed', 4, '--top_k', 5]
+  assert run('--run', root / 'story', '--clip', root / 'clip', *flags) == 0
+  rows, metrics = read(tmp_path)
+  assert [(r['index'], r['frame']) for r in rows] == [(k, t) for k in range(3) for t in range(1, 5)]
+  assert rows[5]['caption'] == SOURCE.captions(1)[2] and rows[5]['story'] == SOURCE.name(1)
+  assert {p.name for p in (tmp_path / 'out' / 'frames').iterdir()} == {
+    f'0000{k}_{t}.png' for k, t in np.ndindex(3, 5) if t
+  }
+
+  # The frames are those of the pipeline for this seed, the best of two by CLIP, whatever they were drawn beside.
+  model = StoryDallE.load(root / 'story', clip=root / 'clip')
+  firsts, told = np.stack([SOURCE[k].frames[0] for k in (1, 2)]), [SOURCE.captions(k)[1:] for k in (1, 2)]
+  samples = model.continue_stories(firsts, told, n=2, seed=4, top_k=5, batch_size=16)
+  drawn = np.stack([picture(tmp_path, r) for r in rows])
+  np.testing.assert_allclose(drawn[4:].astype(int), np.concatenate([s.frames[:, 0] for s in samples]), atol=1)
+  assert [r['candidate'] for r in rows[4:]] == [int(c) for s in samples for c in s.candidates[:, 0]]
+  assert metrics['clip_score'] == pytest.approx(np.mean([r['clip_score'] for r in rows]))
+
+  moments = [m for k in range(3) for m in SOURCE.moments(k)[1:]]
+  right = score_moments(Oracle(SIZE, accessories=True), drawn, moments)
+  assert {c: metrics[c] for c in COLUMNS} == {c: float(right[c].mean()) for c in COLUMNS}
+  silent = [m.silent for m in moments]
+  assert metrics['silent_frames'] == sum(silent) > 0
+  assert metrics['setting_silent'] == float(right['setting'][silent].mean())
+
+  network, true = fid.Network.load(root / 'clip'), np.concatenate([SOURCE[k].frames[1:] for k in range(3)])
+  sets = fid.Seen(network), fid.Seen(network)
+  sets[0].add(drawn), sets[1].add(true)
+  expected = fid.report(*sets)
+  assert metrics['fid'] == pytest.approx(expected['fid'], abs=1e-6) and metrics['fid'] > 0
+  assert metrics['fid_reference_sha256'] == expected['fid_reference_sha256']
+  assert metrics['fid_network'] == {'kind': 'clip', 'run': str(root / 'clip'), 'step': 3, 'sha256': network.sha256}
+  assert (metrics['run'], metrics['step'], metrics['seed'], metrics['stories']) == (str(root / 'story'), 3, 4, 3)
+  assert metrics['skipped'] == 0 and Image.open(tmp_path / 'out' / 'storyboards.png').height > 3 * SIZE
+
+
+def test_labelled_stories_by_a_classifier_with_a_broken_one(root, run, tmp_path, capsys):
+  folder = write_pororo(tmp_path / 'pororo')
+  write_pororo_tables(folder)
+  (folder / CLIPS[10]).unlink()  # the last frame of the second story
+  assert run('--run', root / 'pororo', '--path', folder, '--classifier', root / 'classifier', '--resize', 8) == 0
+  rows, metrics = read(tmp_path)
+  assert [r['caption'] for r in rows] == [f'clip {k}.' for k in range(6, 10)]
+  assert [r['labels'] for r in rows] == [[pororo.CHARACTERS[k % 9]] for k in range(6, 10)]
+  assert metrics['skipped'] == 1 and 'ep1/10.png is missing' in metrics['skipped_stories'][0]
+  out = capsys.readouterr().out
+  assert f'skipped {CLIPS[6]}: FileNotFoundError' in out and 'FID of 4 and 4 pictures by 8 features' in out
+  assert (metrics['stories'], metrics['frames'], metrics['fid_resize']) == (1, 4, 8)
+  assert metrics['fid_network']['kind'] == 'classifier' and 'caption' not in metrics and 'clip_score' not in metrics
+
+  network = fid.Network.load(root / 'classifier')
+  found = network.labels(np.stack([picture(tmp_path, r) for r in rows]))
+  assert [r['labels_drawn'] for r in rows] == [
+    [n for n, f in zip(pororo.CHARACTERS, x, strict=True) if f] for x in found
+  ]
+  true = np.eye(9, dtype=bool)[[6, 7, 8, 0]]
+  assert metrics['characters_drawn']['frame_accuracy'] == float((found == true).all(1).mean())
+  assert metrics['characters_drawn']['f1_micro'] == pytest.approx(2 * (found & true).sum() / (found.sum() + 4))
+  assert set(metrics['characters_true']['f1']) == set(pororo.CHARACTERS)
+
+
+def test_mistakes_are_one_line(root, run, tmp_path, capsys):
+  folder = write_pororo(tmp_path / 'pororo')
+  write_pororo_tables(folder)
+  story = ['--run', root / 'story', '--split', 'test_seen']
+  for arguments, message in (
+    ([], 'give --run RUN_DIR'),
+    (['--run', tmp_path / 'nowhere'], 'has no checkpoints'),
+    (['--run', root / 'vqgan'], "is a run of 'vqgan'; sampling needs one of the objective story_dalle"),
+    ([*story, '--n', 2], '--n 2 needs --clip RUN_DIR'),
+    ([*story, '--step', 7], 'has no checkpoint of step 7'),
+    ([*story, '--path', folder], "the data source 'story_shapes' does not take path"),
+    (['--run', root / 'story'], "unknown split 'test'; expected one of train, val, test_seen, test_unseen"),
+    ([*story, '--classifier', root / 'vqgan'], 'looking at pictures needs a classifier or a clip'),
+    ([*story, 'more'], "arguments ['more'] are not understood"),
+  ):
+    assert run(*arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count('\n') == 1, err
+  for name in CLIPS[5:]:
+    (folder / name).unlink()
+  assert run('--run', root / 'pororo', '--path', folder) == 2
+  assert f'none of 2 stories is usable; {CLIPS[5]}: FileNotFoundError' in capsys.readouterr().err
