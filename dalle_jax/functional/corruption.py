@@ -4,9 +4,15 @@ import jax
 import jax.numpy as jnp
 
 
-def replace_tokens(rng: jax.Array, tokens: jax.Array, rate: float, vocab: int) -> jax.Array:
-  """int32[...] of which the fraction `rate`, chosen at random, are uniform draws of [0, vocab)."""
+def replace_tokens(rng: jax.Array, tokens: jax.Array, rate: float, vocab: int, spread: float = 0.0) -> jax.Array:
+  """int32[..., I] of which the fraction `rate`, chosen at random, are uniform draws of [0, vocab).
+
+  With a `spread` each sequence has a rate of its own, uniform in [rate - spread, rate + spread].
+  """
   where, what = jax.random.split(rng)
+  if spread:
+    own = jax.random.uniform(jax.random.fold_in(rng, 2), (*tokens.shape[:-1], 1), minval=-spread, maxval=spread)
+    rate = jnp.clip(rate + own, 0.0, 1.0)
   noisy = jax.random.bernoulli(where, rate, tokens.shape)
   return jnp.where(noisy, jax.random.randint(what, tokens.shape, 0, vocab), tokens)
 

@@ -5,12 +5,17 @@ import jax.numpy as jnp
 import optax
 
 
-def token_loss(logits: jax.Array, tokens: jax.Array, weights: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+def token_loss(
+  logits: jax.Array, tokens: jax.Array, weights: jax.Array | None = None, first: float = 1.0
+) -> tuple[jax.Array, jax.Array]:
   """Mean cross-entropy in nats and accuracy over all tokens, scalars.
 
-  float32[B, S, V] and int32[B, S]; `weights` float32[B] counts each sequence that much.
+  float32[B, S, V] and int32[B, S]; `weights` float32[B] counts each sequence that much. The first token of a
+  sequence counts as `first` others.
   """
-  loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean(-1)
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+  share = jnp.ones(loss.shape[-1]).at[0].set(first)
+  loss = (loss * share).sum(-1) / share.sum()
   right = (logits.argmax(-1) == tokens).mean(-1)
   if weights is None:
     return loss.mean(), right.mean()

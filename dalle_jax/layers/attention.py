@@ -106,6 +106,7 @@ class Attention(nn.Module):
   dtype: jnp.dtype = jnp.float32
   kernel_init: Init = normal_init(0.02)
   out_init: Init = normal_init(0.02)
+  value_init: Init | None = None  # kernel_init
 
   @nn.compact
   def __call__(
@@ -119,11 +120,10 @@ class Attention(nn.Module):
     """`mask` bool[T, keys] says which of the first `keys` positions count; without it all do."""
     d = x.shape[-1]
     shape, axes = (d, self.heads, d // self.heads), ('embed', 'heads', 'head_dim')
+    inits = {'query': self.kernel_init, 'key': self.kernel_init, 'value': self.value_init or self.kernel_init}
     q, k, v = (
-      Einsum(shape, axes, bias_axes=(1, 2), dtype=self.dtype, kernel_init=self.kernel_init, name=name)(
-        'BSD,DHK->BSHK', x
-      )
-      for name in ('query', 'key', 'value')
+      Einsum(shape, axes, bias_axes=(1, 2), dtype=self.dtype, kernel_init=init, name=name)('BSD,DHK->BSHK', x)
+      for name, init in inits.items()
     )
     if cache is not None:
       cache = cache.write(layer, offset, k, v)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dalle_jax.layers.basic import boxed, constrain, layer_norm, normal_init
+from dalle_jax.layers.basic import boxed, constrain, layer_norm, normal_init, product
 
 CONTEXT_AXES = ('layers', 'batch', None, 'heads', None)
 
@@ -106,7 +106,7 @@ class CrossAttention(nn.Module):
 def look(x: jax.Array, context: Context, looking: jax.Array) -> jax.Array:
   """x[B, T, D] plus what it finds in the source of one layer, at the positions of bool[T] `looking` alone."""
   y = layer_norm(x, context.scale, context.bias, dtype=x.dtype)
-  q = jnp.einsum('BTD,DHK->BTHK', y, context.query) + context.query_bias
+  q = product(y, context.query) + context.query_bias
   y = jax.nn.dot_product_attention(q, context.k, context.v)  # softmax in float32
-  y = jnp.einsum('BTHK,HKD->BTD', y, context.out) + context.out_bias
+  y = product(y, context.out, 2) + context.out_bias
   return x + jnp.where(looking[:, None], y, 0)

@@ -26,7 +26,7 @@ VARIANTS = {
   ),
   'quickstart': dict(
     image_size=36, patch=9, width=128, layers=3, heads=4, text_width=128, text_layers=3, text_heads=4, vocab_size=536,
-    text_length=24, embed_dim=128, image_pool='all', text_causal=False,
+    text_length=24, embed_dim=128, image_pool='all', text_causal=False, unroll=3,
   ),
   'vit_b32': dict(),
 }  # fmt: skip
@@ -44,6 +44,7 @@ class ImageTower(nn.Module):
   pool: str
   activation: str
   dtype: jnp.dtype
+  unroll: int = 1
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
@@ -63,7 +64,8 @@ class ImageTower(nn.Module):
       raise ValueError(f'CLIP image_pool {self.pool!r} is unknown; there are class and all.')
     positions = self.param('positions', boxed(init, (None, 'embed')), x.shape[1:], jnp.float32)
     x = LayerNorm(dtype=self.dtype, name='norm_in')(x + positions.astype(self.dtype))
-    x, _ = Stack(self.layers, self.heads, self.activation, self.dtype, name='encoder')(x)
+    encoder = Stack(self.layers, self.heads, self.activation, self.dtype, unroll=self.unroll, name='encoder')
+    x, _ = encoder(x)
     x = LayerNorm(name='norm_out')(x[:, 0] if self.pool == 'class' else x)
     x = x.reshape(len(x), -1)
     return Dense(self.embed_dim, ('embed', None), use_bias=False, kernel_init=init, name='proj')(x)
@@ -82,6 +84,7 @@ class TextTower(nn.Module):
   pool: str
   activation: str
   dtype: jnp.dtype
+  unroll: int = 1
 
   @nn.compact
   def __call__(self, ids: jax.Array) -> jax.Array:
@@ -91,7 +94,8 @@ class TextTower(nn.Module):
     positions = self.param('positions', init, shape, jnp.float32)
     x = Embed(self.vocab_size, self.width, dtype=self.dtype, name='embed')(ids) + positions.astype(self.dtype)
     masks = np.tri(self.length, dtype=bool)[None] if self.causal else None
-    x, _ = Stack(self.layers, self.heads, self.activation, self.dtype, name='encoder')(x, masks)
+    encoder = Stack(self.layers, self.heads, self.activation, self.dtype, unroll=self.unroll, name='encoder')
+    x, _ = encoder(x, masks)
     if self.pool == 'last':
       x = x[:, -1]
     elif self.pool == 'max_id':  # the end-of-text token has the highest id
@@ -113,6 +117,7 @@ class CLIP(nn.Module):
       small models know at once.
     text_causal: whether text sees earlier text alone (as the OpenAI models) or all of it.
     text_pool: the position that stands for the caption, 'last' or that of the highest id ('max_id').
+    unroll: see `layers.transformer.Stack`.
   """
 
   image_size: int = 224
@@ -130,12 +135,13 @@ class CLIP(nn.Module):
   text_length: int = 77
   embed_dim: int = 512
   activation: str = 'quick_gelu'
+  unroll: int = 1
   dtype: jnp.dtype = jnp.float32
 
   def setup(self):
     self.image = ImageTower(
       self.image_size, self.patch, self.width, self.layers, self.heads, self.embed_dim, self.image_pool,
-      self.activation, self.dtype,
+      self.activation, self.dtype, self.unroll,
     )  # fmt: skip
     self.text = TextTower(
       self.vocab_size,
@@ -148,6 +154,7 @@ class CLIP(nn.Module):
       self.text_pool,
       self.activation,
       self.dtype,
+      self.unroll,
     )
     self.logit_scale = self.param('logit_scale', nn.initializers.constant(math.log(1 / 0.07)), (), jnp.float32)
 

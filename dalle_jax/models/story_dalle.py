@@ -8,6 +8,7 @@ Axis legend: B stories, T frames to be generated, N text_length, I image tokens,
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +18,20 @@ import jax.numpy as jnp
 from flax import struct
 
 from dalle_jax.layers import variants
-from dalle_jax.layers.attention import KVCache
+from dalle_jax.layers.attention import Attention, KVCache
 from dalle_jax.layers.basic import Dense, LayerNorm, boxed, normal_init, sinusoid
 from dalle_jax.layers.cross import Context, CrossAttention
-from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import clip, dalle
 
 VARIANTS = dalle.VARIANTS  # of the DALL-E; the fields of what is added come beside them
 PROMPT_DROPOUT = 0.2
+TOKEN_SCALE = 0.1  # at the start, of the story token, so that it is about as long as a word of a trained DALL-E
+
+
+def identity_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+  """The identity between the axes of width before and after; heads are parts of the width."""
+  split = next(i for i in range(1, len(shape)) if math.prod(shape[:i]) == math.prod(shape[i:]))
+  return jnp.eye(math.prod(shape[:split]), dtype=dtype).reshape(shape)
 
 
 class Prompt(nn.Module):
@@ -57,10 +64,22 @@ class StoryEncoder(nn.Module):
   def __call__(self, sentences: jax.Array) -> jax.Array:
     """float[B, T, S] -> [B, T, D]."""
     x = LayerNorm(dtype=self.dtype, name='norm_in')(sentences)  # the embeddings of words are small, positions are not
-    init = normal_init(sentences.shape[-1] ** -0.5)
+    # The mean of word embeddings stays in their space, where the DALL-E already knows what words look like.
+    own = sentences.shape[-1] == self.width
+    init = identity_init if own else normal_init(sentences.shape[-1] ** -0.5)
     x = Dense(self.width, (None, 'embed'), dtype=self.dtype, kernel_init=init, name='linear')(x)
     x = x + sinusoid(x.shape[1], self.width).astype(self.dtype)
-    return Stack(1, self.heads, dtype=self.dtype, name='self')(x)[0]
+    # One block, whose attention hands on what it reads from the start: words of other captions look like words.
+    y = LayerNorm(dtype=self.dtype, name='norm_1')(x)
+    inner = normal_init(self.width**-0.5)
+    attention = Attention(self.heads, self.dtype, inner, identity_init, identity_init, name='attention')
+    x = x + attention(y, None)[0]
+    y = LayerNorm(dtype=self.dtype, name='norm_2')(x)
+    y = Dense(4 * self.width, ('embed', 'mlp'), dtype=self.dtype, kernel_init=inner, name='mlp_in')(y)
+    outer = normal_init((8 * self.width) ** -0.5)
+    x = x + Dense(self.width, ('mlp', 'embed'), dtype=self.dtype, kernel_init=outer, name='mlp_out')(jax.nn.gelu(y))
+    scale = self.param('scale', boxed(nn.initializers.constant(TOKEN_SCALE), ()), (), jnp.float32)
+    return x * scale.astype(self.dtype)
 
 
 class Additions(nn.Module):

@@ -18,6 +18,7 @@ DEFAULTS = dict(
   image_weight=0.875,
   caption_dropout=0.0,  # the fraction of captions replaced by padding alone, for guidance in sampling
   token_noise=0.0,  # the fraction of image tokens that are random ones where they are read; see `DALLEObjective`
+  noise_spread=0.0,  # around that fraction, from picture to picture
   guidance=1.0,  # of the pictures in the log
 )
 
@@ -52,7 +53,7 @@ class DALLEObjective:
       text, kept = corruption.drop_captions(ctx.rng, text, self.c.caption_dropout, self.model.padding)
     if ctx.train and self.c.token_noise:
       rng = jax.random.fold_in(ctx.rng, 1)
-      read = corruption.replace_tokens(rng, image, self.c.token_noise, self.model.image_vocab)
+      read = corruption.replace_tokens(rng, image, self.c.token_noise, self.model.image_vocab, self.c.noise_spread)
     text_logits, image_logits = self.model.apply({'params': params['dalle']}, text, read)
     text_loss, _ = losses.token_loss(text_logits, text, kept)
     image_loss, accuracy = losses.token_loss(image_logits, image)

@@ -22,6 +22,8 @@ DEFAULTS = dict(
   image_weight=0.5,
   caption_dropout=0.0,  # as of the objective dalle
   token_noise=0.0,
+  noise_spread=0.0,
+  first=1.0,  # as how many others the first image token counts: it decides what the others only have to go on with
   guidance=1.0,  # of the pictures in the log
 )
 
@@ -58,12 +60,13 @@ class StoryDALLEObjective:
         read_text, kept = corruption.drop_captions(drop, text, self.c.caption_dropout, model.dalle.padding)
         kept = kept.ravel()
       if self.c.token_noise:
-        read = corruption.replace_tokens(noise, image, self.c.token_noise, model.dalle.image_vocab)
+        read = corruption.replace_tokens(noise, image, self.c.token_noise, model.dalle.image_vocab, self.c.noise_spread)
     sentences = self._sentences(ctx, batch)
     text_logits, image_logits = model.apply({'params': params}, text, read, source, sentences, read_text, rng)
     rows = lambda x: x.reshape(-1, x.shape[-1])
     text_loss, _ = losses.token_loss(text_logits, rows(text), kept)
-    image_loss, accuracy = losses.token_loss(image_logits, rows(image))
+    first = self.c.first if ctx.train else 1.0
+    image_loss, accuracy = losses.token_loss(image_logits, rows(image), first=first)
     loss = self.c.text_weight * text_loss + self.c.image_weight * image_loss
     return loss, ({'text_loss': text_loss, 'image_loss': image_loss, 'accuracy': accuracy}, ctx.mutable)
 

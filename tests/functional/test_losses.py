@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -21,3 +22,12 @@ def test_pixels_go_there_and_back():
   assert pixels.to_float(values).min() == -1 and pixels.to_float(values).max() == 1
   np.testing.assert_array_equal(pixels.to_uint8(pixels.to_float(values)), values)
   assert pixels.to_uint8(jnp.array([-3.0, 3.0])).tolist() == [0, 255]
+
+
+def test_the_first_token_counts_as_several():
+  logits = jax.random.normal(jax.random.key(0), (2, 4, 5))
+  tokens = jnp.array([[0, 1, 2, 3], [4, 3, 2, 1]])
+  nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
+  loss, accuracy = losses.token_loss(logits, tokens, first=3.0)
+  np.testing.assert_allclose(loss, (3 * nll[:, 0] + nll[:, 1:].sum(1)).mean() / 6, rtol=1e-6)
+  assert accuracy == losses.token_loss(logits, tokens)[1]

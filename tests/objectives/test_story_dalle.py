@@ -66,6 +66,8 @@ def test_noise_spares_the_source_and_dropped_captions_leave_the_text_loss(params
   assert run(token_noise=1.0)['image_loss'] != run(source, token_noise=1.0)['image_loss']
   assert run(token_noise=1.0)['text_loss'] == run()['text_loss']
   assert run(caption_dropout=1.0)['text_loss'] == 0.0
+  same, spread = (run(token_noise=0.5, noise_spread=s)['image_loss'] for s in (0.0, 0.5))
+  assert same != spread
   changed = {**BATCH, 'text': (BATCH['text'] + 1) % 34}  # the story token still knows
   assert run(caption_dropout=1.0)['image_loss'] != run(changed, caption_dropout=1.0)['image_loss']
 

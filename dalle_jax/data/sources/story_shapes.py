@@ -18,8 +18,8 @@ from dalle_jax.data.stories import Frames, Story, of_unit
 NAMES = ('pip', 'momo', 'lulu', 'bobo', 'kiki', 'zuzu', 'nana', 'titi', 'fifi', 'gogo', 'rara', 'vivi')
 SPLITS = ('train', 'val', 'test_seen', 'test_unseen')
 LENGTH = 5  # frames of a story, the source included
-CHANGE = 0.25  # how often a caption changes the setting
-ACTIONS = ('moves', 'moves', 'meets', 'meets', 'size')  # equally likely; size: grows if small, shrinks if large
+CHANGE = 0.4  # how often a caption changes the setting, beside a plain move
+ACTIONS = ('moves', 'meets', 'meets', 'size')  # of other captions, equally likely; size: grows if small, else shrinks
 
 _MOVES = ('{name} moves to the {place}', '{name} goes to the {place}')
 _NOW = ('{text}, now {where}', 'now {where} {text}')
@@ -65,7 +65,8 @@ def _draw(rng: np.random.Generator, unseen: bool) -> tuple[Moment, ...]:
   first = f'{name} is at the {shapes.POSITIONS[hero.position]} {shapes.WHERE[setting]}'
   moments = [Moment(Scene(setting, (hero,)), hero, None, False, True, False, first)]
   for _ in range(LENGTH - 1):
-    action, met, changed = pick(ACTIONS), None, bool(rng.random() < CHANGE)
+    met, changed = None, bool(rng.random() < CHANGE)
+    action = 'moves' if changed else pick(ACTIONS)
     if changed:
       setting = pick([b for b in shapes.BACKGROUNDS if b != setting])
     hero = dataclasses.replace(hero, position=place(hero.position))
