@@ -2,8 +2,6 @@
 
 import json
 
-import flax.linen as nn
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +13,7 @@ from dalle_jax.evals import fid
 from dalle_jax.evals.oracle import COLUMNS, Oracle, score_moments
 from dalle_jax.models import classifier, clip, story_dalle, vqgan
 from dalle_jax.pipelines.story_dalle import StoryDallE
-from dalle_jax.training.checkpoint import Run, export_run
+from tests import runs
 from tests.data.test_story_sources import CLIPS, write_pororo, write_pororo_tables
 
 SIZE, TOKENIZER = 24, dict(length=6)
@@ -24,14 +22,8 @@ WORDS = bpe.train((c for k in range(20) for c in SOURCE.captions(k)), 280)
 TOKENIZER['vocab_size'] = WORDS.vocab_size
 
 
-def write(path, kind, model, config, *inputs, frozen=(), players=None):
-  """A run directory of random parameters."""
-  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)['params'])
-  rng = np.random.default_rng(0)  # nothing to compile
-  params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes)
-  config = {'objective': kind, 'tokenizer': TOKENIZER, **config}
-  frozen = {name: str(path.parent / name) for name in frozen}
-  export_run(path, Run(config, params if players else {kind: params}, WORDS.to_json(), 3, str(path), frozen))
+def write(path, kind, model, config, *inputs, **options):
+  runs.write(path, kind, model, {'tokenizer': TOKENIZER, **config}, *inputs, words=WORDS, **options)
 
 
 @pytest.fixture(scope='module')

@@ -110,7 +110,10 @@ def test_sharded_equals_unsharded(axes):
   _, expected, expected_metrics, _ = one_step(dict(data=8, fsdp=1, tensor=1))
   _, state, metrics, shape = one_step(axes)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4), metrics, expected_metrics)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5), state.params, expected.params)
+  ours, theirs = sharding.flatten(state.params), sharding.flatten(expected.params)
+  for name in ours:
+    if not name.endswith(('key_bias', 'key/bias')):  # no gradient but rounding, which Adam makes as large as any
+      np.testing.assert_allclose(ours[name], theirs[name], atol=5e-5, err_msg=name)
   assert shape == (4, 16 // axes['fsdp'], 2 // axes['tensor'], 8)  # (layers, embed, heads, head_dim)
 
 

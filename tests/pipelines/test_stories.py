@@ -1,5 +1,6 @@
 """A DALL-E retro-fitted to stories at the smallest sizes, by full fine-tuning and by prompt tuning, and continued."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -12,10 +13,13 @@ from PIL import Image
 
 import train
 from configs import common
+from dalle_jax.data import bpe
 from dalle_jax.data.bpe import BPE
 from dalle_jax.data.sources import story_shapes
+from dalle_jax.models import clip, dalle, vqgan
 from dalle_jax.pipelines.story_dalle import StoryDallE
 from dalle_jax.training import checkpoint, sharding
+from tests import runs
 
 ROOT = Path(__file__).parents[2]
 SOURCE = story_shapes.load('test_seen', image_size=24)
@@ -23,47 +27,45 @@ CAPTIONS = [SOURCE.captions(k)[1:] for k in range(3)]
 FIRSTS = np.stack([SOURCE[k].frames[0] for k in range(3)])
 
 
+DATA = dict(image_size=24, source='shapes', path='', source_args={})
+
+
 def config(root, stage):
   c = common.base()
-  c.root, c.data.source, c.data.image_size, c.data.batch_size = str(root), 'shapes', 24, 8
+  c.run_dir, c.data.source, c.data.image_size, c.data.batch_size = str(root / stage), 'story_shapes', 24, 8
   c.data.source_args = dict(image_size=24, count=16)
-  c.tokenizer.update(vocab_size=300, length=6)
-  c.train.update(steps=1, log_every=1, evals=())
-
-  def vqgan(c):
-    c.objective, c.model = 'vqgan', dict(variant='test', image_size=24, patch=3)  # 4 x 4 codes of 16
-    c.tokenizer.vocab_size = 0
-
-  def clip(c):
-    c.objective, c.model = 'clip', dict(variant='test')
-
-  def dalle(c):
-    c.objective, c.model, c.encode.enabled = 'dalle', dict(variant='test'), True
-    c.frozen = dict(vqgan=str(root / 'vqgan'))
-
-  def story(c):
-    c.objective, c.model, c.encode.enabled = 'story_dalle', dict(variant='test'), True
-    c.frozen, c.data.source = dict(vqgan=str(root / 'vqgan')), 'story_shapes'
-    c.init.update(path=str(root / 'dalle'), new='story/.*')
-    c.tokenizer.new_tokens = ('pip', 'Momo', 'a')  # 'a' is a token already
-    c.loss = dict(token_noise=0.5, caption_dropout=0.5)
-    c.train.update(steps=2, checkpoint_every=1, eval_every=2, evals=('loss', 'pictures'), pictures=2, eval_batches=1)
-
-  def prompt(c):
-    story(c)
+  c.tokenizer.update(vocab_size=300, length=6, new_tokens=('pip', 'Momo', 'a'))  # 'a' is a token already
+  c.objective, c.model, c.frozen = 'story_dalle', dict(variant='test'), dict(vqgan=str(root / 'vqgan'))
+  c.init.update(path=str(root / 'dalle'), new='story/.*')
+  c.loss = dict(token_noise=0.5, noise_spread=0.5, caption_dropout=0.5)
+  c.train.update(steps=2, log_every=1, evals=())
+  if stage == 'story':
+    c.encode.enabled = True
+    c.train.update(checkpoint_every=1, eval_every=2, evals=('loss', 'pictures'), pictures=2, eval_batches=1)
+  else:
     c.model.update(sentences='clip', prompt=2)
-    c.frozen.clip, c.encode.enabled, c.train.ema = str(root / 'clip'), False, 0.9
+    c.frozen.clip, c.train.ema = str(root / 'clip'), 0.9
     c.optim.groups = dict(dalle=dict(frozen=True))
-    c.train.update(evals=(), accum=1)
-
-  common.choose_stage(c, stage, dict(vqgan=vqgan, clip=clip, dalle=dalle, story=story, prompt=prompt))
   return c
 
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
+  """Runs of random parameters, and the two ways to adapt the DALL-E among them, trained for two steps."""
   path = tmp_path_factory.mktemp('runs')
-  for stage in ('vqgan', 'clip', 'dalle', 'story', 'prompt'):
+  words = bpe.train((c for k in range(20) for c in SOURCE.captions(k)), 300)
+  tokenizer = dict(vocab_size=words.vocab_size, length=6)
+  text, picture = np.zeros((1, 6), np.int32), np.zeros((1, 24, 24, 3), np.float32)
+  fields = dict(variant='test', image_size=24, patch=3)  # 4 x 4 codes of 16
+  write = functools.partial(runs.write, words=words)
+  write(
+    path / 'vqgan', 'vqgan', vqgan.build(**fields), {'model': fields, 'data': DATA, 'tokenizer': tokenizer}, picture
+  )
+  c = {'model': {'variant': 'test'}, 'data': DATA, 'tokenizer': tokenizer}
+  write(path / 'clip', 'clip', clip.of_run(c), c, picture, text)
+  model = dalle.build('test', text_vocab=words.vocab_size + 6)
+  write(path / 'dalle', 'dalle', model, c, text, np.zeros((1, 16), np.int32), frozen=['vqgan'])
+  for stage in ('story', 'prompt'):
     train.run(config(path, stage))
   return path
 
@@ -96,9 +98,8 @@ def test_names_become_tokens_of_their_own(root):
 
 def test_prompt_tuning_leaves_the_dalle_as_it_was_and_keeps_no_state_for_it(root):
   before, after = checkpoint.load_run(root / 'dalle'), checkpoint.load_run(root / 'prompt', ema=False)
-  fitted = train.by_name('objectives', 'dalle', '').dalle.adopt  # the same new words
   model = StoryDallE.load(root / 'prompt').model.dalle
-  grown = fitted(model, before.params['dalle'], before.config, jax.random.key(0))
+  grown = dalle.adopt(model, before.params['dalle'], before.config, jax.random.key(0))
   jax.tree.map(np.testing.assert_array_equal, grown, after.params['dalle'])
   step = root / 'prompt' / 'checkpoints' / '2'
   state = [k for k in checkpoint._saved(step) if k.startswith('opt_state')]
