@@ -22,7 +22,7 @@ def get_config(arg: str = ''):
 
   def vqgan(c):
     c.objective = 'vqgan'
-    c.model = dict(variant='small', patch=2, num_codes=512)  # 16 x 16 codes
+    c.model = dict(variant='small', ch_mult=(1,), attn_resolutions=(), num_codes=512)  # 16 x 16 codes
     c.loss = dict(l2_weight=1.0, disc_weight=0.0, beta=0.1, ema_decay=0.97)
     c.data.augment, c.data.source_args.unit, c.tokenizer.vocab_size = 'random_crop', 'frame', 0
     c.optim.update(lr=1e-3, warmup=100)
@@ -43,7 +43,7 @@ def get_config(arg: str = ''):
     c.frozen = dict(vqgan=c.get_ref('root') + '/vqgan')
     c.init.update(path=c.get_ref('root') + '/dalle', new='story/.*')
     c.data.batch_size, c.encode.enabled = 8, True
-    c.loss = dict(token_noise=0.1)
+    c.loss = dict(text_weight=0.125, image_weight=0.875, token_noise=0.1)
     c.optim.update(lr=1e-3, b2=0.99, weight_decay=0.045, warmup=50)
     steps(600)
     if prompt:

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -47,8 +48,7 @@ def storyboard(source: np.ndarray, frames: Sequence[np.ndarray], captions: Seque
   font = ImageFont.load_default(FONT_SIZE)
   scale = max(1, -(-BOARD // source.shape[1]))
   height, width = source.shape[0] * scale, source.shape[1] * scale
-  letters = max(10, int(width / (FONT_SIZE * 0.5)))
-  texts = [textwrap.wrap(caption, letters) or [''] for caption in ('source', *captions)]
+  texts = [_wrap(caption, width, font) for caption in ('source', *captions)]
   line = FONT_SIZE + 4
   size = (len(texts) * (width + PAD) + PAD, height + 2 * PAD + max(map(len, texts)) * line + PAD)
   canvas = Image.new('RGB', size, 'white')
@@ -60,6 +60,18 @@ def storyboard(source: np.ndarray, frames: Sequence[np.ndarray], captions: Seque
     for k, part in enumerate(text):
       draw.text((x, height + 2 * PAD + k * line), part, 'black' if i else 'gray', font)
   return canvas
+
+
+def _wrap(text: str, width: int, font: Any) -> list[str]:
+  """Lines of whole words that are at most `width` pixels wide, as far as the words are."""
+  lines = ['']
+  for word in text.split():
+    longer = f'{lines[-1]} {word}'.strip()
+    if lines[-1] and font.getlength(longer) > width:
+      lines.append(word)
+    else:
+      lines[-1] = longer
+  return lines
 
 
 def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
