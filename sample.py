@@ -71,6 +71,8 @@ def story() -> list[str]:
   captions = found.get('captions') if isinstance(found, dict) else None
   if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
     raise ValueError(f'{path} has no list of captions; expected {{"captions": ["...", "..."]}}.')
+  if not isinstance(found.get('source', ''), str):
+    raise ValueError(f'{path} has the source {found["source"]!r}; expected the name of a picture.')
   if not FLAGS.source and found.get('source'):
     FLAGS.source = str(path.parent / found['source'])
   if not FLAGS.source:

@@ -28,7 +28,7 @@ def product(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
   """The last `axes` axes of x[..., I] contracted with the first ones of kernel[I, O]: [..., O].
 
   The gradient of the kernel is x^T g, where JAX would have (g^T x)^T: for that XLA on the CPU computes g again, with
-  all that leads to it, in a transposed copy and on one core, which was a quarter of a step of the quickstart's DALL-E.
+  all that leads to it, in a transposed copy and on one core, which was a quarter of a step of the quickstart's stories.
   """
   return jnp.tensordot(x, kernel, axes)
 

@@ -241,12 +241,19 @@ def grow_vocabulary(params: Any, words: int, count: int, rng: jax.Array) -> Any:
   return grown
 
 
-def adopt(model: DALLE, params: Any, config: Mapping[str, Any], rng: jax.Array) -> Any:
-  """Parameters of the run with this config, for a model that may know more words. Raises ValueError if fewer."""
+def adopt(model: DALLE, players: Mapping[str, Any], config: Mapping[str, Any], rng: jax.Array) -> dict[str, Any]:
+  """Parameters by player of the run with this config, 'dalle' among them, for a model that may know more words.
+
+  Raises ValueError when it knows fewer, or the run has no DALL-E.
+  """
+  if 'dalle' not in players:
+    raise ValueError(f'config.init.path is a run of {", ".join(players)}; expected one with a DALL-E.')
   words, known = model.text_vocab - model.text_length, config['tokenizer']['vocab_size']
   if words < known:
     raise ValueError(f'the run to start from knows {known} words, this one {words}; leave config.tokenizer.path empty.')
-  return grow_vocabulary(params, known, words - known, rng) if words > known else params
+  if words == known:
+    return dict(players)
+  return {**players, 'dalle': grow_vocabulary(players['dalle'], known, words - known, rng)}
 
 
 def flops(model: DALLE, batch: int) -> float:

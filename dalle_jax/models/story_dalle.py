@@ -58,6 +58,7 @@ class StoryEncoder(nn.Module):
 
   width: int
   heads: int
+  own: bool  # whether sentences are means of the DALL-E's word embeddings
   dtype: jnp.dtype
 
   @nn.compact
@@ -65,8 +66,7 @@ class StoryEncoder(nn.Module):
     """float[B, T, S] -> [B, T, D]."""
     x = LayerNorm(dtype=self.dtype, name='norm_in')(sentences)  # the embeddings of words are small, positions are not
     # The mean of word embeddings stays in their space, where the DALL-E already knows what words look like.
-    own = sentences.shape[-1] == self.width
-    init = identity_init if own else normal_init(sentences.shape[-1] ** -0.5)
+    init = identity_init if self.own else normal_init(sentences.shape[-1] ** -0.5)
     x = Dense(self.width, (None, 'embed'), dtype=self.dtype, kernel_init=init, name='linear')(x)
     x = x + sinusoid(x.shape[1], self.width).astype(self.dtype)
     # One block, whose attention hands on what it reads from the start: words of other captions look like words.
@@ -90,6 +90,7 @@ class Additions(nn.Module):
   width: int
   story_encoder: bool
   prompt: int
+  own: bool
   dtype: jnp.dtype
 
   @nn.compact
@@ -103,7 +104,7 @@ class Additions(nn.Module):
       x = Prompt(self.prompt, self.width, self.dtype, name='prompt')(rng)
       extra.append(jnp.broadcast_to(x, (b * t, *x.shape)))
     if self.story_encoder:
-      x = StoryEncoder(self.width, self.heads, self.dtype, name='encoder')(sentences)
+      x = StoryEncoder(self.width, self.heads, self.own, self.dtype, name='encoder')(sentences)
       extra.append(x.reshape(b * t, 1, self.width))
     context = None
     if self.layers:
@@ -149,7 +150,8 @@ class StoryDALLE(nn.Module):
     if self.retro and self.dalle.depth % self.retro:
       raise ValueError(f'model.retro {self.retro} does not divide the {self.dalle.depth} layers; change either.')
     layers, d = self.dalle.depth // self.retro if self.retro else 0, self.dalle
-    self.story = Additions(layers, d.heads, d.d_model, self.story_encoder, self.prompt, d.dtype)
+    own = self.sentences == 'own'
+    self.story = Additions(layers, d.heads, d.d_model, self.story_encoder, self.prompt, own, d.dtype)
 
   def __call__(
     self,

@@ -41,7 +41,7 @@ class DALLEObjective:
 
   def adopt(self, params: Any, config: Mapping[str, Any], rng: jax.Array) -> Any:
     """Parameters of another run, with as many words as this one has (see `models.dalle.grow_vocabulary`)."""
-    return {**params, 'dalle': dalle.adopt(self.model, params['dalle'], config, rng)}
+    return dalle.adopt(self.model, params, config, rng)
 
   def loss(
     self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]

@@ -46,7 +46,7 @@ class StoryDALLEObjective:
 
   def adopt(self, params: Any, config: Mapping[str, Any], rng: jax.Array) -> Any:
     """Parameters of another run, with as many words as this one has (see `models.dalle.grow_vocabulary`)."""
-    return {**params, 'dalle': dalle.adopt(self.model.dalle, params['dalle'], config, rng)}
+    return dalle.adopt(self.model.dalle, params, config, rng)
 
   def loss(
     self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]

@@ -177,7 +177,7 @@ def test_a_grown_vocabulary_leaves_old_words_as_they_were(tied):
   old, new = dalle.build('test', tied=tied), dalle.build('test', text_vocab=43, tied=tied)
   rows = TEXT.reshape(-1, N), IMAGE.reshape(-1, I)
   params = larger(nn.unbox(jax.jit(old.init)(jax.random.key(6), *rows)['params']))
-  grown = dalle.adopt(new, params, {'tokenizer': {'vocab_size': 34}}, jax.random.key(8))
+  grown = dalle.adopt(new, {'dalle': params}, {'tokenizer': {'vocab_size': 34}}, jax.random.key(8))['dalle']
   assert grown['text_embed'].shape == (43, 16)
   text = rows[0].at[:, 4:].set(jnp.arange(38, 40))  # two paddings
   before, image = jax.jit(old.apply)({'params': params}, text, rows[1])
@@ -185,7 +185,9 @@ def test_a_grown_vocabulary_leaves_old_words_as_they_were(tied):
   np.testing.assert_array_equal(image, same)
   np.testing.assert_array_equal(before, np.delete(after, [34, 35, 36], -1))
   with pytest.raises(ValueError, match='knows 50 words, this one 37'):
-    dalle.adopt(new, params, {'tokenizer': {'vocab_size': 50}}, jax.random.key(8))
+    dalle.adopt(new, {'dalle': params}, {'tokenizer': {'vocab_size': 50}}, jax.random.key(8))
+  with pytest.raises(ValueError, match=r'init\.path is a run of vqgan; expected one with a DALL-E'):
+    dalle.adopt(new, {'vqgan': params}, {'tokenizer': {'vocab_size': 0}}, jax.random.key(8))
 
 
 @pytest.mark.parametrize(

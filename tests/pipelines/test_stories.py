@@ -99,7 +99,7 @@ def test_names_become_tokens_of_their_own(root):
 def test_prompt_tuning_leaves_the_dalle_as_it_was_and_keeps_no_state_for_it(root):
   before, after = checkpoint.load_run(root / 'dalle'), checkpoint.load_run(root / 'prompt', ema=False)
   model = StoryDallE.load(root / 'prompt').model.dalle
-  grown = dalle.adopt(model, before.params['dalle'], before.config, jax.random.key(0))
+  grown = dalle.adopt(model, before.params, before.config, jax.random.key(0))['dalle']
   jax.tree.map(np.testing.assert_array_equal, grown, after.params['dalle'])
   step = root / 'prompt' / 'checkpoints' / '2'
   state = [k for k in checkpoint._saved(step) if k.startswith('opt_state')]
