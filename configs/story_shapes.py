@@ -14,7 +14,7 @@ WORDS = ('moves', 'goes', 'meets', 'grows', 'shrinks', 'now')
 
 
 def get_config(arg: str = ''):
-  arg = common.parse_arg(arg, variant='full', steps=1_200)
+  arg = common.parse_arg(arg, variant='full', steps=1_000)
   c = common.base()
   c.root = 'runs/quickstart'
   c.run_dir = c.get_ref('root') + '/' + ('story' if arg.variant == 'full' else f'story_{arg.variant}')
@@ -23,7 +23,7 @@ def get_config(arg: str = ''):
   return c
 
 
-def story(c, variant: str = 'full', steps: int = 1_200):
+def story(c, variant: str = 'full', steps: int = 1_000):
   if variant not in VARIANTS:
     raise ValueError(f'variant {variant!r} is unknown; there are {", ".join(VARIANTS)}.')
   c.objective = 'story_dalle'
