@@ -93,6 +93,7 @@ def base() -> ConfigDict:
       allow_cpu=False,  # train a large model on the CPU
       peak_flops=0.0,  # of one device; 0.0: from the table in training/metrics.py
       compilation_cache='',  # directory for compiled programs
+      xla_options=ConfigDict(),  # of the compiler, for the step; e.g. {'xla_cpu_enable_fast_math': True}
     )
   )
   c.mesh = ConfigDict(MESHES['data'])

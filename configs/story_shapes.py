@@ -14,7 +14,7 @@ WORDS = ('moves', 'goes', 'meets', 'grows', 'shrinks', 'now')
 
 
 def get_config(arg: str = ''):
-  arg = common.parse_arg(arg, variant='full', steps=1_000)
+  arg = common.parse_arg(arg, variant='full', steps=1_200)
   c = common.base()
   c.root = 'runs/quickstart'
   c.run_dir = c.get_ref('root') + '/' + ('story' if arg.variant == 'full' else f'story_{arg.variant}')
@@ -23,7 +23,7 @@ def get_config(arg: str = ''):
   return c
 
 
-def story(c, variant: str = 'full', steps: int = 1_000):
+def story(c, variant: str = 'full', steps: int = 1_200):
   if variant not in VARIANTS:
     raise ValueError(f'variant {variant!r} is unknown; there are {", ".join(VARIANTS)}.')
   c.objective = 'story_dalle'
@@ -34,13 +34,13 @@ def story(c, variant: str = 'full', steps: int = 1_000):
   c.encode.enabled = True
   c.data.source = 'story_shapes'
   c.data.source_args = dict(image_size=c.data.image_size, count=8_000)
-  c.data.batch_size = 16  # stories
+  c.data.batch_size = 8  # stories
   # The first token of a frame decides its setting, which after a silent change the story token alone knows: as one of
   # 81 it was still ignored after 500 steps. From none to most tokens are read as noise, so that they are explained by
   # captions and source and not by their neighbours.
   c.loss = dict(text_weight=0.125, image_weight=0.875, first=10.0, token_noise=0.4, noise_spread=0.4)
   c.optim.update(name='adamw', lr=1e-3, b1=0.9, b2=0.99, weight_decay=0.045, warmup=50, clip=1.0, schedule='cosine')
-  c.train.update(steps=steps, ema=0.0, log_every=50, checkpoint_every=500, eval_every=1_000, pictures=4)
+  c.train.update(steps=steps, ema=0.0, log_every=50, checkpoint_every=500, eval_every=1_200, pictures=4)
   if variant == 'prompt':
     c.model.prompt = 32
     c.optim.groups = dict(dalle=dict(frozen=True))

@@ -27,8 +27,9 @@ def boxed(init: Init, axes: Axes) -> Init:
 def product(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
   """The last `axes` axes of x[..., I] contracted with the first ones of kernel[I, O]: [..., O].
 
-  The gradient of the kernel is x^T g, where JAX would have (g^T x)^T: for that XLA on the CPU computes g again, with
-  all that leads to it, in a transposed copy and on one core, which was a quarter of a step of the quickstart's stories.
+  On the CPU the gradient of the kernel is x^T g or (g^T x)^T, whichever transposes less: XLA transposes one of them on
+  one core, and left to itself computes it again, with all that leads to it, in the transposed copy. That was a quarter
+  of a step of the quickstart's stories.
   """
   return jnp.tensordot(x, kernel, axes)
 
@@ -42,6 +43,11 @@ def _product_backward(axes, saved, g):
   rows, outer = x.ndim - axes, kernel.ndim - axes
   leading = tuple(range(rows))
   into_x = jax.lax.dot_general(g, kernel, ((tuple(range(rows, g.ndim)), tuple(range(axes, axes + outer))), ((), ())))
+  if jax.default_backend() == 'cpu':
+    x, g = jax.lax.optimization_barrier((x, g))  # what is transposed is there already
+    if x.size > g.size:
+      into_kernel = jax.lax.dot_general(g, x, ((leading, leading), ((), ())))
+      return into_x, jnp.moveaxis(into_kernel, range(outer), range(axes, kernel.ndim))
   return into_x, jax.lax.dot_general(x, g, ((leading, leading), ((), ())))
 
 
@@ -126,9 +132,11 @@ def conv_as_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   XLA on the CPU takes 15 times as long to convolve maps of 2 x 2, forward and backward.
   """
   (b, h, w, c), k = x.shape, kernel.shape[0]
+  if h == w == 1:  # all but the middle of the kernel lies outside
+    return product(x, kernel[k // 2, k // 2])
   x = jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
   shifted = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(k) for j in range(k)], -1)
-  return (shifted.reshape(-1, k * k * c) @ kernel.reshape(k * k * c, -1)).reshape(b, h, w, -1)
+  return product(shifted, kernel.reshape(k * k * c, -1))
 
 
 class Embed(nn.Module):

@@ -9,7 +9,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 # Fields of the model, the objective, a source: who reads them knows them, and refuses what it does not know.
-OPEN = r'(model|loss|frozen|data\.source_args)\.\w+'
+OPEN = r'(model|loss|frozen|data\.source_args|train\.xla_options)\.\w+'
 
 
 def parse(argv: Sequence[str], flag_values: flags.FlagValues | None = None) -> ConfigDict:

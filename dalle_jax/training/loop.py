@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dalle_jax.training import checkpoint, optim, sharding
+from dalle_jax.training import checkpoint, host, optim, sharding
 from dalle_jax.training import metrics as metrics_lib
 from dalle_jax.training import state as state_lib
 from dalle_jax.training.metrics import Diverged
@@ -42,11 +42,12 @@ def make_step(
   mesh: Mesh,
   shardings: Any,
   group: int = 1,
+  xla_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, dict[str, jax.Array], jax.Array]]:
   """The jitted update `(state, frozen, batch) -> (state, metrics, whether all of them are finite)`; `state` is donated.
 
   With `accum` > 1 gradients and metrics are means over as many micro batches, one after the other; `group` consecutive
-  rows stay in the same one.
+  rows stay in the same one. `xla_options` are for the compiler; those that it does not know are left out.
   """
   after_update = getattr(objective, 'after_update', lambda params, mutable: params)
 
@@ -96,7 +97,8 @@ def make_step(
     finite = jnp.isfinite(jnp.stack([jnp.asarray(m, jnp.float32) for m in metrics.values()])).all()
     return TrainState(state.step + 1, params, opt_state, average, mutable), metrics, finite
 
-  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None))
+  options = host.known_options(xla_options or {})
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None), compiler_options=options)
 
 
 class StopSignal:
@@ -216,7 +218,15 @@ def train(
   # --- The loop -------------------------------------------------------------------------------------------------------
   shardings = jax.tree.map(lambda x: x.sharding, target)
   step_fn = make_step(
-    objective, optimizer, seed=config.seed, accum=c.accum, ema=c.ema, mesh=mesh, shardings=shardings, group=group
+    objective,
+    optimizer,
+    seed=config.seed,
+    accum=c.accum,
+    ema=c.ema,
+    mesh=mesh,
+    shardings=shardings,
+    group=group,
+    xla_options=c.get('xla_options'),
   )
   saves = checkpoint.manager(run_dir, c.keep)
   writer, progress = metrics_lib.Writer(run_dir, start), metrics_lib.Progress(start, c.steps)
