@@ -56,6 +56,20 @@ def tokenizer(config: ConfigDict, meta: dict | None, initial: checkpoint.Run | N
   return grown
 
 
+def inherit(config: ConfigDict, known: dict) -> None:
+  """Takes from the config of the run that this one starts from what a tokenizer or a network of its goes with.
+
+  With `model.variant='init'` that is every field of the model that is not given, and the length of captions.
+  """
+  names = ('pad', 'start', 'end')
+  if config.model.get('variant') == 'init':
+    given = {k: v for k, v in config.model.items() if k != 'variant'}
+    config.model = ConfigDict({**known['model'], **given})
+    names = (*names, 'length')
+  if config.tokenizer.vocab_size and known.get('tokenizer'):
+    config.tokenizer.update({k: known['tokenizer'][k] for k in names if k in known['tokenizer']})
+
+
 def captions(source: pipeline.Source, count: int) -> Iterator[str]:
   """The captions of the first `count` records; those that cannot be read are named when training meets them."""
   for i in range(min(len(source), count)):
@@ -137,6 +151,10 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
       print(f'{split}: {line}', flush=True)
   start_from = config.init.path if not before else ''
   initial = checkpoint.load_run(start_from, mesh=mesh, rules=config.rules) if start_from else None
+  if config.model.get('variant') == 'init' and not config.init.path:
+    raise ValueError("config.model.variant is 'init', so pass --config.init.path=RUN, whose model it is.")
+  if initial or (before and config.init.path):
+    inherit(config, initial.config if initial else before['config'])
   words = tokenizer(config, before, initial, records[data.split])
   if words:
     config.tokenizer.vocab_size = words.vocab_size
@@ -155,10 +173,10 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
   def batches(split: str, training: bool, start: int = 0):
     encoders = {}
     if words:
-      encoders['text'] = bpe.TextEncoder(words, config.tokenizer.length, config.tokenizer.dropout if training else 0.0)
+      encoders['text'] = bpe.text_encoder(words, config.tokenizer, config.tokenizer.dropout if training else 0.0)
       for name, other in frozen.items():  # a frozen network that reads text has words of its own
         if other.tokenizer:
-          encoders[f'{name}_text'] = bpe.TextEncoder(bpe.BPE(other.tokenizer), other.config['tokenizer']['length'])
+          encoders[f'{name}_text'] = bpe.text_encoder(other.tokenizer, other.config['tokenizer'])
     return pipeline.make_loader(
       records[split],
       data,

@@ -58,6 +58,9 @@ def base() -> ConfigDict:
       dropout=0.1,
       path='',
       new_tokens=(),  # words that become tokens of their own, such as names
+      pad=-1,  # the id of the padding; -1: each position has its own
+      start=-1,  # ids that stand before and behind a caption; -1: none
+      end=-1,
     )
   )
   c.encode = ConfigDict(dict(enabled=False, batch_size=64, path=''))  # images to codes once, before training

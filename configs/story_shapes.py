@@ -27,7 +27,11 @@ def story(c, variant: str = 'full', steps: int = 1_200):
   if variant not in VARIANTS:
     raise ValueError(f'variant {variant!r} is unknown; there are {", ".join(VARIANTS)}.')
   c.objective = 'story_dalle'
-  c.model = dict(variant='quickstart', retro=int(variant != 'no_retro'), story_encoder=variant != 'no_story_encoder')
+  c.model = dict(
+    variant='quickstart',
+    retro=int(variant != 'no_retro'),
+    story_encoder='' if variant == 'no_story_encoder' else 'global',
+  )
   c.frozen = dict(vqgan=c.get_ref('root') + '/vqgan')
   c.init.update(path=c.get_ref('root') + '/dalle', new='story/.*')
   c.tokenizer.update(vocab_size=512, length=24, dropout=0.0, new_tokens=NAMES + WORDS)

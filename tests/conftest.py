@@ -14,3 +14,9 @@ from absl import flags
 
 if not flags.FLAGS.is_parsed():
   flags.FLAGS(sys.argv[:1])
+
+
+def pytest_addoption(parser):
+  parser.addoption(
+    '--parity-dir', default='', help='a folder of other parity folders, for tests/convert/test_parity.py'
+  )

@@ -23,6 +23,7 @@ MAY_IMPORT = {  # room -> rooms (or one file of a room)
   'training': {'training'},
   'models': {'models', 'layers'},
   'objectives': {'objectives', 'models', 'functional', 'layers'},
+  'convert': {'convert', 'models', 'training', 'data.restricted'},
   'evals': {'evals', 'models', 'functional', 'training', 'data.sources'},
   'pipelines': {'pipelines', 'models', 'functional', 'training', 'data'},
 }
@@ -67,6 +68,11 @@ def stages(name):
 def test_shipped_configs_build_their_objective(name):
   runs = stages(name)
   networks = {'vqgan': {'model': {'variant': 'f8_8192' if runs[0].data.image_size >= 256 else 'quickstart'}}}
+  networks['lpips'] = {'model': {'variant': 'vgg16'}}
+  if runs[0].model.get('variant') == 'init':  # fine-tuning of what `convert` made
+    kind = 'f16_1024' if runs[0].objective == 'vqgan' else 'mindalle'
+    networks['vqgan']['model']['variant'] = 'f16_16384'
+    train.inherit(runs[0], {'model': {'variant': kind}, 'tokenizer': {'length': 64, 'pad': 0}})
   for c in runs:
     room = train.by_name('objectives', c.objective, 'objective')
     frozen = {k: networks[k] for k in c.frozen}

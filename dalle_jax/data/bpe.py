@@ -8,8 +8,9 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -163,21 +164,37 @@ def _merge(ids: list[int], merges: Merges, dropout: float, rng: random.Random) -
 class TextEncoder:
   """Captions to fixed-length ids, the form in which models take them."""
 
-  def __init__(self, bpe: BPE, length: int, dropout: float = 0.0):
-    """Raises ValueError for a length below 1 or a dropout outside [0, 1]."""
-    if length < 1:
-      raise ValueError(f'tokenizer.length is {length}; expected 1 or more tokens a caption.')
+  def __init__(self, bpe: BPE, length: int, dropout: float = 0.0, *, pad: int = -1, start: int = -1, end: int = -1):
+    """`pad`, `start` and `end` are ids; -1: a padding of its own for each position, nothing before, nothing behind.
+
+    Raises ValueError for a length below 1 (beside start and end), a dropout outside [0, 1] or an id that is none.
+    """
+    self._before, self._behind = ([i] if i >= 0 else [] for i in (start, end))
+    if length < 1 + len(self._before) + len(self._behind):
+      raise ValueError(f'tokenizer.length is {length}; expected 1 or more tokens a caption, beside its start and end.')
+    if max(pad, start, end) >= bpe.vocab_size:
+      raise ValueError(f'tokenizer.pad, start or end is {max(pad, start, end)}; there are {bpe.vocab_size} tokens.')
     if not 0 <= dropout <= 1:
       raise ValueError(f'tokenizer.dropout is {dropout}; expected a probability.')
     self.bpe, self.length, self.dropout = bpe, length, dropout
-    self._padding = np.arange(bpe.vocab_size, bpe.vocab_size + length, dtype=np.int32)
+    own = np.arange(bpe.vocab_size, bpe.vocab_size + length, dtype=np.int32)
+    self._padding = own if pad < 0 else np.full(length, pad, np.int32)
 
   def __call__(self, caption: str, seed: int | None = None) -> np.ndarray:
-    """int32[length]: ids cut to the length, then padding; position i is padded with its own id V + i (DALL-E, 2.2).
+    """int32[length]: ids cut to the length, then padding.
 
-    '' is all padding, the unconditional prompt. BPE dropout acts with a `seed` alone.
+    By default position i is padded with its own id V + i (DALL-E, 2.2) and '' is all padding, the unconditional prompt.
+    BPE dropout acts with a `seed` alone.
     """
-    ids = self.bpe.encode(caption, self.dropout, seed)[: self.length]
+    ids = self.bpe.encode(caption, self.dropout, seed)
+    ids = [*self._before, *ids[: self.length - len(self._before) - len(self._behind)], *self._behind]
     text = self._padding.copy()
     text[: len(ids)] = ids
     return text
+
+
+def text_encoder(words: BPE | str, config: Mapping[str, Any], dropout: float = 0.0) -> TextEncoder:
+  """The encoder of a run: its tokenizer and its `config.tokenizer`. Raises ValueError as TextEncoder."""
+  words = BPE(words) if isinstance(words, str) else words
+  special = {name: config.get(name, -1) for name in ('pad', 'start', 'end')}
+  return TextEncoder(words, config['length'], dropout, **special)

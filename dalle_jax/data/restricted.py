@@ -12,6 +12,7 @@ import json
 import math
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,13 @@ _LATIN1 = ('latin1', 'latin-1', 'iso-8859-1')
 
 class Refused(Exception):
   """A pickle wants something that is not admitted."""
+
+
+class Holder:
+  """An object of a reader built on this one, whose `args` and `state` may hold stand-ins."""
+
+  args: Any = ()
+  state: Any = None
 
 
 class _Sealed:
@@ -133,35 +141,39 @@ def _inert(*args: Any) -> Any:
 
 
 _ARRAY = _Sealed(_inert)  # the class as an argument of _reconstruct; it makes nothing itself
-_GLOBALS: dict[tuple[str, str], _Sealed] = {('numpy', 'ndarray'): _ARRAY, ('numpy', 'dtype'): _Sealed(_Dtype)}
+GLOBALS: dict[tuple[str, str], _Sealed] = {('numpy', 'ndarray'): _ARRAY, ('numpy', 'dtype'): _Sealed(_Dtype)}
 for _core in ('numpy.core', 'numpy._core'):  # before and after numpy 2
-  _GLOBALS[f'{_core}.multiarray', '_reconstruct'] = _Sealed(_reconstruct)
-  _GLOBALS[f'{_core}.multiarray', 'scalar'] = _Sealed(_scalar)
-  _GLOBALS[f'{_core}.numeric', '_frombuffer'] = _Sealed(_frombuffer)
+  GLOBALS[f'{_core}.multiarray', '_reconstruct'] = _Sealed(_reconstruct)
+  GLOBALS[f'{_core}.multiarray', 'scalar'] = _Sealed(_scalar)
+  GLOBALS[f'{_core}.numeric', '_frombuffer'] = _Sealed(_frombuffer)
 for _builtin in ('builtins', '__builtin__'):  # of Python 3 and 2
   for _kind in (set, frozenset, complex):
-    _GLOBALS[_builtin, _kind.__name__] = _Sealed(_kind)
-  _GLOBALS[_builtin, 'bytes'] = _Sealed(lambda: b'')  # protocol 2 has it for empty ones alone
-_GLOBALS['_codecs', 'encode'] = _Sealed(_encode)
+    GLOBALS[_builtin, _kind.__name__] = _Sealed(_kind)
+  GLOBALS[_builtin, 'bytes'] = _Sealed(lambda: b'')  # protocol 2 has it for empty ones alone
+GLOBALS['_codecs', 'encode'] = _Sealed(_encode)
 
 
 class _Unpickler(pickle.Unpickler):
   def find_class(self, module: str, name: str) -> Any:
-    if (module, name) not in _GLOBALS:
+    if (module, name) not in GLOBALS:
       raise Refused(f'{module}.{name}'[:100])
-    return _GLOBALS[module, name]
+    return GLOBALS[module, name]
 
 
-_HOLDERS = {list, dict, tuple, _Array, _Dtype, _Sealed}  # what `_plain` has to look into
+_HOLDERS = {list, dict, OrderedDict, tuple, _Array, _Dtype, _Sealed}  # what `plain` has to look into
 
 
-def _plain(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
+def _holds(kind: type) -> bool:
+  return kind in _HOLDERS or issubclass(kind, Holder)
+
+
+def plain(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
   """`value` with real arrays and dtypes in place of the stand-ins; lists, dicts and arrays are changed where they are.
 
   `done` is id -> (before, after): a pickle may hold one list many times, or in itself.
   """
   kind = type(value)
-  if kind not in _HOLDERS or (kind in (list, tuple) and _HOLDERS.isdisjoint(map(type, value))):
+  if not _holds(kind) or (kind in (list, tuple) and not any(map(_holds, set(map(type, value))))):
     return value
   if id(value) in done:
     return done[id(value)][1]
@@ -169,27 +181,29 @@ def _plain(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
     raise Refused('a global as a value')
   after: Any
   if kind is tuple:
-    after = tuple(_plain(v, done) for v in value)
+    after = tuple(plain(v, done) for v in value)
   else:
     after = value.value if kind in (_Array, _Dtype) else value
   done[id(value)] = (value, after)
   if kind is list:
-    value[:] = [_plain(v, done) for v in value]
-  elif kind is dict:
+    value[:] = [plain(v, done) for v in value]
+  elif isinstance(value, dict):
     for key in value:
-      value[key] = _plain(value[key], done)
+      value[key] = plain(value[key], done)
+  elif isinstance(value, Holder):
+    value.args, value.state = plain(value.args, done), plain(value.state, done)
   elif kind is _Array:
     if after is None:
       raise Refused('an array that was never filled')
     if after.dtype.hasobject:
       flat = after.ravel('K')  # a view; with one axis, as numpy would take an array apart that it puts into none
       for i, v in enumerate(flat):
-        flat[i] = _plain(v, done)
+        flat[i] = plain(v, done)
   return after
 
 
 def _unpickled(file: io.BufferedIOBase) -> Any:
-  return _plain(_Unpickler(file, encoding='latin1').load(), {})
+  return plain(_Unpickler(file, encoding='latin1').load(), {})
 
 
 def _read(path: Path) -> Any:

@@ -24,7 +24,7 @@ from flax import struct
 
 from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init
 
-KINDS = ('full', 'row', 'column', 'conv')
+KINDS = ('full', 'row', 'column', 'conv', 'wrapped')
 CACHE_AXES = ('layers', 'batch', None, 'heads', None)
 
 
@@ -34,7 +34,8 @@ def stream_mask(kind: str, prefix: int, grid: tuple[int, int], conv_kernel: int 
 
   Everything is causal and sees all text before it. Among image tokens a query sees, beside itself, with 'full' all
   earlier ones, with 'row' the w ones before it in raster order, with 'column' those above it, with 'conv' the earlier
-  ones of the conv_kernel x conv_kernel window around it. Raises ValueError for an unknown kind.
+  ones of the conv_kernel x conv_kernel window around it; with 'wrapped' (ru-DALLE) that window goes on at the opposite
+  edges of the picture. Raises ValueError for an unknown kind.
   """
   h, w = grid
   stream = np.arange(prefix + h * w)
@@ -50,6 +51,9 @@ def stream_mask(kind: str, prefix: int, grid: tuple[int, int], conv_kernel: int 
       seen = columns == 0
     case 'conv':
       seen = (np.abs(rows) <= reach) & (np.abs(columns) <= reach)
+    case 'wrapped':
+      near = lambda distance, size: np.minimum(distance % size, -distance % size) <= reach
+      seen = near(rows, h) & near(columns, w)
     case _:
       raise ValueError(f'attention kind {kind!r} is unknown; there are {", ".join(KINDS)}.')
   return (k <= q) & (seen | (k < 0) | (q < 0))
@@ -117,7 +121,7 @@ class Attention(nn.Module):
     layer: jax.Array | int = 0,
     offset: jax.Array | int = 0,
   ) -> tuple[jax.Array, KVCache | None]:
-    """`mask` bool[T, keys] says which of the first `keys` positions count; without it all do."""
+    """`mask` bool[T, keys] or [B, T, keys] says which of the first `keys` positions count; without it all do."""
     d = x.shape[-1]
     shape, axes = (d, self.heads, d // self.heads), ('embed', 'heads', 'head_dim')
     inits = {'query': self.kernel_init, 'key': self.kernel_init, 'value': self.value_init or self.kernel_init}
@@ -128,9 +132,10 @@ class Attention(nn.Module):
     if cache is not None:
       cache = cache.write(layer, offset, k, v)
       k, v = cache.read(layer, mask.shape[-1])
-    y = jax.nn.dot_product_attention(
-      q, k, v, mask=None if mask is None else jnp.asarray(mask)[None, None]
-    )  # softmax in float32
+    if mask is not None:
+      mask = jnp.asarray(mask)
+      mask = mask[None, None] if mask.ndim == 2 else mask[:, None]  # (B or 1, 1, T, keys)
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask)  # softmax in float32
     out = Einsum(
       (*shape[1:], d), (*axes[1:], 'embed'), bias_axes=(2,), dtype=self.dtype, kernel_init=self.out_init, name='out'
     )

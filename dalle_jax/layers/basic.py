@@ -131,7 +131,7 @@ def conv_as_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
   XLA on the CPU takes 15 times as long to convolve maps of 2 x 2, forward and backward.
   """
-  (b, h, w, c), k = x.shape, kernel.shape[0]
+  (_, h, w, c), k = x.shape, kernel.shape[0]
   if h == w == 1:  # all but the middle of the kernel lies outside
     return product(x, kernel[k // 2, k // 2])
   x = jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
@@ -186,6 +186,24 @@ def sinusoid(length: int, width: int) -> jax.Array:
     raise ValueError(f'sinusoidal positions need an even width, not {width}.')
   angle = jnp.arange(length)[:, None] * 1e4 ** (-jnp.arange(width // 2) / (width // 2))
   return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], 1)
+
+
+class FixedBatchNorm(nn.Module):
+  """Batch normalisation by statistics that are given and not learnt on: an affine map of each channel of [..., C].
+
+  For weights that were trained with it: mean and var are among the parameters and get no gradient.
+  """
+
+  eps: float = 1e-5
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    ones, zeros, shape = nn.initializers.ones, nn.initializers.zeros, (x.shape[-1],)
+    table = lambda name, init: self.param(name, boxed(init, ('norm',)), shape, jnp.float32)
+    scale, bias = table('scale', ones), table('bias', zeros)
+    mean, var = (jax.lax.stop_gradient(table(name, init)) for name, init in (('mean', zeros), ('var', ones)))
+    return ((x.astype(jnp.float32) - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(self.dtype)
 
 
 class GroupNorm(nn.Module):

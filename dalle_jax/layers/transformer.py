@@ -1,9 +1,10 @@
-"""The transformer of every model here: pre-LayerNorm blocks, scanned, with or without a cache.
+"""The transformer of every model here: blocks of attention and MLP, scanned, with or without a cache.
 
 Axis legend: B batch, S/T sequence, D embed.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -20,49 +21,81 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),  # of the OpenAI CLIP weights
 }
 REMATS = ('none', 'full', 'dots')
+NORMS = ('pre', 'post', 'sandwich')
+
+
+def residual(
+  norms: str, eps: float, dtype: jnp.dtype
+) -> Callable[[jax.Array, str, Callable[[jax.Array], jax.Array]], jax.Array]:
+  """x + f(x) with its LayerNorms, made in the calling module as `name` and NAME_after; `norms` says where they are.
+
+  'pre': x + f(norm(x)); 'post': norm(x + f(x)), as BERT; 'sandwich': x + norm_after(f(norm(x))) (CogView, Ding et al.,
+  2021, section 2.4).
+  """
+  norm = lambda name: LayerNorm(eps, dtype, name=name)
+
+  def pre(x, name, f):
+    return x + f(norm(name)(x))
+
+  def post(x, name, f):
+    return norm(name)(x + f(x))
+
+  def sandwich(x, name, f):
+    return x + norm(f'{name}_after')(f(norm(name)(x)))
+
+  return {'pre': pre, 'post': post, 'sandwich': sandwich}[norms]
 
 
 class Block(nn.Module):
-  """Attention, a look at a source where there is one, and MLP, each `x + f(norm(x))`; fields as in Stack."""
+  """Attention, a look at a source where there is one, and MLP; fields as in Stack."""
 
   depth: int
   heads: int
   activation: str
   dtype: jnp.dtype
+  norms: str = 'pre'
+  mlp: int = 0
+  eps: float = 1e-5
 
   @nn.compact
   def __call__(
     self,
     x: jax.Array,
     mask: jax.Array | None,
-    cache: KVCache | None,
-    layer: jax.Array,
-    offset: jax.Array | int,
+    cache: KVCache | None = None,
+    layer: jax.Array | int = 0,
+    offset: jax.Array | int = 0,
     context: Context | None = None,
     looking: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
     x = constrain(x, ('batch', 'seq', 'embed'))
     d = x.shape[-1]
     inner, outer = normal_init(d**-0.5), normal_init((2 * self.depth * d) ** -0.5)  # the sum over layers keeps its size
-    y = LayerNorm(dtype=self.dtype, name='norm_1')(x)
-    attention = Attention(self.heads, self.dtype, inner, outer, name='attention')
-    y, cache = attention(y, mask, cache, layer, offset)
-    x = x + y
+    around = residual(self.norms, self.eps, self.dtype)
+    caches = []
+
+    def attend(y: jax.Array) -> jax.Array:
+      attention = Attention(self.heads, self.dtype, inner, outer, name='attention')
+      y, new = attention(y, mask, cache, layer, offset)
+      caches.append(new)
+      return y
+
+    def mlp(y: jax.Array) -> jax.Array:
+      wide = normal_init((2 * d) ** -0.5)
+      y = Dense(self.mlp or 4 * d, ('embed', 'mlp'), dtype=self.dtype, kernel_init=wide, name='mlp_in')(y)
+      y = ACTIVATIONS[self.activation](y)
+      return Dense(d, ('mlp', 'embed'), dtype=self.dtype, kernel_init=outer, name='mlp_out')(y)
+
+    x = around(x, 'norm_1', attend)
     if context is not None:
       x = look(x, context, looking)
-    y = LayerNorm(dtype=self.dtype, name='norm_2')(x)
-    y = Dense(4 * d, ('embed', 'mlp'), dtype=self.dtype, kernel_init=normal_init((2 * d) ** -0.5), name='mlp_in')(y)
-    y = ACTIVATIONS[self.activation](y)
-    return x + Dense(d, ('mlp', 'embed'), dtype=self.dtype, kernel_init=outer, name='mlp_out')(y), cache
+    return around(x, 'norm_2', mlp), caches[0]
 
 
 class Period(nn.Module):
-  """The blocks of one turn of the scan; fields as in Stack."""
+  """The blocks of one turn of the scan: `period` of them, with the fields `block` of each."""
 
-  depth: int
-  heads: int
-  activation: str
-  dtype: jnp.dtype
+  block: tuple[Any, ...]
   period: int
 
   @nn.compact
@@ -78,7 +111,7 @@ class Period(nn.Module):
     index, kinds, context = turn  # int32[], int32[period], that of the looking layers of this period
     every = 0 if context is None else self.period // len(context.scale)
     for i in range(self.period):
-      block = Block(self.depth, self.heads, self.activation, self.dtype, name=f'block_{i}')
+      block = Block(*self.block, name=f'block_{i}')
       mask = None if masks is None else masks[kinds[i]]
       source = context.layer(i // every) if context is not None and (i + 1) % every == 0 else None
       x, cache = block(x, mask, cache, index * self.period + i, offset, source, looking)
@@ -93,6 +126,9 @@ class Stack(nn.Module):
       products of matrices with parameters).
     unroll: turns of the scan that are compiled one after the other, without a loop. On the CPU all of them are 10
       to 15% faster than one by one; compilation takes longer.
+    norms: where the LayerNorms are, see `residual`.
+    mlp: the width of the MLP; 0: four times that of x.
+    eps: of the LayerNorms.
   """
 
   depth: int
@@ -102,6 +138,9 @@ class Stack(nn.Module):
   period: int = 1
   remat: str = 'none'
   unroll: int = 1
+  norms: str = 'pre'
+  mlp: int = 0
+  eps: float = 1e-5
 
   @nn.compact
   def __call__(
@@ -118,13 +157,13 @@ class Stack(nn.Module):
 
     Args:
       x: [B, T, D], the stream or, with a cache, its positions from `offset` on.
-      masks: bool[M, T, keys]; None if all see all.
+      masks: bool[M, T, keys] or [M, B, T, keys]; None if all see all.
       kinds: the index in `masks` of each layer; all 0 by default.
       cache: written at `offset`, then read for the first `keys` positions.
       context: of a source that every (depth / L)-th layer looks at.
       looking: bool[T], the positions of x that look.
 
-    Raises ValueError when heads, period, activation or remat do not fit.
+    Raises ValueError when heads, period, activation, remat or norms do not fit.
     """
     if x.shape[-1] % self.heads:
       raise ValueError(f'a width of {x.shape[-1]} is not divisible by {self.heads} heads; change either.')
@@ -134,6 +173,8 @@ class Stack(nn.Module):
       raise ValueError(f'activation {self.activation!r} is unknown; there are {", ".join(ACTIVATIONS)}.')
     if self.remat not in REMATS:
       raise ValueError(f'remat {self.remat!r} is unknown; there are {", ".join(REMATS)}.')
+    if self.norms not in NORMS:
+      raise ValueError(f'norms {self.norms!r} is unknown; there are {", ".join(NORMS)}.')
     turns = self.depth // self.period
     body: type[nn.Module] = Period
     if self.remat != 'none':
@@ -148,7 +189,8 @@ class Stack(nn.Module):
       unroll=min(self.unroll, turns),
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    blocks = scan(self.depth, self.heads, self.activation, self.dtype, self.period, name='blocks')
+    block = (self.depth, self.heads, self.activation, self.dtype, self.norms, self.mlp, self.eps)
+    blocks = scan(block, self.period, name='blocks')
     which = np.zeros(self.depth, np.int32) if kinds is None else np.asarray(kinds, np.int32)
     sources = None if context is None else context.turns(turns)
     turn = (jnp.arange(turns), jnp.asarray(which.reshape(turns, self.period)), sources)

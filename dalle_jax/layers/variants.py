@@ -9,6 +9,13 @@ import jax.numpy as jnp
 Module = TypeVar('Module')
 
 
+def text_sizes(tokenizer: Mapping[str, Any]) -> dict[str, int]:
+  """The fields of a network that follow from `config.tokenizer`: all text ids, the length of a text, its padding."""
+  length, pad = tokenizer['length'], tokenizer.get('pad', -1)
+  own = length if pad < 0 else 0  # a padding for each position
+  return dict(text_vocab=tokenizer['vocab_size'] + own, text_length=length, pad=pad)
+
+
 KINDS = ((bool, bool), (int, int), (float, (int, float)), (str, str), ((tuple, list), (tuple, list)))
 
 

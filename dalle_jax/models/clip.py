@@ -45,6 +45,8 @@ class ImageTower(nn.Module):
   activation: str
   dtype: jnp.dtype
   unroll: int = 1
+  mlp: int = 0
+  eps: float = 1e-5
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
@@ -63,11 +65,22 @@ class ImageTower(nn.Module):
     elif self.pool != 'all':
       raise ValueError(f'CLIP image_pool {self.pool!r} is unknown; there are class and all.')
     positions = self.param('positions', boxed(init, (None, 'embed')), x.shape[1:], jnp.float32)
-    x = LayerNorm(dtype=self.dtype, name='norm_in')(x + positions.astype(self.dtype))
-    encoder = Stack(self.layers, self.heads, self.activation, self.dtype, unroll=self.unroll, name='encoder')
+    x = LayerNorm(self.eps, self.dtype, name='norm_in')(x + positions.astype(self.dtype))
+    encoder = Stack(
+      self.layers,
+      self.heads,
+      self.activation,
+      self.dtype,
+      unroll=self.unroll,
+      mlp=self.mlp,
+      eps=self.eps,
+      name='encoder',
+    )
     x, _ = encoder(x)
-    x = LayerNorm(name='norm_out')(x[:, 0] if self.pool == 'class' else x)
+    self.sow('hidden', 'last', x)
+    x = LayerNorm(self.eps, name='norm_out')(x[:, 0] if self.pool == 'class' else x)
     x = x.reshape(len(x), -1)
+    self.sow('hidden', 'pooled', x)
     return Dense(self.embed_dim, ('embed', None), use_bias=False, kernel_init=init, name='proj')(x)
 
 
@@ -85,24 +98,42 @@ class TextTower(nn.Module):
   activation: str
   dtype: jnp.dtype
   unroll: int = 1
+  mlp: int = 0
+  end: int = -1
+  eps: float = 1e-5
 
   @nn.compact
-  def __call__(self, ids: jax.Array) -> jax.Array:
+  def __call__(self, ids: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+    """`seen` bool[B, N]: the positions that count as keys; all by default."""
     if ids.shape[1] != self.length:
       raise ValueError(f'CLIP takes {self.length} text tokens, not {ids.shape[1]}; pad or cut the captions.')
     init, shape = boxed(normal_init(0.01), (None, 'embed')), (self.length, self.width)
     positions = self.param('positions', init, shape, jnp.float32)
     x = Embed(self.vocab_size, self.width, dtype=self.dtype, name='embed')(ids) + positions.astype(self.dtype)
     masks = np.tri(self.length, dtype=bool)[None] if self.causal else None
-    encoder = Stack(self.layers, self.heads, self.activation, self.dtype, unroll=self.unroll, name='encoder')
+    if seen is not None:
+      masks = (seen[:, None] & (True if masks is None else masks))[None]  # (1, B, N, N)
+    encoder = Stack(
+      self.layers,
+      self.heads,
+      self.activation,
+      self.dtype,
+      unroll=self.unroll,
+      mlp=self.mlp,
+      eps=self.eps,
+      name='encoder',
+    )
     x, _ = encoder(x, masks)
+    self.sow('hidden', 'last', x)
     if self.pool == 'last':
       x = x[:, -1]
-    elif self.pool == 'max_id':  # the end-of-text token has the highest id
-      x = jnp.take_along_axis(x, ids.argmax(-1)[:, None, None], 1)[:, 0]
+    elif self.pool in ('max_id', 'end'):  # that of the end-of-text token, which has the highest id in OpenAI's models
+      where = (ids if self.pool == 'max_id' else ids == self.end).argmax(-1)
+      x = jnp.take_along_axis(x, where[:, None, None], 1)[:, 0]
     else:
-      raise ValueError(f'CLIP text_pool {self.pool!r} is unknown; there are last and max_id.')
-    x = LayerNorm(name='norm_out')(x)
+      raise ValueError(f'CLIP text_pool {self.pool!r} is unknown; there are last, max_id and end.')
+    x = LayerNorm(self.eps, name='norm_out')(x)
+    self.sow('hidden', 'pooled', x)
     return Dense(
       self.embed_dim, ('embed', None), use_bias=False, kernel_init=normal_init(self.width**-0.5), name='proj'
     )(x)
@@ -116,7 +147,9 @@ class CLIP(nn.Module):
       patch and no class token. A sum over patches has forgotten where things are and is long in finding out; with 'all'
       small models know at once.
     text_causal: whether text sees earlier text alone (as the OpenAI models) or all of it.
-    text_pool: the position that stands for the caption, 'last' or that of the highest id ('max_id').
+    text_pool: the position that stands for the caption: 'last', that of the highest id ('max_id') or the first of the
+      id `end` ('end').
+    mlp, text_mlp: widths of the MLPs; 0: four times those of the towers.
     unroll: see `layers.transformer.Stack`.
   """
 
@@ -135,13 +168,17 @@ class CLIP(nn.Module):
   text_length: int = 77
   embed_dim: int = 512
   activation: str = 'quick_gelu'
+  mlp: int = 0
+  text_mlp: int = 0
+  end: int = -1
+  eps: float = 1e-5
   unroll: int = 1
   dtype: jnp.dtype = jnp.float32
 
   def setup(self):
     self.image = ImageTower(
       self.image_size, self.patch, self.width, self.layers, self.heads, self.embed_dim, self.image_pool,
-      self.activation, self.dtype, self.unroll,
+      self.activation, self.dtype, self.unroll, self.mlp, self.eps,
     )  # fmt: skip
     self.text = TextTower(
       self.vocab_size,
@@ -155,6 +192,9 @@ class CLIP(nn.Module):
       self.activation,
       self.dtype,
       self.unroll,
+      self.text_mlp,
+      self.end,
+      self.eps,
     )
     self.logit_scale = self.param('logit_scale', nn.initializers.constant(math.log(1 / 0.07)), (), jnp.float32)
 
@@ -167,9 +207,12 @@ class CLIP(nn.Module):
     """float32[B, H, W, 3] in [-1, 1] -> float32[B, embed_dim] of unit length. Raises ValueError for another size."""
     return normalize(self.image(images))
 
-  def encode_text(self, text: jax.Array) -> jax.Array:
-    """int32[B, N] -> float32[B, embed_dim] of unit length. Raises ValueError for another length."""
-    return normalize(self.text(text))
+  def encode_text(self, text: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+    """int32[B, N] -> float32[B, embed_dim] of unit length. Raises ValueError for another length.
+
+    `seen` bool[B, N] are the positions that count as keys; OpenAI's models count all, and see none behind the end.
+    """
+    return normalize(self.text(text, seen))
 
 
 def normalize(x: jax.Array) -> jax.Array:
@@ -183,6 +226,6 @@ def build(variant: str, **overrides) -> CLIP:
 
 def of_run(config: Mapping[str, Any]) -> CLIP:
   """The network of a trained run, from the config in it."""
-  words, length = config['tokenizer']['vocab_size'], config['tokenizer']['length']
-  sizes = dict(vocab_size=words + length, text_length=length, image_size=config['data']['image_size'])
+  text = variants.text_sizes(config['tokenizer'])
+  sizes = dict(vocab_size=text['text_vocab'], text_length=text['text_length'], image_size=config['data']['image_size'])
   return build(**{**config['model'], **sizes})

@@ -1,11 +1,13 @@
 """DALL-E: one autoregressive transformer over text and image tokens (Ramesh et al., 2021, section 2.2).
 
-Axis legend: B batch, T text_length, I image tokens (h * w), P = T + 1 the prefix [start of text] + text, D d_model,
-N = P + I - 1 the positions that go in: the last image token is only ever predicted. Position p predicts token p + 1, so
-the last text position predicts the first image token. A model built on this one may put E `extra` vectors before the
-start of text, and let the positions that predict image tokens look at a source (`layers.cross`).
+Axis legend: B batch, T text_length, I image tokens (h * w), P the prefix [start of text] + text (T + 1; T in a layout
+without a start), D d_model, N = P + I - 1 the positions that go in: the last image token is only ever predicted.
+Position p predicts token p + 1, so the last text position predicts the first image token. A model built on this one may
+put E `extra` vectors before the start of text, and let the positions that predict image tokens look at a source
+(`layers.cross`).
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -38,20 +40,52 @@ VARIANTS = {
   'small': dict(d_model=768, depth=12, heads=12),
   '300m': dict(d_model=1024, depth=24, heads=16, remat='dots'),
   '1.3b': dict(d_model=2048, depth=24, heads=16, remat='full'),
-  '12b': dict(d_model=3968, depth=64, heads=62, tied=True, period=4, remat='full'),
+  '12b': dict(d_model=3968, depth=64, heads=62, head='tied', period=4, remat='full'),
+  # Public models, whose weights `convert` reads.
+  'mindalle': dict(
+    text_vocab=16_384, text_length=64, image_vocab=16_384, grid=(16, 16), d_model=1536, depth=42, heads=24,
+    attention='full', image_positions='learned', layout='no_start', pad=0, period=3, remat='dots',
+  ),
+  'rudalle': dict(
+    text_vocab=16_384 + 128, text_length=128, image_vocab=8192, d_model=2048, depth=24, heads=16, layout='no_start',
+    attention=','.join(['row', 'column', 'row', 'row'] * 5 + ['row', 'column', 'row', 'conv']), norms='sandwich',
+    head='norm', activation='gelu_tanh', remat='dots',
+  ),
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """What stands before the image tokens.
+
+  Attributes:
+    start: a vector of its own comes first and predicts the first text token, which is else never predicted.
+    shift: by how much masks take the image tokens to lie further on than they do.
+  """
+
+  start: bool = True
+  shift: int = 0
+
+
+LAYOUTS = {
+  'start': Layout(),
+  'no_start': Layout(start=False),  # minDALL-E, ru-DALLE: the text brings what it needs
+  'shifted': Layout(shift=-1),  # ru-DALLE's second models: masks made as if there were no start
+}
 
 
 class DALLE(nn.Module):
   """The transformer with its embeddings and heads.
 
   Attributes:
-    text_vocab: all text ids, those of the `text_length` paddings (one a position, the highest ids) included.
+    text_vocab: all text ids, those of paddings included.
+    pad: the id of the padding; -1 where every text position has a padding of its own, the `text_length` highest ids.
+    layout: what stands before the image tokens, see `LAYOUTS`.
     grid: rows and columns of image tokens.
     attention: kinds by layer, see `layers.attention.layer_kinds`.
     image_positions: 'axial', a row and a column embedding each, or 'learned', one a position.
-    tied: the heads are the embeddings of text and image.
-    period, remat, unroll: see `layers.transformer.Stack`.
+    head: 'linear'; 'tied', the embeddings of text and image; or 'norm', with one LayerNorm more, and biases.
+    norms, period, remat, unroll: see `layers.transformer.Stack`.
   """
 
   text_vocab: int = 16_384 + 256
@@ -64,7 +98,10 @@ class DALLE(nn.Module):
   attention: str = 'paper'
   conv_kernel: int = 11
   image_positions: str = 'axial'
-  tied: bool = False
+  layout: str = 'start'
+  pad: int = -1
+  head: str = 'linear'
+  norms: str = 'pre'
   activation: str = 'gelu'
   period: int = 1
   remat: str = 'none'
@@ -77,7 +114,7 @@ class DALLE(nn.Module):
 
   @property
   def prefix(self) -> int:
-    return self.text_length + 1
+    return self.text_length + LAYOUTS[self.layout].start
 
   @property
   def length(self) -> int:
@@ -85,14 +122,24 @@ class DALLE(nn.Module):
     return self.prefix + self.image_length - 1
 
   @property
+  def words(self) -> int:
+    """How many text ids there are but for the paddings that each position has for itself."""
+    return self.text_vocab - (self.text_length if self.pad < 0 else 0)
+
+  @property
   def padding(self) -> np.ndarray:
     """The text of an empty caption, int32[T]: the padding id of each position."""
-    return np.arange(self.text_vocab - self.text_length, self.text_vocab, dtype=np.int32)
+    if self.pad < 0:
+      return np.arange(self.words, self.text_vocab, dtype=np.int32)
+    return np.full(self.text_length, self.pad, np.int32)
 
   def setup(self):
+    if self.layout not in LAYOUTS:
+      raise ValueError(f'layout {self.layout!r} is unknown; there are {", ".join(LAYOUTS)}.')
     d, init = self.d_model, normal_init(0.02)
     table = lambda name, size, axes: self.param(name, boxed(init, axes), (*size, d), jnp.float32)
-    self.start = table('start', (), ('embed',))
+    if LAYOUTS[self.layout].start:
+      self.start = table('start', (), ('embed',))
     self.text_embed = table('text_embed', (self.text_vocab,), ('vocab', 'embed'))
     self.image_embed = table('image_embed', (self.image_vocab,), ('vocab', 'embed'))
     self.text_positions = table('text_positions', (self.prefix,), (None, 'embed'))
@@ -103,29 +150,52 @@ class DALLE(nn.Module):
       self.image_position = table('image_position', (self.image_length,), (None, 'embed'))
     else:
       raise ValueError(f'image_positions {self.image_positions!r} is unknown; there are axial and learned.')
-    self.blocks = Stack(self.depth, self.heads, self.activation, self.dtype, self.period, self.remat, self.unroll)
+    self.blocks = Stack(
+      self.depth, self.heads, self.activation, self.dtype, self.period, self.remat, self.unroll, self.norms
+    )
     self.norm_out = LayerNorm(dtype=self.dtype)
-    if self.tied:
+    if self.head == 'tied':
       self.text_head, self.image_head = self.text_embed, self.image_embed
-    else:
+    elif self.head in ('linear', 'norm'):
       self.text_head = table('text_head', (self.text_vocab,), ('vocab', 'embed'))
       self.image_head = table('image_head', (self.image_vocab,), ('vocab', 'embed'))
+    else:
+      raise ValueError(f'head {self.head!r} is unknown; there are linear, tied and norm.')
+    self.text_bias = self.image_bias = None
+    if self.head == 'norm':
+      self.norm_head = LayerNorm(dtype=self.dtype)
+      bias = lambda name, size: self.param(name, boxed(nn.initializers.zeros, ('vocab',)), (size,), jnp.float32)
+      self.text_bias, self.image_bias = bias('text_bias', self.text_vocab), bias('image_bias', self.image_vocab)
 
   def __call__(
     self, text: jax.Array, image: jax.Array, extra: jax.Array | None = None, context: Context | None = None
   ) -> tuple[jax.Array, jax.Array]:
     """Teacher-forced logits: text int32[B, T], image int32[B, I] -> float32[B, T, text_vocab], [B, I, image_vocab].
 
-    Row t of each is the prediction of token t. `extra` [B, E, D] goes before the start of text. Raises ValueError for
-    other lengths.
+    Row t of each is the prediction of token t; without a start the first text token has none, and there are T - 1 rows.
+    `extra` [B, E, D] goes before the start of text. Raises ValueError for other lengths.
     """
     self._check(text, image, (self.image_length,))
-    x, first = self._stream(text, image[:, :-1], extra)
-    masks, kinds = self._masks(first)
+    x = self.features(text, image[:, :-1], extra, context)
+    t = self.prefix - 1
+    return self.text_logits(x[:, :t]), self.image_logits(x[:, t:])
+
+  def features(
+    self, text: jax.Array, image: jax.Array, extra: jax.Array | None = None, context: Context | None = None
+  ) -> jax.Array:
+    """What the heads read, [B, P + k, D], for text int32[B, T] and the first k image tokens int32[B, k]."""
+    x, first = self._stream(text, image, extra)
+    masks, kinds = self._masks(first, x.shape[1])
     x, _ = self.blocks(x, masks, kinds, context=context, looking=self._looking(x, first))
-    x = self.norm_out(x)[:, first:]
-    t = self.text_length
-    return self._logits(x[:, :t], self.text_head), self._logits(x[:, t:], self.image_head)
+    return self._read(x[:, first:])
+
+  def text_logits(self, x: jax.Array) -> jax.Array:
+    """Of features [..., D]: float32[..., text_vocab]."""
+    return self._logits(x, self.text_head, self.text_bias)
+
+  def image_logits(self, x: jax.Array) -> jax.Array:
+    """Of features [..., D]: float32[..., image_vocab]."""
+    return self._logits(x, self.image_head, self.image_bias)
 
   def prefill(
     self, text: jax.Array, image: jax.Array, extra: jax.Array | None = None, context: Context | None = None
@@ -138,10 +208,9 @@ class DALLE(nn.Module):
     x, first = self._stream(text, image, extra)
     length, head_dim = first + self.length, self.d_model // self.heads
     cache = KVCache.zeros(self.depth, len(x), length, self.heads, head_dim, self.dtype)
-    masks, kinds = self._masks(first)
-    n = x.shape[1]
-    x, cache = self.blocks(x, masks[:, :n, :n], kinds, cache, context=context, looking=self._looking(x, first))
-    return self._logits(self.norm_out(x[:, -1]), self.image_head), cache
+    masks, kinds = self._masks(first, x.shape[1])
+    x, cache = self.blocks(x, masks, kinds, cache, context=context, looking=self._looking(x, first))
+    return self.image_logits(self._read(x[:, -1])), cache
 
   def step(
     self,
@@ -158,12 +227,12 @@ class DALLE(nn.Module):
     """
     x = self._embed_image(token[:, None], index)
     first = cache.k.shape[2] - self.length
-    masks, kinds = self._masks(first)
+    masks, kinds = self._masks(first, first + self.length)
     position = first + self.prefix + index
     keys = first + (self.length if end is None else self.prefix + end)
     rows = jax.lax.dynamic_slice_in_dim(jnp.asarray(masks)[:, :, :keys], position, 1, axis=1)  # (M, 1, keys)
     x, cache = self.blocks(x, rows, kinds, cache, position, context, np.ones(1, bool))
-    return self._logits(self.norm_out(x[:, 0]), self.image_head), cache
+    return self.image_logits(self._read(x[:, 0])), cache
 
   def embed_source(self, tokens: jax.Array) -> jax.Array:
     """A whole picture, int32[B, I], as the stream sees it: token and position embeddings [B, I, D]."""
@@ -171,7 +240,7 @@ class DALLE(nn.Module):
 
   def embed_caption(self, text: jax.Array) -> jax.Array:
     """The mean of the word embeddings of int32[B, T], paddings left out: float32[B, D]; zeros for an empty text."""
-    words = (text < self.text_vocab - self.text_length)[..., None]
+    words = (text < self.words if self.pad < 0 else text != self.pad)[..., None]
     x = jnp.take(self.text_embed, text, axis=0)
     return jnp.where(words, x, 0).sum(1) / jnp.maximum(words.sum(1), 1)
 
@@ -190,13 +259,14 @@ class DALLE(nn.Module):
 
   def _looking(self, x: jax.Array, first: int) -> np.ndarray:
     """The positions of x[B, n, D] that predict image tokens, bool[n]."""
-    return np.arange(x.shape[1]) >= first + self.text_length
+    return np.arange(x.shape[1]) >= first + self.prefix - 1
 
   def _embed_text(self, text: jax.Array) -> jax.Array:
     """int32[B, T] -> [B, P, D]."""
     x = jnp.take(self.text_embed, text, axis=0)
-    start = jnp.broadcast_to(self.start, (len(x), 1, self.d_model))
-    return (jnp.concatenate([start, x], 1) + self.text_positions).astype(self.dtype)
+    if LAYOUTS[self.layout].start:
+      x = jnp.concatenate([jnp.broadcast_to(self.start, (len(x), 1, self.d_model)), x], 1)
+    return (x + self.text_positions).astype(self.dtype)
 
   def _embed_image(self, tokens: jax.Array, first: jax.Array | int) -> jax.Array:
     """int32[B, n], image tokens first, first + 1, ... -> [B, n, D]."""
@@ -209,17 +279,22 @@ class DALLE(nn.Module):
       where = jnp.take(self.image_position, i, axis=0)
     return (x + where).astype(self.dtype)
 
-  def _masks(self, first: int) -> tuple[np.ndarray, list[int]]:
-    """bool[M, E + N, E + N] for E = `first`, one for each kind that occurs, and the index there of each layer."""
+  def _masks(self, first: int, n: int) -> tuple[np.ndarray, list[int]]:
+    """bool[M, n, n] for E = `first`, one for each kind that occurs, and the index there of each layer."""
     kinds = layer_kinds(self.attention, self.depth)
     present = sorted(set(kinds))
-    masks = np.stack([stream_mask(kind, first + self.prefix, self.grid, self.conv_kernel) for kind in present])
-    n = first + self.length
+    before = first + self.prefix + LAYOUTS[self.layout].shift
+    masks = np.stack([stream_mask(kind, before, self.grid, self.conv_kernel) for kind in present])
     return masks[:, :n, :n], [present.index(kind) for kind in kinds]
 
-  def _logits(self, x: jax.Array, head: jax.Array) -> jax.Array:
+  def _read(self, x: jax.Array) -> jax.Array:
+    x = self.norm_out(x)
+    return self.norm_head(x) if self.head == 'norm' else x
+
+  def _logits(self, x: jax.Array, head: jax.Array, bias: jax.Array | None) -> jax.Array:
     """[..., D] -> float32[..., vocab]."""
     y = jnp.einsum('...D,VD->...V', x, head.astype(self.dtype), preferred_element_type=jnp.float32)
+    y = y if bias is None else y + bias
     return constrain(y, ('batch', *(None,) * (y.ndim - 2), 'vocab'))
 
 
@@ -235,9 +310,10 @@ def grow_vocabulary(params: Any, words: int, count: int, rng: jax.Array) -> Any:
   table = params['text_embed']
   fresh = jax.random.normal(rng, (count, table.shape[1])) * table[:words].std()
   grown = {**params, 'text_embed': insert(table, fresh)}
-  if 'text_head' in params:
-    head = params['text_head']
-    grown['text_head'] = insert(head, jnp.broadcast_to(head[:words].mean(0), fresh.shape))
+  for name in ('text_head', 'text_bias'):
+    if name in params:
+      head = params[name]
+      grown[name] = insert(head, jnp.broadcast_to(head[:words].mean(0), (count, *head.shape[1:])))
   return grown
 
 
@@ -248,7 +324,7 @@ def adopt(model: DALLE, players: Mapping[str, Any], config: Mapping[str, Any], r
   """
   if 'dalle' not in players:
     raise ValueError(f'config.init.path is a run of {", ".join(players)}; expected one with a DALL-E.')
-  words, known = model.text_vocab - model.text_length, config['tokenizer']['vocab_size']
+  words, known = model.words, config['tokenizer']['vocab_size']
   if words < known:
     raise ValueError(f'the run to start from knows {known} words, this one {words}; leave config.tokenizer.path empty.')
   if words == known:

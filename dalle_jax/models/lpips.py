@@ -32,23 +32,37 @@ class LPIPS(nn.Module):
   depths: tuple[int, ...] = (2, 2, 3, 3, 3)
   dtype: jnp.dtype = jnp.float32
 
-  @nn.compact
+  def setup(self):
+    conv = lambda stage, i: Conv(self.widths[stage], dtype=self.dtype, name=f'conv_{stage}_{i}')
+    self.convs = [[conv(stage, i) for i in range(depth)] for stage, depth in enumerate(self.depths)]
+    self.weights = [
+      self.param(f'lin_{stage}', nn.initializers.constant(1 / width), (width,), jnp.float32)
+      for stage, width in enumerate(self.widths)
+    ]
+
   def __call__(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    return self.terms(a, b).sum(1)
+
+  def terms(self, a: jax.Array, b: jax.Array) -> jax.Array:
+    """What each stage adds to the distance, float32[B, stages]."""
     # One pass for both, side by side: [B, 2, ...] keeps each pair on its device.
-    x = (jnp.stack([a, b], 1) - jnp.asarray(MEAN)) / jnp.asarray(STD)
-    x = x.reshape(-1, *a.shape[1:])
-    distance = jnp.zeros(a.shape[0])
-    for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
-      if stage:
-        x = nn.max_pool(x, (2, 2), (2, 2))
-      for i in range(depth):
-        x = jax.nn.relu(Conv(width, dtype=self.dtype, name=f'conv_{stage}_{i}')(x))
-      f = x.astype(jnp.float32)
+    features = self.features(jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]))
+    terms = []
+    for f, weight in zip(features, self.weights, strict=True):
       f = f / (jnp.sqrt(jnp.square(f).sum(-1, keepdims=True) + 1e-20) + 1e-10)  # unit length along channels
       f = f.reshape(-1, 2, *f.shape[1:])
-      weight = self.param(f'lin_{stage}', nn.initializers.constant(1 / width), (width,), jnp.float32)
-      distance += (jnp.square(f[:, 0] - f[:, 1]) @ weight).mean((1, 2))
-    return distance
+      terms.append((jnp.square(f[:, 0] - f[:, 1]) @ weight).mean((1, 2)))
+    return jnp.stack(terms, 1)
+
+  def features(self, x: jax.Array) -> list[jax.Array]:
+    """The last activations of each stage, float32[B, h, w, C], for pictures in [-1, 1]."""
+    x, found = (x - jnp.asarray(MEAN)) / jnp.asarray(STD), []
+    for stage, convs in enumerate(self.convs):
+      x = nn.max_pool(x, (2, 2), (2, 2)) if stage else x
+      for conv in convs:
+        x = jax.nn.relu(conv(x))
+      found.append(x.astype(jnp.float32))
+    return found
 
 
 def build(variant: str, **overrides) -> LPIPS:

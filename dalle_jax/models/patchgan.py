@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.layers import variants
-from dalle_jax.layers.basic import Conv, GroupNorm
+from dalle_jax.layers.basic import Conv, FixedBatchNorm, GroupNorm
 
 VARIANTS = {'test': dict(width=8, layers=1), 'base': dict()}
 
@@ -14,15 +14,20 @@ class PatchGAN(nn.Module):
   """float32[B, H, W, 3] in [-1, 1] -> float32[B, h, w] logits, positive for real; h is about H / 2 ** layers.
 
   Normalises by groups, not by batch statistics as the original does: no state beside the parameters, a picture is
-  judged by itself, and real and reconstructed pictures cannot be told apart by the statistics of their batch.
+  judged by itself, and real and reconstructed pictures cannot be told apart by the statistics of their batch. With
+  `norm='fixed_batch'` it takes the original's weights, and their statistics as they are.
   """
 
   width: int = 64
   layers: int = 3
+  norm: str = 'group'
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
+    norms = {'group': GroupNorm, 'fixed_batch': FixedBatchNorm}
+    if self.norm not in norms:
+      raise ValueError(f'PatchGAN norm {self.norm!r} is unknown; there are {", ".join(norms)}.')
     init, pad = nn.initializers.normal(0.02), ((1, 1), (1, 1))
     x = Conv(self.width, 4, 2, pad, dtype=self.dtype, kernel_init=init, name='conv_0')(images)
     x = jax.nn.leaky_relu(x, 0.2)
@@ -30,7 +35,7 @@ class PatchGAN(nn.Module):
       stride = 2 if i < self.layers else 1
       features = self.width * min(2**i, 8)
       x = Conv(features, 4, stride, pad, use_bias=False, dtype=self.dtype, kernel_init=init, name=f'conv_{i}')(x)
-      x = jax.nn.leaky_relu(GroupNorm(dtype=self.dtype, name=f'norm_{i}')(x), 0.2)
+      x = jax.nn.leaky_relu(norms[self.norm](dtype=self.dtype, name=f'norm_{i}')(x), 0.2)
     x = Conv(1, 4, 1, pad, dtype=self.dtype, kernel_init=init, name='conv_out')(x)
     return x[..., 0].astype(jnp.float32)
 

@@ -15,12 +15,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from dalle_jax.layers import variants
 from dalle_jax.layers.attention import Attention, KVCache
 from dalle_jax.layers.basic import Dense, LayerNorm, boxed, normal_init, sinusoid
 from dalle_jax.layers.cross import Context, CrossAttention
+from dalle_jax.layers.transformer import Block
 from dalle_jax.models import clip, dalle
 
 VARIANTS = dalle.VARIANTS  # of the DALL-E; the fields of what is added come beside them
@@ -82,15 +84,32 @@ class StoryEncoder(nn.Module):
     return x * scale.astype(self.dtype)
 
 
+class ReleasedStoryEncoder(nn.Module):
+  """That of the released StoryDALL-E, which is not the paper's: no positions, and a caption sees earlier ones alone."""
+
+  width: int
+  heads: int
+  activation: str
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, sentences: jax.Array) -> jax.Array:
+    """float[B, T, S] -> [B, T, D]."""
+    init, t = normal_init(sentences.shape[-1] ** -0.5), sentences.shape[1]
+    x = Dense(self.width, (None, 'embed'), dtype=self.dtype, kernel_init=init, name='linear')(sentences)
+    return Block(1, self.heads, self.activation, self.dtype, name='block')(x, np.tri(t, dtype=bool))[0]
+
+
 class Additions(nn.Module):
   """What is put beside a DALL-E; fields as in StoryDALLE, `layers` is how many blocks look at the source."""
 
   layers: int
   heads: int
   width: int
-  story_encoder: bool
+  story_encoder: str
   prompt: int
   own: bool
+  activation: str
   dtype: jnp.dtype
 
   @nn.compact
@@ -103,8 +122,11 @@ class Additions(nn.Module):
     if self.prompt:
       x = Prompt(self.prompt, self.width, self.dtype, name='prompt')(rng)
       extra.append(jnp.broadcast_to(x, (b * t, *x.shape)))
-    if self.story_encoder:
+    if self.story_encoder == 'global':
       x = StoryEncoder(self.width, self.heads, self.own, self.dtype, name='encoder')(sentences)
+      extra.append(x.reshape(b * t, 1, self.width))
+    elif self.story_encoder == 'released':
+      x = ReleasedStoryEncoder(self.width, self.heads, self.activation, self.dtype, name='encoder')(sentences)
       extra.append(x.reshape(b * t, 1, self.width))
     context = None
     if self.layers:
@@ -130,7 +152,9 @@ class StoryDALLE(nn.Module):
   Attributes:
     retro: blocks retro, 2 retro, 3 retro, ... look at the source frame (1: all; 3: as the released model); 0: none.
       `dalle.period` must be a multiple of it.
-    story_encoder: whether the story token stands before each caption.
+    story_encoder: what makes the story token, which stands before each caption: 'global' (the paper's), 'released'
+      (that of the public weights, where all that stands before a caption also has the first positions of text), or ''
+      for no such token.
     prompt: learnt vectors before that, for prompt tuning; 0: none.
     sentences: where the embeddings of captions come from: 'own', the mean of the DALL-E's word embeddings; 'clip', the
       text tower of a CLIP; 'data', vectors of the data set.
@@ -140,7 +164,7 @@ class StoryDALLE(nn.Module):
 
   dalle: dalle.DALLE
   retro: int = 1
-  story_encoder: bool = True
+  story_encoder: str = 'global'
   prompt: int = 0
   sentences: str = 'own'
   sentence_dim: int = 0
@@ -151,7 +175,7 @@ class StoryDALLE(nn.Module):
       raise ValueError(f'model.retro {self.retro} does not divide the {self.dalle.depth} layers; change either.')
     layers, d = self.dalle.depth // self.retro if self.retro else 0, self.dalle
     own = self.sentences == 'own'
-    self.story = Additions(layers, d.heads, d.d_model, self.story_encoder, self.prompt, own, d.dtype)
+    self.story = Additions(layers, d.heads, d.d_model, self.story_encoder, self.prompt, own, d.activation, d.dtype)
 
   def __call__(
     self,
@@ -186,7 +210,10 @@ class StoryDALLE(nn.Module):
       raise ValueError(f'a story has {t} frames after the source, the model takes {self.frames}; set model.frames.')
     if sentences is None:
       sentences = self.dalle.embed_caption(text.reshape(b * t, n)).reshape(b, t, -1)
-    return self.story(sentences, self.dalle.embed_source(source), rng)
+    extra, context = self.story(sentences, self.dalle.embed_source(source), rng)
+    if self.story_encoder == 'released':
+      extra = extra + self.dalle.text_positions[: extra.shape[1]].astype(extra.dtype)
+    return extra, context
 
   def prefill(
     self, text: jax.Array, image: jax.Array, extra: jax.Array, context: Context | None
@@ -237,6 +264,8 @@ def build(variant: str, **overrides) -> StoryDALLE:
   mine = {k: v for k, v in overrides.items() if k in own}
   base = dalle.build(variant, **{k: v for k, v in overrides.items() if k not in own})
   model = variants.build(StoryDALLE, {variant: {'dalle': base}}, variant, mine)
+  if model.story_encoder not in ('global', 'released', ''):
+    raise ValueError(f'model.story_encoder {model.story_encoder!r} is unknown; there are global, released and "".')
   if model.sentences not in ('own', 'clip', 'data'):
     raise ValueError(f'model.sentences {model.sentences!r} is unknown; there are own, clip and data.')
   return model

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from dalle_jax.functional import corruption, decoding, losses
 from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.layers import variants
-from dalle_jax.models import dalle, vqgan
+from dalle_jax.models import dalle, image_tokenizer
 
 DEFAULTS = dict(
   text_weight=0.125,  # of the text loss
@@ -32,7 +32,7 @@ class DALLEObjective:
   Sentences from a Continuous Space", makes a decoder use its latent). What it predicts is always the true token.
   """
 
-  def __init__(self, model: dalle.DALLE, tokenizer: vqgan.VQGAN, c: ConfigDict):
+  def __init__(self, model: dalle.DALLE, tokenizer: image_tokenizer.ImageTokenizer, c: ConfigDict):
     self.model, self.tokenizer, self.c = model, tokenizer, c
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
@@ -55,7 +55,7 @@ class DALLEObjective:
       rng = jax.random.fold_in(ctx.rng, 1)
       read = corruption.replace_tokens(rng, image, self.c.token_noise, self.model.image_vocab, self.c.noise_spread)
     text_logits, image_logits = self.model.apply({'params': params['dalle']}, text, read)
-    text_loss, _ = losses.token_loss(text_logits, text, kept)
+    text_loss, _ = losses.token_loss(text_logits, text[:, -text_logits.shape[1] :], kept)
     image_loss, accuracy = losses.token_loss(image_logits, image)
     loss = self.c.text_weight * text_loss + self.c.image_weight * image_loss
     return loss, ({'text_loss': text_loss, 'image_loss': image_loss, 'accuracy': accuracy}, ctx.mutable)
@@ -100,13 +100,12 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> DALLEO
 
 def text_and_image(
   config: ConfigDict, frozen_configs: Mapping[str, Any], name: str
-) -> tuple[vqgan.VQGAN, dict[str, Any]]:
-  """The frozen VQGAN, and the fields of a DALL-E that follow from it and from the tokenizer of the captions."""
+) -> tuple[image_tokenizer.ImageTokenizer, dict[str, Any]]:
+  """The frozen image tokenizer, and the fields of a DALL-E that follow from it and from the captions' tokenizer."""
   if 'vqgan' not in frozen_configs:
     raise ValueError(f'the objective {name} needs an image tokenizer; set config.frozen.vqgan to the run of a VQGAN.')
   if not config.tokenizer.vocab_size:
     raise ValueError(f'the objective {name} needs captions; set config.tokenizer.vocab_size.')
-  tokenizer = vqgan.build(**frozen_configs['vqgan']['model'])
-  words, length = config.tokenizer.vocab_size, config.tokenizer.length
+  tokenizer = image_tokenizer.of_run(frozen_configs['vqgan'])
   grid = tokenizer.grid(config.data.image_size)
-  return tokenizer, dict(text_vocab=words + length, text_length=length, image_vocab=tokenizer.num_codes, grid=grid)
+  return tokenizer, {**variants.text_sizes(config.tokenizer), 'image_vocab': tokenizer.num_codes, 'grid': grid}

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dalle_jax.functional import corruption, decoding, losses
 from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.layers import variants
-from dalle_jax.models import clip, dalle, story_dalle, vqgan
+from dalle_jax.models import clip, dalle, image_tokenizer, story_dalle
 from dalle_jax.objectives.dalle import text_and_image
 
 DEFAULTS = dict(
@@ -35,7 +35,13 @@ class StoryDALLEObjective:
   int32[B, T, M], with 'data' vectors float32[B, T, S].
   """
 
-  def __init__(self, model: story_dalle.StoryDALLE, tokenizer: vqgan.VQGAN, tower: clip.CLIP | None, c: ConfigDict):
+  def __init__(
+    self,
+    model: story_dalle.StoryDALLE,
+    tokenizer: image_tokenizer.ImageTokenizer,
+    tower: clip.CLIP | None,
+    c: ConfigDict,
+  ):
     self.model, self.tokenizer, self.tower, self.c = model, tokenizer, tower, c
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
@@ -64,7 +70,7 @@ class StoryDALLEObjective:
     sentences = self._sentences(ctx, batch)
     text_logits, image_logits = model.apply({'params': params}, text, read, source, sentences, read_text, rng)
     rows = lambda x: x.reshape(-1, x.shape[-1])
-    text_loss, _ = losses.token_loss(text_logits, rows(text), kept)
+    text_loss, _ = losses.token_loss(text_logits, rows(text)[:, -text_logits.shape[1] :], kept)
     first = self.c.first if ctx.train else 1.0
     image_loss, accuracy = losses.token_loss(image_logits, rows(image), first=first)
     loss = self.c.text_weight * text_loss + self.c.image_weight * image_loss

@@ -31,6 +31,7 @@ DEFAULTS = dict(
   disc_weight=0.0,  # 0.0: no discriminator
   disc_start=0.0,  # a fraction of training up to 1.0, else a step
   disc_variant='base',
+  disc=ConfigDict(),  # other fields of models/patchgan.py
   adaptive_limit=1e4,
 )
 
@@ -43,7 +44,7 @@ class VQGANObjective:
 
   def __init__(self, model: vqgan.VQGAN, c: ConfigDict, steps: int, perceptual: lpips.LPIPS | None = None):
     self.model, self.c, self.steps, self.perceptual = model, c, steps, perceptual
-    self.disc = patchgan.build(c.disc_variant, dtype=model.dtype) if c.disc_weight else None
+    self.disc = patchgan.build(c.disc_variant, dtype=model.dtype, **c.disc) if c.disc_weight else None
     self.disc_start = c.disc_start if c.disc_start > 1 else c.disc_start * steps
     self.frozen: dict[str, Any] = {}
 
@@ -164,7 +165,10 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> VQGANO
   given = c.lpips_weight and (c.lpips_path or 'lpips' in frozen_configs)
   if not given:
     print('VQGAN: no LPIPS weights (config.frozen.lpips, loss.lpips_path), so the loss is L1 + L2', flush=True)
-  perceptual = lpips.build('vgg16', dtype=model.dtype) if given else None
+  fields = (
+    frozen_configs.get('lpips', {}).get('model', {'variant': 'vgg16'}) if not c.lpips_path else {'variant': 'vgg16'}
+  )
+  perceptual = lpips.build(**{**fields, 'dtype': model.dtype}) if given else None
   objective = VQGANObjective(model, c, config.train.steps, perceptual)
   if given and c.lpips_path:
     objective.frozen['lpips'] = lpips.load(perceptual, c.lpips_path)

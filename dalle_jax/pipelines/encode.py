@@ -24,7 +24,7 @@ from tqdm import tqdm
 from dalle_jax.data import ops, pipeline
 from dalle_jax.data.stories import Story
 from dalle_jax.functional.pixels import to_float
-from dalle_jax.models import vqgan
+from dalle_jax.models import image_tokenizer
 from dalle_jax.training import checkpoint, sharding
 
 SAVE_EVERY = 30.0  # seconds
@@ -43,7 +43,7 @@ def encode_dataset(
 
   Raises ValueError for an image size that does not suit the network, or when nothing in the source is usable.
   """
-  model, params = vqgan.build(**vqgan_run.config['model']), vqgan_run.network('vqgan')
+  model, params = image_tokenizer.of_run(vqgan_run.config), vqgan_run.network('vqgan')
   grid, num_codes = model.grid(image_size), int(model.num_codes)
   identity = {
     'vqgan': fingerprint(params),

@@ -11,9 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dalle_jax.data import ops
-from dalle_jax.data.bpe import BPE, TextEncoder
+from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional.pixels import to_float, to_uint8
-from dalle_jax.models import vqgan
+from dalle_jax.layers.variants import text_sizes
+from dalle_jax.models import image_tokenizer
 from dalle_jax.pipelines.rerank import Reranker, in_batches
 from dalle_jax.training import checkpoint, sharding
 
@@ -22,7 +23,7 @@ BATCH = 64  # pictures at once through the VQGAN
 
 
 class Generator:
-  """A trained transformer over image tokens with its VQGAN, its tokenizer and, if wanted, a CLIP that ranks pictures.
+  """A trained transformer over image tokens with its image tokenizer, its words and, if wanted, a CLIP that ranks.
 
   A kind of it has the OBJECTIVE of its runs; `sizes` are the fields of the transformer that follow from words and
   pictures.
@@ -40,12 +41,11 @@ class Generator:
   ):
     config = run.config
     self.config, self.reranker, self.mesh, self.rules = config, reranker, mesh, rules
-    self.words = TextEncoder(BPE(run.tokenizer), config['tokenizer']['length'])
-    self.vqgan = vqgan.build(**frozen['vqgan'].config['model'])
+    self.words = text_encoder(run.tokenizer, config['tokenizer'])
+    self.vqgan = image_tokenizer.of_run(frozen['vqgan'].config)
     self.image_size = config['data']['image_size']
     self.grid = self.vqgan.grid(self.image_size)
-    words, length = self.words.bpe.vocab_size, self.words.length
-    self.sizes = dict(text_vocab=words + length, text_length=length, image_vocab=self.vqgan.num_codes, grid=self.grid)
+    self.sizes = {**text_sizes(config['tokenizer']), 'image_vocab': self.vqgan.num_codes, 'grid': self.grid}
     self.params = {**run.params, 'vqgan': frozen['vqgan'].network('vqgan')}
     self._encode, self._decode = jax.jit(self._encode_images), jax.jit(self._decode_codes)
 
@@ -61,14 +61,18 @@ class Generator:
   ):
     """Loads the run in `path` (its EMA if it has one) and, with `clip`, the run of a CLIP.
 
+    Either may be the name of a repository of Hugging Face that holds a run directory (with the extra `hf`).
     Any checkpoint loads onto any mesh: with `mesh` parameters and pictures are split over it by `rules`; without it
     everything is on one device. Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when
     a run is of another kind.
     """
     run = checkpoint.load_run(path, mesh=mesh, rules=rules, step=step)
-    if run.config.get('objective') != cls.OBJECTIVE or not run.tokenizer or 'vqgan' not in run.frozen:
+    if run.config.get('objective') != cls.OBJECTIVE:
       found = run.config.get('objective')
       raise ValueError(f'{path} is a run of {found!r}; sampling needs one of the objective {cls.OBJECTIVE}.')
+    lacking = [what for what, have in (('tokenizer', run.tokenizer), ('VQGAN', 'vqgan' in run.frozen)) if not have]
+    if lacking:
+      raise ValueError(f'{path} has no {" and no ".join(lacking)}, which sampling needs; convert it again with them.')
     frozen = {name: checkpoint.load_run(p, mesh=mesh, rules=rules) for name, p in run.frozen.items()}
     reranker = Reranker.load(clip, mesh=mesh, rules=rules) if clip else None
     return cls(run, frozen, reranker, mesh, rules)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax.data.bpe import BPE, TextEncoder
+from dalle_jax.data.bpe import TextEncoder, text_encoder
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import clip
 from dalle_jax.training import checkpoint, sharding
@@ -35,7 +35,7 @@ class Reranker:
       raise ValueError(
         f'{path} is a run of {run.config.get("objective")!r}; reranking needs one of the objective clip.'
       )
-    words = TextEncoder(BPE(run.tokenizer), run.config['tokenizer']['length'])
+    words = text_encoder(run.tokenizer, run.config['tokenizer'])
     return cls(clip.of_run(run.config), run.network('clip'), words)
 
   def scores(self, prompts: Sequence[str], images: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.data.bpe import BPE, TextEncoder
+from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import clip, story_dalle
@@ -47,7 +47,7 @@ class StoryDallE(Generator):
     if self.config['model'].get('sentences') == 'clip':
       other = frozen['clip']
       self.tower, self.params['clip'] = clip.of_run(other.config), other.network('clip')
-      self.tower_words = TextEncoder(BPE(other.tokenizer), other.config['tokenizer']['length'])
+      self.tower_words = text_encoder(other.tokenizer, other.config['tokenizer'])
       dim = {'sentence_dim': self.tower.embed_dim}
     self.model = story_dalle.build(**{**self.config['model'], **self.sizes, **dim})
     self._draw = jax.jit(self._draw_frames, static_argnames='sampling')

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from dalle_jax.training import sharding
+from dalle_jax.training import hub, sharding
 
 Params = Any
 # Orbax tells of every step it takes; what goes wrong reaches us as an exception.
@@ -92,6 +92,8 @@ def export_run(path: str | Path, run: Run, *, mesh: Mesh | None = None, rules: s
   path = Path(path)
   path.mkdir(parents=True, exist_ok=True)
   for name, source in run.frozen.items():
+    if Path(source).absolute() == (path / 'frozen' / name).absolute():
+      continue  # it was written there before
     export_run(path / 'frozen' / name, load_run(source, mesh=mesh, rules=rules), mesh=mesh, rules=rules)
   meta = {'config': run.config, 'tokenizer': run.tokenizer, 'axes': run.axes, 'seconds': 0.0}
   meta['origin'] = origin(run.path)
@@ -219,10 +221,11 @@ def load_run(
 ) -> Run:
   """Loads the networks of a run, EMA if it has one (and `ema`), whatever mesh they were trained on.
 
+  `path` is a run directory, or the name of a repository of Hugging Face that holds one (see `training.hub`).
   Without `mesh` the arrays lie on the first device, with it they are laid out by `rules`. The newest whole checkpoint
   is taken unless `step` names one. Raises FileNotFoundError when there is nothing to load.
   """
-  run_dir = Path(path).absolute()
+  run_dir = hub.local(path).absolute()
   if not steps(run_dir):
     raise FileNotFoundError(f'{path} has no checkpoints; give the run_dir of a run that has saved at least once.')
   if step is not None and step not in steps(run_dir):

@@ -29,7 +29,7 @@ def bind(model, params):
 
 
 @pytest.mark.parametrize(
-  'fields', [*(dict(attention=p) for p in PATTERNS), dict(image_positions='learned', tied=True, period=2)]
+  'fields', [*(dict(attention=p) for p in PATTERNS), dict(image_positions='learned', head='tied', period=2)]
 )
 def test_cached_logits_are_the_teacher_forced_ones(fields):
   model = dalle.build('test', **fields)
@@ -83,7 +83,7 @@ def test_one_layer_sees_what_its_mask_says():
   assert np.flatnonzero(moved).tolist() == [2, 6, 10, 14]  # logits of t come from position t - 1: 1, 5, 9, 13
 
 
-@pytest.mark.parametrize('fields', [{}, dict(tied=True, image_positions='learned', remat='full')])
+@pytest.mark.parametrize('fields', [{}, dict(head='tied', image_positions='learned', remat='full')])
 def test_every_parameter_gets_a_gradient(fields):
   model = dalle.build('test', **fields)
   every_text = jnp.arange(42).reshape(7, 6) % 40

@@ -58,7 +58,7 @@ def test_retrofitting_is_a_strict_merge_that_gives_the_pretrained_logits():
   base = dalle.build('test')
   rows = TEXT.reshape(-1, N), IMAGE.reshape(-1, I)
   pretrained = {'dalle': larger(nn.unbox(jax.jit(base.init)(jax.random.key(6), *rows)['params']))}
-  model, fresh, _ = built(story_encoder=False)
+  model, fresh, _ = built(story_encoder='')
   merged = checkpoint.strict_merge(fresh, pretrained, new='story/.*')
   kept = {k: v for k, v in sharding.flatten(merged).items() if k.startswith('dalle/')}
   assert set(kept) == set(sharding.flatten(pretrained))
@@ -172,9 +172,9 @@ def test_prompt_dropout_acts_in_training_alone():
   assert changed(look(jax.random.key(0)), look(jax.random.key(1)))[:, :3].any()
 
 
-@pytest.mark.parametrize('tied', [False, True])
-def test_a_grown_vocabulary_leaves_old_words_as_they_were(tied):
-  old, new = dalle.build('test', tied=tied), dalle.build('test', text_vocab=43, tied=tied)
+@pytest.mark.parametrize('head', ['linear', 'tied', 'norm'])
+def test_a_grown_vocabulary_leaves_old_words_as_they_were(head):
+  old, new = dalle.build('test', head=head), dalle.build('test', text_vocab=43, head=head)
   rows = TEXT.reshape(-1, N), IMAGE.reshape(-1, I)
   params = larger(nn.unbox(jax.jit(old.init)(jax.random.key(6), *rows)['params']))
   grown = dalle.adopt(new, {'dalle': params}, {'tokenizer': {'vocab_size': 34}}, jax.random.key(8))['dalle']

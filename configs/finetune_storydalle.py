@@ -1,0 +1,34 @@
+"""Retro-fits an imported minDALL-E, or goes on with an imported StoryDALL-E, on stories of a public data set.
+
+  python -m dalle_jax.convert --from mindalle --path 1.3B/ --out runs/mindalle
+  python train.py --config configs/finetune_storydalle.py:pororo --config.data.path=PORORO --config.run_dir=runs/pororo
+`:flintstones`, `:didemo`, `:shapes` are the other data; `base=RUN` the run to start from; `adapt=prompt` freezes its
+DALL-E. Every third block looks at the source frame, as in the released model (Maharana et al., 2022, section 5).
+"""
+
+from configs import common
+
+STORIES = {'pororo': 10_191, 'flintstones': 20_132, 'didemo': 11_550, 'shapes': 8_000}
+NAMES = {
+  'pororo': ('pororo', 'loopy', 'eddy', 'harry', 'poby', 'tongtong', 'crong', 'rody', 'petty'),
+  'flintstones': ('fred', 'barney', 'wilma', 'betty', 'pebbles', 'dino', 'slate'),
+}
+
+
+def get_config(arg: str = ''):
+  arg = common.parse_arg(
+    arg, data='pororo', base='runs/mindalle', adapt='finetune', sentences='own', batch=4, lr=1e-4, size=256
+  )
+  if arg.data not in STORIES:
+    raise ValueError(f'data {arg.data!r} is unknown; there are {", ".join(STORIES)}.')
+  arg.variant = 'init'
+  frames = 2 if arg.data == 'didemo' else 4
+  c = common.story(arg.data, arg, stories=STORIES[arg.data], new_tokens=NAMES.get(arg.data, ()), frames=frames)
+  c.run_dir = f'runs/{arg.data}'
+  c.model.retro = 3
+  c.init.path = arg.base
+  c.frozen.vqgan = f'{arg.base}/frozen/vqgan'
+  c.data.image_size = arg.size
+  if arg.data == 'shapes':
+    c.data.update(source='story_shapes', workers=0, source_args=dict(count=STORIES['shapes']))
+  return c

@@ -1,0 +1,82 @@
+"""Turns a public checkpoint into a run directory, on which sample.py, fine-tuning and the pipelines work as on our own.
+
+  python -m dalle_jax.convert --from mindalle --path 1.3B/ --out runs/mindalle
+  python -m dalle_jax.convert --from storydalle --path pororo/Model/49.pth --config 1.3B/config.yaml --out runs/pororo
+  python -m dalle_jax.convert --from rudalle --path pytorch_model.bin --vqgan runs/sber_vqgan --out runs/malevich
+Nothing in a checkpoint is run, and PyTorch is not needed. `--debug` shows tracebacks.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from dalle_jax.convert import engine
+from dalle_jax.training import checkpoint, errors, sharding
+
+SOURCES = sorted(p.stem for p in (Path(__file__).parent / 'sources').glob('*.py') if p.stem != '__init__')
+FLAGS = flags.FlagValues()
+string = lambda name, text: flags.DEFINE_string(name, '', text, flag_values=FLAGS)
+string('from', f'what the checkpoint is of: {", ".join(SOURCES)}')
+string('path', 'the checkpoint: a folder or a file')
+string('out', 'the run directory to write')
+string('config', 'storydalle: the config.yaml of minDALL-E, where it is not beside the checkpoint')
+string('cross', 'storydalle: a file with cross-attention layers')
+string('version', 'rudalle: v3 or v2')
+flags.DEFINE_integer('heads', 0, 'rudalle: attention heads, where no config tells them', 0, flag_values=FLAGS)
+string('vqgan', 'rudalle: the run of its image tokenizer')
+flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
+
+
+def read(source: str, path: str | Path, **options) -> engine.Imported:
+  """The checkpoint in `path`, as the source of this name lays it out. Raises ValueError and OSError of one line."""
+  if source not in SOURCES:
+    raise ValueError(f'--from {source!r} is unknown; there are {", ".join(SOURCES)}.')
+  return importlib.import_module(f'dalle_jax.convert.sources.{source}').read(Path(path).expanduser(), **options)
+
+
+def run() -> None:
+  source, path, out = FLAGS['from'].value, FLAGS.path, FLAGS.out
+  if not source or not path or not out:
+    raise ValueError(f'give --from ({", ".join(SOURCES)}), --path CHECKPOINT and --out RUN.')
+  out = Path(out).expanduser()
+  if checkpoint.steps(out):
+    raise ValueError(f'{out} holds a run already; give another --out.')
+  options = dict(config=FLAGS.config, cross=FLAGS.cross, version=FLAGS.version, heads=FLAGS.heads)
+  imported = read(source, path, **options)
+  if FLAGS.vqgan:
+    imported.frozen['vqgan'] = _of_run(FLAGS.vqgan)
+  engine.write(imported, out, f'{source} {path}')
+  for note in imported.notes:
+    print(f'note: {note}.')
+  count = sum(x.size for x in imported.params.values())
+  parts = ', '.join([imported.config['objective'], *imported.frozen])
+  print(f'wrote {out}: {parts}, {count:,} parameters{", tokenizer" if imported.tokenizer else ""}')
+
+
+def _of_run(path: str) -> engine.Imported:
+  loaded = checkpoint.load_run(path)
+  if loaded.config.get('objective') not in ('vqgan', 'dvae'):
+    raise ValueError(
+      f'{path} is a run of {loaded.config.get("objective")!r}; --vqgan takes that of an image tokenizer.'
+    )
+  return engine.Imported(loaded.config, sharding.flatten(loaded.params), loaded.axes)
+
+
+def main(argv: list[str]) -> int:
+  if {'-h', '--help'} & set(argv[1:]):
+    print(f'{__doc__}\n{FLAGS.main_module_help()}')
+    return 0
+  try:
+    rest = FLAGS(argv)[1:]
+    if rest:
+      raise ValueError(f'arguments {rest} are not understood; a checkpoint needs --path.')
+    run()
+  except errors.EXPECTED as e:
+    return errors.report(e, '--debug' in argv)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))

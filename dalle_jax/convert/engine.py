@@ -1,0 +1,248 @@
+"""From tensors of a public checkpoint to the parameters of our modules, by a table of rows (ours, theirs, operation).
+
+Every tensor has to be accounted for: what is missing, unknown, used twice or of another shape is an error that names
+it. Shapes are those of our modules, which are built from the config beside the checkpoint.
+"""
+
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dalle_jax.training import checkpoint, sharding
+
+Op = Callable[..., np.ndarray]
+SHOWN = 12  # lines of an error
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One of our tensors.
+
+  Attributes:
+    ours: its name in our tree.
+    theirs: what it is made of, for each layer of a stacked tensor, else once: names in their state dict.
+    op: makes it of those arrays.
+    stacked: whether ours has an axis of layers in front.
+    missing: what it is filled with where the checkpoint has none of `theirs`; None: that is an error.
+  """
+
+  ours: str
+  theirs: tuple[tuple[str, ...], ...]
+  op: Op
+  stacked: bool = False
+  missing: float | None = None
+
+
+def row(ours: str, theirs: str | Sequence[str], op: Op | None = None, missing: float | None = None) -> Row:
+  """A tensor by itself."""
+  names = (theirs,) if isinstance(theirs, str) else tuple(theirs)
+  return Row(ours, (names,), op or same, missing=missing)
+
+
+def stacked(rows: Iterable[Row], depth: int, period: int = 1) -> list[Row]:
+  """Rows of one block as those of a `layers.transformer.Stack`, in whose tree `{block}` names the block of a period.
+
+  `{i}` in their names is the number of the layer, from 0.
+  """
+  found = []
+  for r in rows:
+    for j in range(period):
+      layers = range(j, depth, period)
+      theirs = tuple(tuple(name.replace('{i}', str(i)) for name in r.theirs[0]) for i in layers)
+      ours = r.ours.replace('{block}', f'block_{j}')
+      found.append(Row(ours, theirs, r.op, stacked=True, missing=r.missing))
+  return found
+
+
+# --- Operations
+
+
+def same(x: np.ndarray) -> np.ndarray:
+  return x
+
+
+def linear(x: np.ndarray) -> np.ndarray:
+  """[out, in] -> [in, out]."""
+  return x.T
+
+
+def conv(x: np.ndarray) -> np.ndarray:
+  """[out, in, h, w] -> [h, w, in, out]."""
+  return x.transpose(2, 3, 1, 0)
+
+
+def part(index: int, count: int, op: Op = same) -> Op:
+  """One of `count` equal parts of the first axis."""
+  return lambda x: op(np.split(x, count)[index])
+
+
+def norm(ours: str, theirs: str) -> list[Row]:
+  """scale and bias of a LayerNorm or GroupNorm."""
+  return [row(f'{ours}/scale', f'{theirs}.weight'), row(f'{ours}/bias', f'{theirs}.bias')]
+
+
+def dense(ours: str, theirs: str, bias: bool = True, missing: float | None = None) -> list[Row]:
+  """kernel and bias of a linear map, whatever heads ours has."""
+  rows = [row(f'{ours}/kernel', f'{theirs}.weight', linear)]
+  return [*rows, row(f'{ours}/bias', f'{theirs}.bias', missing=missing)] if bias else rows
+
+
+def conv2d(ours: str, theirs: str, bias: bool = True) -> list[Row]:
+  rows = [row(f'{ours}/kernel', f'{theirs}.weight', conv)]
+  return [*rows, row(f'{ours}/bias', f'{theirs}.bias')] if bias else rows
+
+
+def fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
+  """Whether neighbouring axes of one, split or merged, give the other: [D, D] is [D, H, K], [1, C, 1, 1] is [C]."""
+  ends = lambda s: set(np.cumprod([n for n in s if n != 1]).tolist())
+  a, b = ends(shape), ends(wanted)
+  return math.prod(shape) == math.prod(wanted) and (a <= b or b <= a)
+
+
+# --- The engine
+
+
+def convert(
+  source: str,
+  rows: Sequence[Row],
+  theirs: Mapping[str, Any],
+  expected: Mapping[str, Any],
+  ignore: Sequence[str] = (),
+) -> dict[str, np.ndarray]:
+  """Our parameters by name, float32.
+
+  Args:
+    source: what an error calls the checkpoint.
+    theirs: tensors by name: arrays, or anything with `shape` and `numpy()`, which are read one after the other.
+    expected: names and shapes of our parameters.
+    ignore: regular expressions of names that are knowingly left out.
+
+  Raises ValueError naming every tensor that is missing, not expected, used twice, or of another shape.
+  """
+  left_out = [k for k in theirs if any(re.fullmatch(pattern, k) for pattern in ignore)]
+  used = Counter((name, id(r.op)) for r in rows for names in r.theirs for name in names)
+  known = {name for name, _ in used}
+  ours = Counter(r.ours for r in rows)
+  present = lambda r: any(name in theirs for names in r.theirs for name in names)
+  filled = {r.ours for r in rows if r.missing is not None and not present(r)}
+  wanted = {name for r in rows if r.ours not in filled for names in r.theirs for name in names}
+  lines = [f'missing {name}' for name in sorted(wanted - set(theirs))]
+  lines += [f'unexpected {k} {list(theirs[k].shape)}' for k in sorted(set(theirs) - known - set(left_out))]
+  lines += [f'{name} is used twice' for (name, _), n in used.items() if n > 1]
+  lines += [f'our {name} comes twice' for name, n in ours.items() if n > 1]
+  lines += [f'our {name} is not in the network' for name in sorted(set(ours) - set(expected))]
+  lines += [f'our {name} comes from nowhere' for name in sorted(set(expected) - set(ours))]
+  found: dict[str, np.ndarray] = {}
+  for r in rows:
+    if lines and (r.ours not in expected or any(name not in theirs for names in r.theirs for name in names)):
+      continue
+    shape = tuple(expected[r.ours].shape)
+    if r.ours in filled:
+      found[r.ours] = np.full(shape, r.missing, np.float32)
+      continue
+    if r.stacked and len(r.theirs) != shape[0]:
+      lines.append(f'our {r.ours} has {shape[0]} layers, theirs {len(r.theirs)}')
+      continue
+    if lines:  # what follows reads whole tensors: not for an error that is known already, but for shapes
+      if r.op in (same, linear, conv) and len(r.theirs[0]) == 1:
+        lines += _misshapen(r, theirs, shape)
+      continue
+    made = np.empty(shape, np.float32)
+    for layer, names in enumerate(r.theirs):
+      value = r.op(*(_read(theirs[name], name) for name in names))
+      inner = shape[1:] if r.stacked else shape
+      if not fits(value.shape, inner):
+        lines.append(f'{", ".join(names)} gives {list(value.shape)}, expected {list(inner)} for our {r.ours}')
+        break
+      made[layer if r.stacked else ...] = value.reshape(inner)
+    found[r.ours] = made
+  if lines:
+    more = f'; and {len(lines) - SHOWN} more' if len(lines) > SHOWN else ''
+    raise ValueError(f'{source} does not fit its config: {"; ".join(lines[:SHOWN])}{more}.')
+  return found
+
+
+def _misshapen(r: Row, theirs: Mapping[str, Any], shape: tuple[int, ...]) -> list[str]:
+  name, inner = r.theirs[0][0], shape[1:] if r.stacked else shape
+  turned = r.op(np.broadcast_to(np.float32(0), theirs[name].shape)) if r.op is not same else theirs[name]
+  return (
+    [] if fits(turned.shape, inner) else [f'{name} is {list(theirs[name].shape)}, expected what gives {list(inner)}']
+  )
+
+
+def _read(tensor: Any, name: str) -> np.ndarray:
+  value = tensor.numpy() if hasattr(tensor, 'numpy') else np.asarray(tensor)
+  if value.dtype.kind not in 'fiu' and value.dtype.name != 'bfloat16':
+    raise ValueError(f'the tensor {name} has numbers of the kind {value.dtype}; expected floating point.')
+  return value.astype(np.float32, copy=False)
+
+
+# --- Networks
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+  """A public checkpoint as a run of this project.
+
+  Attributes:
+    config: as much of a config as sampling and fine-tuning need.
+    params: arrays by player and name, {'vqgan/encoder/conv_in/kernel': ...}.
+    axes: their logical axes.
+    tokenizer: of the captions, as JSON.
+    frozen: networks that belong to it.
+    notes: what the user should know, a line each.
+  """
+
+  config: dict[str, Any]
+  params: dict[str, np.ndarray]
+  axes: dict[str, list]
+  tokenizer: str | None = None
+  frozen: dict[str, 'Imported'] = dataclasses.field(default_factory=dict)
+  notes: tuple[str, ...] = ()
+
+  def network(self, player: str) -> dict[str, Any]:
+    """The parameters of one player, nested."""
+    prefix = f'{player}/'
+    return checkpoint.nest({k.removeprefix(prefix): v for k, v in self.params.items() if k.startswith(prefix)})
+
+
+def named(player: str, flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Names with that of their player in front."""
+  return {f'{player}/{k}': v for k, v in flat.items()}
+
+
+def write(imported: Imported, out: Path, origin: str) -> None:
+  """Writes a run directory. Raises ValueError when there is a run in `out` already."""
+  if checkpoint.steps(out):
+    raise ValueError(f'{out} holds a run already; give another --out.')
+  frozen = {name: out / 'frozen' / name for name in imported.frozen}
+  for name, other in imported.frozen.items():
+    write(other, frozen[name], origin)
+  params = checkpoint.nest(imported.params)
+  paths = {name: str(path) for name, path in frozen.items()}
+  run = checkpoint.Run(imported.config, params, imported.tokenizer, 0, origin, paths, imported.axes)
+  checkpoint.export_run(out, run)
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A module with the shapes of its parameters by name, and their logical axes."""
+
+  module: Any
+  shapes: Mapping[str, Any]
+  axes: Mapping[str, list]
+
+  @classmethod
+  def of(cls, module: Any, *inputs: Any, method: str | None = None) -> 'Network':
+    """`inputs` are shapes (of float32) or arrays that the module is initialised with."""
+    arrays = [jax.ShapeDtypeStruct(x, np.float32) if isinstance(x, tuple) else x for x in inputs]
+    options = {'method': method} if method else {}
+    boxed = jax.eval_shape(lambda key, *x: module.init(key, *x, **options)['params'], jax.random.key(0), *arrays)
+    return cls(module, sharding.flatten(sharding.unbox(boxed)), sharding.logical_axes(boxed))

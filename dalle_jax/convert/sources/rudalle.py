@@ -1,0 +1,149 @@
+"""ru-DALLE (Sber, 2021): Malevich, Kandinsky, Emojich; a transformer with row, column and convolutional masks.
+
+Files: a state_dict (pytorch_model*.bin), if possible with its sizes in model_params.json or config.json beside it, and
+the tokenizer bpe.model (of YouTokenToMe). The image tokenizer is the VQGAN of taming-transformers: convert it by itself
+and give the run with --vqgan.
+
+Two kinds of models have the same tensors: 'v3' reads text and image, 'v2' (Malevich_v2, Emojich) puts one token more in
+front, but has masks as if it did not, and the window of its convolution goes on at the opposite edges of the picture.
+The attention kinds follow from the number of layers.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from dalle_jax.convert import files
+from dalle_jax.convert.engine import Imported, Network, Row, convert, dense, linear, named, norm, part, row, stacked
+from dalle_jax.models import dalle
+
+EXPECTED = 'a state_dict of ru-DALLE (pytorch_model*.bin)'
+VERSIONS = {'v3': 'no_start', 'v2': 'shifted'}  # -> layout of our DALLE
+HEAD_DIM = 128  # of Malevich, where nothing tells the number of heads
+START, END = 2, 3  # ids before and behind a caption
+IGNORED = (r'.*(row|col|conv)_mask',)
+
+
+def kinds(depth: int, last: str) -> str:
+  """The attention kind of each layer; `last` is the convolution."""
+  kind = lambda i: 'column' if i % 4 == 1 else 'row' if i + 1 < depth else last
+  return ','.join(map(kind, range(depth)))
+
+
+def rows(depth: int, words: int, sandwich: bool, start: bool) -> list[Row]:
+  """`words` text ids come first in the joint head."""
+  one, ours = 'transformer.layers.{i}.', 'blocks/blocks/{block}/'
+  block = [*norm(f'{ours}norm_1', f'{one}input_layernorm'), *norm(f'{ours}norm_2', f'{one}post_attention_layernorm')]
+  if sandwich:
+    block += norm(f'{ours}norm_1_after', f'{one}before_first_addition_layernorm')
+    block += norm(f'{ours}norm_2_after', f'{one}before_second_addition_layernorm')
+  for i, name in enumerate(('query', 'key', 'value')):
+    joint = f'{one}attention.query_key_value'
+    block.append(row(f'{ours}attention/{name}/kernel', f'{joint}.weight', part(i, 3, linear)))
+    block.append(row(f'{ours}attention/{name}/bias', f'{joint}.bias', part(i, 3)))
+  block += dense(f'{ours}attention/out', f'{one}attention.dense')
+  block += [*dense(f'{ours}mlp_in', f'{one}mlp.dense_h_to_4h'), *dense(f'{ours}mlp_out', f'{one}mlp.dense_4h_to_h')]
+  table = [
+    row('text_embed', 'text_embeddings.weight'),
+    row('image_embed', 'image_embeddings.weight'),
+    row('text_positions', 'text_pos_embeddings.weight', None if start else (lambda x: x[:-1])),
+    row('row_positions', 'image_row_embeddings.weight'),
+    row('column_positions', 'image_col_embeddings.weight'),
+    *norm('norm_out', 'transformer.final_layernorm'),
+    *norm('norm_head', 'to_logits.0'),
+    *stacked(block, depth),
+  ]
+  for leaf, their in (('head', 'weight'), ('bias', 'bias')):
+    table.append(row(f'text_{leaf}', f'to_logits.1.{their}', lambda x: x[:words]))
+    table.append(row(f'image_{leaf}', f'to_logits.1.{their}', lambda x: x[words:]))
+  return [*table, row('start', 'text_embeddings.weight', lambda x: x[START])] if start else table
+
+
+def settings(weights: Path, version: str) -> tuple[Mapping[str, Any], str]:
+  """The sizes beside the weights, of the version that the file or `version` names, and that version."""
+  file = next((p for n in ('model_params.json', 'config.json') if (p := weights.parent / n).is_file()), None)
+  known = files.config(file) if file else {}
+  several = {k: v for k, v in known.items() if isinstance(v, dict)}
+  named_so = version or next((v for v in VERSIONS if v in weights.stem), '')
+  if named_so and named_so not in VERSIONS:
+    raise ValueError(f'version {named_so!r} is unknown; there are {", ".join(VERSIONS)}.')
+  if several and named_so not in several:
+    raise ValueError(f'{file} has {", ".join(several)}; say which with --version.')
+  return (several[named_so] if several else known), named_so or 'v3'
+
+
+def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Imported:
+  """The transformer and, where it is there, its tokenizer. Raises ValueError and OSError of one line."""
+  weights = files.find(path, 'pytorch_model*.bin', '*.bin', '*.pt', '*.safetensors', expected=EXPECTED)
+  theirs = files.state_dict(weights)
+  known, version = settings(weights, version)
+  tables = ('text_embeddings', 'image_embeddings', 'text_pos_embeddings', 'image_row_embeddings')
+  if missing := [t for t in tables if f'{t}.weight' not in theirs]:
+    raise ValueError(f'{weights} has no {missing[0]}.weight; expected {EXPECTED}.')
+  (words, width), (codes, _), (positions, _), (side, _) = (theirs[f'{t}.weight'].shape for t in tables)
+  depth, text = files.layers(theirs, r'transformer\.layers\.(\d+)\.'), positions - 1
+  sandwich = any(k.endswith('before_first_addition_layernorm.weight') for k in theirs)
+  notes = []
+  if not heads and 'num_attention_heads' not in known:
+    notes.append(f'nothing tells the number of heads, so they have {HEAD_DIM} numbers each; give it with --heads')
+  model = dict(
+    variant='rudalle',
+    d_model=width,
+    depth=depth,
+    heads=heads or known.get('num_attention_heads', max(1, width // HEAD_DIM)),
+    attention=kinds(depth, 'wrapped' if version == 'v2' else 'conv'),
+    layout=VERSIONS[version],
+    norms='sandwich' if sandwich else 'pre',
+  )
+  start = version == 'v2'
+  module = dalle.build(**model, text_vocab=words, text_length=text, image_vocab=codes, grid=(side, side))
+  ours = Network.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (text, side * side)))
+  params = convert(str(weights), rows(depth, words, sandwich, start), theirs, ours.shapes, IGNORED)
+  file = weights.parent / 'bpe.model'
+  tokenizer = youtokentome(file) if file.is_file() else None
+  if tokenizer is None:
+    notes.append(f'there is no {file}, so captions cannot be read: put it there and convert again')
+  elif tokenizer.get_vocab_size() != words - text:
+    raise ValueError(f'{file} has {tokenizer.get_vocab_size()} words, the model {words - text}; expected its own.')
+  config = {
+    'objective': 'dalle',
+    'model': model,
+    'data': {'image_size': 8 * side},  # of the f = 8 VQGAN
+    'tokenizer': {'vocab_size': words - text, 'length': text, 'start': START, 'end': END},
+  }
+  text_json = tokenizer.to_str() if tokenizer else None
+  return Imported(config, named('dalle', params), named('dalle', ours.axes), text_json, notes=tuple(notes))
+
+
+def youtokentome(path: Path) -> Tokenizer:
+  """A model file of YouTokenToMe: counts, characters with ids, merges (left, right, new), special ids; all in decimal.
+
+  Raises ValueError for another file.
+  """
+  try:
+    numbers = np.array(path.read_text(encoding='utf-8').split(), np.int64).tolist()
+    characters, merges = numbers[:2]
+    body = numbers[2:]
+    ids = {body[2 * i + 1]: chr(body[2 * i]) for i in range(characters)}
+    body = body[2 * characters :]
+    pairs = []
+    for i in range(merges):
+      left, right, new = body[3 * i : 3 * i + 3]
+      ids[new] = ids[left] + ids[right]
+      pairs.append((ids[left], ids[right]))
+    special = dict(zip(('<UNK>', '<PAD>', '<BOS>', '<EOS>'), body[3 * merges : 3 * merges + 4], strict=True))
+  except (ValueError, KeyError, OverflowError) as e:
+    raise ValueError(
+      f'{path} cannot be read ({" ".join(str(e).split())[:100]}); expected a model of YouTokenToMe.'
+    ) from e
+  vocab = {word: i for i, word in ids.items()} | special
+  tokenizer = Tokenizer(models.BPE(vocab, pairs, unk_token='<UNK>', fuse_unk=True))
+  tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase()])
+  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='always')
+  tokenizer.decoder = decoders.Metaspace(prepend_scheme='always')
+  return tokenizer

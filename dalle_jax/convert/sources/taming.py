@@ -1,0 +1,129 @@
+"""taming-transformers: VQModel and GumbelVQ with discriminator and LPIPS (Esser et al., 2021), and what shares their
+layout: stage 1 of minDALL-E, the image tokenizer of ru-DALLE.
+
+Files: a checkpoint of pytorch-lightning (last.ckpt) and its config (model.yaml), in one folder.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dalle_jax.convert import files
+from dalle_jax.convert.engine import Imported, Network, Row, conv, conv2d, convert, named, row
+from dalle_jax.convert.sources import lpips
+from dalle_jax.models import patchgan, vqgan
+
+EXPECTED = 'a folder with last.ckpt and model.yaml of taming-transformers'
+NAMES = (  # ours -> theirs, without the leaf
+  (r'(encoder|decoder)/(down|up)_(\d+)_(block|attn)_(\d+)/(\w+)', r'\1.\2.\3.\4.\5.\6'),
+  (r'(encoder|decoder)/(down|up)_(\d+)_(downsample|upsample)/conv', r'\1.\2.\3.\4.conv'),
+  (r'(encoder|decoder)/mid_(block|attn)_(\d)/(\w+)', r'\1.mid.\2_\3.\4'),
+  (r'(encoder|decoder)/(conv_in|conv_out|norm_out)', r'\1.\2'),
+  (r'conv_out', r'decoder.conv_out'),
+  (r'(quant_conv|post_quant_conv)', r'\1'),
+  (r'quantize/proj', r'quantize.proj'),
+)
+LEAVES = {'kernel': ('weight', conv), 'scale': ('weight', None), 'bias': ('bias', None)}
+
+
+def rows(names: Sequence[str], gumbel: bool) -> list[Row]:
+  """Of a VQGAN with these parameters."""
+  table = [row('quantize/embedding', 'quantize.embed.weight' if gumbel else 'quantize.embedding.weight')]
+  for name in names:
+    parent, _, leaf = name.rpartition('/')
+    for ours, theirs in NAMES:
+      if re.fullmatch(ours, parent):
+        suffix, op = LEAVES[leaf]
+        table.append(row(name, f'{re.sub(ours, theirs, parent)}.{suffix}', op))
+        break
+  return table
+
+
+def fields(path: Path, sizes: Mapping[str, Any], embed_dim: int, n_embed: int, gumbel: bool = False) -> dict[str, Any]:
+  """The fields of our VQGAN from their ddconfig or hparams. Raises ValueError for one that ours cannot be."""
+  known = files.fields(
+    path,
+    sizes,
+    'resolution',
+    'ch',
+    'ch_mult',
+    'num_res_blocks',
+    'attn_resolutions',
+    'z_channels',
+    'in_channels',
+    'out_ch',
+  )
+  if known['in_channels'] != 3 or known['out_ch'] != 3 or sizes.get('double_z'):
+    raise ValueError(f'{path} describes a network without colours or with double_z; expected RGB and double_z: false.')
+  return dict(
+    variant='f16_1024',
+    image_size=known['resolution'],
+    ch=known['ch'],
+    ch_mult=tuple(known['ch_mult']),
+    num_res_blocks=known['num_res_blocks'],
+    attn_resolutions=tuple(known['attn_resolutions']),
+    z_channels=known['z_channels'],
+    code_dim=embed_dim,
+    num_codes=n_embed,
+    quantizer='gumbel' if gumbel else 'nearest',
+  )
+
+
+def network(model: Mapping[str, Any]) -> Network:
+  module = vqgan.build(**model)
+  return Network.of(module, (1, module.image_size, module.image_size, 3))
+
+
+def tokenizer(source: str, model: Mapping[str, Any], theirs: Mapping[str, Any], ignore: Sequence[str] = ()) -> Imported:
+  """The run of a VQGAN alone."""
+  ours = network(model)
+  table = rows(list(ours.shapes), model['quantizer'] == 'gumbel')
+  params = convert(source, table, theirs, ours.shapes, ignore)
+  config = {'objective': 'vqgan', 'model': dict(model), 'data': {'image_size': model['image_size']}}
+  return Imported(config, named('vqgan', params), named('vqgan', ours.axes))
+
+
+def discriminator(source: str, theirs: Mapping[str, Any], layers: int, width: int) -> tuple[dict, dict, dict]:
+  """The fields of our PatchGAN, its parameters and their axes."""
+  sizes = dict(variant='base', width=width, layers=layers, norm='fixed_batch')
+  ours = Network.of(patchgan.build(**sizes), (1, 64, 64, 3))
+  table = [*conv2d('conv_0', 'main.0'), *conv2d('conv_out', f'main.{3 * layers + 2}')]
+  for i in range(1, layers + 1):
+    table += conv2d(f'conv_{i}', f'main.{3 * i - 1}', bias=False)
+    leaves = {'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}
+    table += [row(f'norm_{i}/{leaf}', f'main.{3 * i}.{name}') for leaf, name in leaves.items()]
+  return sizes, convert(source, table, theirs, ours.shapes, [r'.*\.num_batches_tracked']), ours.axes
+
+
+def read(path: Path, **options: Any) -> Imported:
+  """A VQGAN and, where the file has them, its discriminator and LPIPS. Raises ValueError and OSError of one line."""
+  weights = files.find(path, '*.ckpt', '*.pt', '*.pth', '*.safetensors', expected=EXPECTED)
+  description = files.find(weights.parent, 'model.yaml', '*.yaml', '*.yml', expected=EXPECTED)
+  config = files.config(description)
+  config = config.get('model', config)
+  known = files.fields(description, config, 'target', 'params.embed_dim', 'params.n_embed', 'params.ddconfig')
+  kind = str(known['target']).rpartition('.')[2]
+  if kind not in ('VQModel', 'GumbelVQ'):
+    raise ValueError(f'{description} describes {kind}; expected VQModel or GumbelVQ.')
+  model = fields(description, known['ddconfig'], known['embed_dim'], known['n_embed'], kind == 'GumbelVQ')
+  theirs, source = files.state_dict(weights), str(weights)
+  imported = tokenizer(source, model, theirs, [r'loss\..*', r'temperature_scheduler\..*'])
+  loss = config['params'].get('lossconfig', {}).get('params', {})
+  judge, perceptual = files.under(theirs, 'loss.discriminator.'), files.under(theirs, 'loss.perceptual_loss.')
+  settings: dict[str, Any] = {}
+  if judge:
+    if loss.get('use_actnorm') or loss.get('disc_conditional'):
+      raise ValueError(f'{description} has a discriminator with actnorm or a condition; expected the usual one.')
+    sizes, params, axes = discriminator(source, judge, loss.get('disc_num_layers', 3), loss.get('disc_ndf', 64))
+    imported.params.update(named('discriminator', params))
+    imported.axes.update(named('discriminator', axes))
+    settings['disc_variant'] = sizes.pop('variant')
+    settings |= {'disc': sizes, 'disc_weight': float(loss.get('disc_weight', 1.0))}
+  if perceptual:
+    imported.frozen['lpips'] = lpips.of_tensors(source, perceptual, 'net.slice{stage}.{i}')
+    settings['lpips_weight'] = float(loss.get('perceptual_weight', 1.0))
+  if kind == 'GumbelVQ':
+    settings['kl_weight'] = float(config['params'].get('kl_weight', 5e-4))
+  imported.config['loss'] = settings
+  return imported

@@ -1,0 +1,34 @@
+"""What turns pictures into codes and codes into pictures: a VQGAN or a dVAE, whichever a run holds."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+
+from dalle_jax.models import dvae, vqgan
+
+ROOMS = {'vqgan': vqgan, 'dvae': dvae}
+
+
+class ImageTokenizer(Protocol):
+  """What both have; the methods run inside `apply`."""
+
+  num_codes: int
+  apply: Any
+
+  def grid(self, image_size: int) -> tuple[int, int]:
+    """Rows and columns of codes of a square picture; ValueError if they do not come out even."""
+
+  def encode(self, images: jax.Array) -> jax.Array:
+    """float32[B, H, W, 3] in [-1, 1] -> codes int32[B, h, w]."""
+
+  def decode_codes(self, codes: jax.Array) -> jax.Array:
+    """int32[B, h, w] in [0, num_codes) -> float32[B, H, W, 3], about [-1, 1]."""
+
+
+def of_run(config: Mapping[str, Any]) -> ImageTokenizer:
+  """The network of a run from its config; of one without an objective, a VQGAN. Raises ValueError for another run."""
+  kind = config.get('objective', 'vqgan')
+  if kind not in ROOMS:
+    raise ValueError(f'config.frozen.vqgan is a run of {kind!r}; expected an image tokenizer: {", ".join(ROOMS)}.')
+  return ROOMS[kind].build(**config['model'])

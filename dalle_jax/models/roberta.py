@@ -1,0 +1,85 @@
+"""RoBERTa, a text encoder ("RoBERTa", Liu et al., 2019), as the transformers library lays it out.
+
+Axis legend: B texts, N tokens, D width.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.layers import variants
+from dalle_jax.layers.basic import Dense, Embed, LayerNorm, boxed, normal_init
+from dalle_jax.layers.transformer import Stack
+
+VARIANTS = {
+  'test': dict(vocab_size=40, length=8, width=16, layers=2, heads=2),
+  'base': dict(),
+  'large': dict(width=1024, layers=24, heads=16),
+}
+
+
+class RoBERTa(nn.Module):
+  """Hidden states of a text; tokens equal to `pad` are not seen.
+
+  Attributes:
+    length: the most tokens of a text. Positions are numbered from `pad` + 1 on, paddings have the number `pad`.
+    mlp: width of the MLPs; 0: four times `width`.
+  """
+
+  vocab_size: int = 50_265
+  length: int = 512
+  width: int = 768
+  layers: int = 12
+  heads: int = 12
+  mlp: int = 0
+  pad: int = 1
+  activation: str = 'gelu'
+  eps: float = 1e-5
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    init = boxed(normal_init(0.02), (None, 'embed'))
+    self.embed = Embed(self.vocab_size, self.width, dtype=self.dtype)
+    self.positions = self.param('positions', init, (self.length + self.pad + 1, self.width), jnp.float32)
+    self.type_embed = self.param('type_embed', boxed(normal_init(0.02), ('embed',)), (self.width,), jnp.float32)
+    self.norm_in = LayerNorm(self.eps, self.dtype)
+    self.encoder = Stack(self.layers, self.heads, self.activation, self.dtype, norms='post', mlp=self.mlp, eps=self.eps)
+    self.pooler = Dense(self.width, ('embed', None))
+
+  def __call__(self, text: jax.Array, seen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """Hidden states float32[B, N, D] and the pooled first one float32[B, D] of int32[B, N].
+
+    `seen` bool[B, N] are the positions that count as keys; by default those that are no padding. Raises ValueError for
+    texts that are too long.
+    """
+    seen = text != self.pad if seen is None else seen
+    x, _ = self.encoder(self.embed_text(text), jnp.broadcast_to(seen[None, :, None], (1, *text.shape, text.shape[1])))
+    x = x.astype(jnp.float32)
+    return x, jnp.tanh(self.pooler(x[:, 0]))
+
+  def embed_text(self, text: jax.Array) -> jax.Array:
+    """What the blocks read, [B, N, D]."""
+    if text.shape[1] > self.length:
+      raise ValueError(f'this RoBERTa takes {self.length} tokens at most, not {text.shape[1]}; cut the texts.')
+    words = text != self.pad
+    where = jnp.cumsum(words, 1) * words + self.pad
+    x = self.embed(text) + (jnp.take(self.positions, where, axis=0) + self.type_embed).astype(self.dtype)
+    return self.norm_in(x)
+
+  def encode_text(self, text: jax.Array) -> jax.Array:
+    """The mean of the hidden states that are no padding, float32[B, D]."""
+    words = (text != self.pad)[..., None]
+    return jnp.where(words, self(text)[0], 0).sum(1) / jnp.maximum(words.sum(1), 1)
+
+
+def build(variant: str, **overrides) -> RoBERTa:
+  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  return variants.build(RoBERTa, VARIANTS, variant, overrides)
+
+
+def of_run(config: Mapping[str, Any]) -> RoBERTa:
+  """The network of an imported run, from the config in it."""
+  return build(**config['model'])

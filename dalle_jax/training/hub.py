@@ -1,0 +1,27 @@
+"""Runs by the name of their repository at Hugging Face."""
+
+import re
+from pathlib import Path
+
+NAME = re.compile(r'[\w.-]+/[\w.-]+')
+
+
+def local(path: str | Path) -> Path:
+  """`path`, or for the name OWNER/REPOSITORY of one that is no directory here, where its files were downloaded to.
+
+  Raises FileNotFoundError when it cannot be had; without huggingface_hub (the extra `hf`) that names the extra.
+  """
+  name, path = str(path), Path(path).expanduser()
+  if path.exists() or not NAME.fullmatch(name) or path.parent.is_dir():
+    return path
+  try:
+    import huggingface_hub
+  except ImportError:
+    raise FileNotFoundError(
+      f'there is no directory {name}; if it is a repository of Hugging Face: pip install "dalle_jax[hf]".'
+    ) from None
+  try:
+    return Path(huggingface_hub.snapshot_download(name))
+  except Exception as e:  # of the network, of the hub, of the disk: they have no common class
+    text = ' '.join(str(e).split())[:200]
+    raise FileNotFoundError(f'{name} is no directory, and Hugging Face does not give it ({text}).') from e

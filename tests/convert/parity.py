@@ -1,0 +1,378 @@
+"""What our modules give for the inputs of a parity folder, by the names of its expected.npz.
+
+A folder has a public checkpoint, inputs (in_*) and what the original code made of them (out_*), NCHW as in PyTorch.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax.convert import files, torch_file
+from dalle_jax.convert.__main__ import read
+from dalle_jax.convert.sources import lpips as lpips_source
+from dalle_jax.convert.sources.clip import MEAN, STD
+from dalle_jax.data.bpe import text_encoder
+from dalle_jax.functional import decoding, gan, losses
+from dalle_jax.layers import variants
+from dalle_jax.layers.attention import stream_mask
+from dalle_jax.layers.cross import CrossAttention
+from dalle_jax.models import clip, dalle, dvae, lpips, patchgan, roberta, story_dalle, vqgan
+
+LEFT_OUT = {  # kind -> arrays that are not compared, with the reason
+  'storydalle': {
+    'out_np_nocond_greedy_cached': 'their cache reads the first code at another position than in training',
+    'out_np_cond_greedy_cached': 'the same, and looks at no source from the second code on',
+    'out_p_nocond_greedy_cached': 'the same, and forgets the prompt',
+    'out_p_cond_greedy_cached': 'all of these',
+  }
+}
+GREEDY = decoding.Sampling(temperature=0.0)
+nhwc = lambda x: jnp.asarray(x).transpose(0, 2, 3, 1)
+nchw = lambda x: np.asarray(x).transpose(0, 3, 1, 2)
+
+
+def applied(module, params, *args, method=None, jit=True):
+  f = lambda p, *x: module.apply({'params': p}, *x, method=method)
+  return (jax.jit(f) if jit else f)(params, *map(jnp.asarray, args))
+
+
+def taming(folder, arrays, source='taming'):
+  run = read(source, folder)
+  config, params = run.config, run.network('vqgan')
+  model, image = vqgan.build(**config['model']), nhwc(arrays['in_image'])
+  gumbel = model.quantizer == 'gumbel'
+
+  def forward(params, image):
+    z = model.apply({'params': params}, image, method=lambda m, x: m.encoder(x))
+    return z, model.apply({'params': params}, image)
+
+  encoded, out = jax.jit(forward)(params, image)
+  q = out.quantized
+  decode = lambda codes: nchw(applied(model, params, codes, method='decode_codes'))
+  found = {'out_encoder': nchw(encoded), 'out_prequant': nchw(q.inputs), 'out_codes': q.codes}
+  found |= {'out_quant': nchw(q.vectors), 'out_recon': nchw(out.recon), 'out_decoded_codes': decode(arrays['in_codes'])}
+  loss = q.losses['commitment'] + 0.25 * q.losses.get('codebook', 0.0) if not gumbel else 0.0
+  if gumbel:
+    kernel, bias, table = (params['quantize'][k] for k in ('proj', 'proj', 'embedding'))
+    logits = jnp.einsum('bhwd,dk->bhwk', q.inputs, kernel['kernel'][0, 0]) + bias['bias']
+    noisy = (logits + nhwc(arrays['in_gumbel'])).argmax(-1)
+    loss = config['loss']['kl_weight'] * q.losses['kl']
+    found |= {'out_proj_logits': nchw(logits), 'out_codes_gumbel': noisy, 'out_quant_gumbel': nchw(table[noisy])}
+  found['out_kl_loss' if gumbel else 'out_codebook_loss'] = loss
+  judge = patchgan.build(config['loss']['disc_variant'], **config['loss']['disc'])
+  logits = lambda x: applied(judge, run.network('discriminator'), x, jit=False)
+  near, seen = run.frozen['lpips'], lpips.build(**run.frozen['lpips'].config['model'])
+  distance = lambda x: seen.apply({'params': near.network('lpips')}, x, image)
+  nll = lambda x: jnp.abs(x - image).mean() + config['loss']['lpips_weight'] * distance(x).mean()
+  fake, real = logits(out.recon), logits(image)
+
+  def head(kernel):
+    variables = {'params': {'conv_out': {**params['conv_out'], 'kernel': kernel}}}
+    return model.apply(variables, out.features, method='to_pixels')
+
+  fool = lambda x: gan.hinge_generator(logits(x))
+  weight = jax.jit(lambda kernel: gan.adaptive_weight(head, kernel, nll, fool))(params['conv_out']['kernel'])
+  weight = weight * config['loss']['disc_weight']
+  found |= {'out_disc_logits': fake[:, None], 'out_disc_logits_real': real[:, None], 'out_nll_loss': nll(out.recon)}
+  found |= {'out_lpips': distance(out.recon)[:, None, None, None], 'out_g_loss': -fake.mean(), 'out_d_weight': weight}
+  found['out_total_loss'] = nll(out.recon) - weight * fake.mean() + loss
+  found['out_disc_loss'] = gan.hinge_discriminator(real, fake)
+  return found
+
+
+def image_tokens(run, image, codes):
+  """Of the VQGAN of a run: prequant, codes, reconstruction, and the pictures of other codes."""
+  frozen = run.frozen['vqgan']
+  model, params = vqgan.build(**frozen.config['model']), frozen.network('vqgan')
+  out = applied(model, params, nhwc(image))
+  grid = model.grid(image.shape[-1])
+  pictures = lambda x: nchw(applied(model, params, np.asarray(x).reshape(-1, *grid), method='decode_codes'))
+  return nchw(out.quantized.inputs), out.quantized.codes.reshape(len(image), -1), nchw(out.recon), pictures
+
+
+def texts(run, captions):
+  encode = text_encoder(run.tokenizer, run.config['tokenizer'])
+  return np.stack([encode(c) for c in captions])
+
+
+def of_dalle(config, words, codes, grid):
+  sizes = variants.text_sizes({**config['tokenizer']})
+  return dalle.build(**config['model'], **sizes, image_vocab=codes, grid=grid, dtype='float32')
+
+
+def greedy(apply, text, length):
+  """Codes by our cached sampler."""
+  none = jnp.zeros((len(text), 0), jnp.int32)
+  keys = jax.random.split(jax.random.key(0), len(text))
+  options = dict(empty=text[0], length=length, n=1, sampling=GREEDY)
+  return decoding.sample(apply, jnp.asarray(text), none, keys, **options)
+
+
+def pixels(pictures):
+  return np.clip(pictures * 0.5 + 0.5, 0, 1)
+
+
+def mindalle(folder, arrays):
+  run = read('mindalle', folder / '1.3B')
+  params = run.network('dalle')
+  codes, length = run.frozen['vqgan'].config['model']['num_codes'], arrays['in_codes'].shape[1]
+  side = int(length**0.5)
+  model, text = of_dalle(run.config, run.tokenizer, codes, (side, side)), arrays['in_texts']
+  forward = jax.jit(lambda p, t, i: model.apply({'params': p}, t, i))
+  text_logits, image_logits = forward(params, text, arrays['in_codes'])
+  apply = lambda p: lambda *args, method: model.apply({'params': p}, *args, method=method)
+  drawn = jax.jit(lambda p, t: greedy(apply(p), t, length))(params, text)
+  prequant, own, recon, pictures = image_tokens(run, arrays['in_image'], codes)
+  logits = decoding.filter_logits(jnp.asarray(arrays['in_logits']) / 0.7, top_k=24)
+  return {
+    'out_token_ids': texts(run, json.loads((folder / 'captions.json').read_text())),
+    'out_logits_img': image_logits,
+    'out_logits_txt': text_logits,
+    'out_greedy_codes': drawn,
+    'out_greedy_logits': forward(params, text, drawn)[1],
+    'out_greedy_pixels': pixels(pictures(drawn)),
+    'out_decoded_codes': pictures(arrays['in_codes']),
+    'out_image_codes': own,
+    'out_recon': recon,
+    'out_prequant': prequant,
+    'out_topk_topp_probs': jax.nn.softmax(decoding.filter_logits(logits, top_p=0.8)),
+  }
+
+
+def storydalle(folder, arrays):
+  found, source_image = {}, arrays['in_src']
+  captions = json.loads((folder / 'captions.json').read_text())
+  b, t = arrays['in_sent_embeds'].shape[:2]
+  text, sentences = arrays['in_texts'], jnp.asarray(arrays['in_sent_embeds'])
+  for kind, name in (('np', 'pororo'), ('p', 'pororo_prompt')):
+    run = read('storydalle', folder / name, cross=str(folder / 'cross_attention.pt'))
+    codes = run.frozen['vqgan'].config['model']['num_codes']
+    frames = arrays['in_images'].reshape(-1, *arrays['in_images'].shape[2:])
+    _, image, _, pictures = image_tokens(run, np.concatenate([frames, source_image]), codes)
+    image, source = image[: len(frames)], image[len(frames) :]
+    side = int(image.shape[1] ** 0.5)
+    base = of_dalle({**run.config, 'model': only_dalle(run.config['model'])}, run.tokenizer, codes, (side, side))
+    added = {k: v for k, v in run.config['model'].items() if k not in only_dalle(run.config['model'])}
+    model = story_dalle.StoryDALLE(dalle=base, **added)
+    params = {'dalle': run.network('dalle'), 'story': run.network('story')}
+
+    def parts(params, text, source, sentences, model=model, base=base):
+      extra, _ = model.apply({'params': params}, text, source, sentences, method='look')
+      seen = base.apply({'params': params['dalle']}, source, method='embed_source')
+      return extra, seen
+
+    extra, seen = jax.jit(parts)(params, text, source, sentences)
+    rows = text.reshape(b * t, -1)
+    forward = jax.jit(lambda p, *x, base=base: base.apply({'params': p}, *x))
+    first = slice(0, t)  # story 0
+    for condition in ('nocond', 'cond'):
+
+      def context(rows, seen=seen, params=params, base=base, condition=condition):
+        """As theirs: K and V of the frames are laid out as if they were those of positions (see test_parity)."""
+        if condition == 'nocond':
+          return None
+        d = seen.shape[-1]
+        whole = jnp.repeat(seen, t, axis=0)[rows]
+        whole = whole.reshape(-1, len(whole), d).transpose(1, 0, 2)
+        mean, var = whole.mean(-1, keepdims=True), whole.var(-1, keepdims=True)
+        whole = (whole - mean) * jax.lax.rsqrt(var + 1e-5)
+        cross = CrossAttention(base.depth // 3, base.heads)
+        return cross.apply({'params': params['story']['cross']}, whole)
+
+      text_logits, image_logits = forward(params['dalle'], rows, image, extra, context(slice(None)))
+      found |= {f'out_{kind}_{condition}_logits_img': image_logits, f'out_{kind}_{condition}_logits_txt': text_logits}
+
+      def draw(params, rows, extra, context, base=base, length=image.shape[1]):
+        model = story_dalle.StoryDALLE(dalle=base)
+
+        def apply(*args, method):
+          args = (*args, extra, context) if method == 'prefill' else args
+          return model.apply({'params': {'dalle': params}}, *args, method=method)
+
+        return greedy(apply, rows, length)
+
+      drawn = jax.jit(draw)(params['dalle'], rows[first], extra[first], context(first))
+      found[f'out_{kind}_{condition}_greedy_full'] = drawn
+      if (kind, condition) == ('np', 'cond'):
+        found['out_greedy_pixels'] = pixels(pictures(drawn))
+    if kind == 'np':
+      x = params['story']['encoder']['linear']
+      linear = sentences @ x['kernel'] + x['bias']
+      positions = params['dalle']['text_positions'][: extra.shape[1]]
+      found |= {'out_story_linear': linear, 'out_story_block': (extra - positions)[:, -1].reshape(b, t, -1)}
+      found |= {'out_src_codes': source, 'out_codes': image, 'out_token_ids': texts(run, captions['tokens'])}
+      assert np.array_equal(texts(run, [c for story in captions['story'] for c in story]).reshape(text.shape), text)
+    else:
+      found['out_p_soft_prompt'] = (extra - params['dalle']['text_positions'][: extra.shape[1]])[:1, :-1]
+  return found
+
+
+def only_dalle(model):
+  own = ('retro', 'story_encoder', 'prompt', 'sentences', 'sentence_dim', 'frames')
+  return {k: v for k, v in model.items() if k not in own}
+
+
+def rudalle(folder, arrays):
+  found, codes = {}, arrays['in_codes']
+  for version in ('v3', 'v2'):
+    run = read('rudalle', folder / f'pytorch_model_{version}.bin')
+    params = run.network('dalle')
+    side = int(codes.shape[1] ** 0.5)
+    image_vocab = params['image_embed'].shape[0]
+    model = of_dalle(run.config, None, image_vocab, (side, side))
+    text = np.where(arrays['in_text'] == 0, model.padding, arrays['in_text'])
+    n = codes.shape[1] if version == 'v3' else codes.shape[1] - 1  # v2 has one token more in front
+
+    def joint(params, text, image, model=model):
+      x = model.apply({'params': params}, text, image, method='features')
+      heads = (model.apply({'params': params}, x, method=f'{kind}_logits') for kind in ('text', 'image'))
+      return jnp.concatenate([*heads], -1)
+
+    logits, words = jax.jit(joint)(params, text, codes[:, :n]), params['text_embed'].shape[0]
+    labels = np.concatenate([text, codes], 1)[:, int(version == 'v3') :]
+    ends = (
+      (slice(0, model.text_length), slice(0, words)),
+      (slice(model.text_length, labels.shape[1]), slice(words, None)),
+    )
+    # In v3 the first image code is among the labels of the text, as if it were a word: a fault of the original.
+    text_loss, image_loss = (losses.token_loss(logits[:, at, ids], labels[:, at])[0] for at, ids in ends)
+    loss = (text_loss + 7 * image_loss) / 8
+    found |= {f'out_{version}_logits': logits, f'out_{version}_loss': np.array([loss, text_loss, image_loss])}
+    for theirs, ours in (('row', 'row'), ('col', 'column'), ('conv', run.config['model']['attention'].split(',')[-1])):
+      found[f'out_{version}_{theirs}_mask'] = stream_mask(ours, model.text_length, (side, side)).astype(np.uint8)
+    apply = lambda p, model=model: lambda *args, method: model.apply({'params': p}, *args, method=method)
+    drawn = jax.jit(lambda p, t: greedy(apply(p), t, codes.shape[1]))(params, text)  # noqa: B023
+    found |= {f'out_{version}_greedy': drawn, f'out_{version}_greedy_cached': drawn}
+  return found
+
+
+def openai_dvae(folder, arrays):
+  run = read('openai_dvae', folder)
+  model, params = dvae.build(**run.config['model']), run.network('dvae')
+  image = nhwc(arrays['in_image']) * 2 - 1
+  logits = applied(model, params, image, method='logits')
+  codes = logits.argmax(-1)
+  statistics = applied(model, params, codes, method='statistics')
+  unit = lambda x: nchw((x + 1) / 2)
+  decode = lambda codes: unit(applied(model, params, codes, method='decode_codes'))
+  return {
+    'out_mapped': 0.8 * arrays['in_image'] + 0.1,
+    'out_z_logits': nchw(logits),
+    'out_codes': codes,
+    'out_x_stats': nchw(statistics),
+    'out_x_rec': decode(codes),
+    'out_decoded_codes': decode(arrays['in_codes']),
+  }
+
+
+def shorter(tree):
+  """The parameters of a tower without its last block."""
+  return {**tree, 'encoder': jax.tree.map(lambda x: x[:-1], tree['encoder'])}
+
+
+def clip_hf(folder, arrays):
+  run = read('clip', folder)
+  text, config = run.config['tokenizer'], run.config['model']
+  sizes = dict(vocab_size=text['vocab_size'], text_length=text['length'])
+  model, less = (clip.build(**{**config, **sizes, **fewer}) for fewer in (
+    {}, {'layers': config['layers'] - 1, 'text_layers': config['text_layers'] - 1}
+  ))  # fmt: skip
+  params = run.network('clip')
+  seen, ids = jnp.asarray(arrays['in_attention_mask'], bool), arrays['in_input_ids']
+  image = nhwc(arrays['in_pixel_values']) * np.array(STD) * 2 + np.array(MEAN) * 2 - 1
+
+  def tower(model, params, name, *inputs):
+    run = lambda m, *x: getattr(m, name)(*x)
+    features, state = model.apply({'params': params}, *inputs, method=run, mutable='hidden')
+    last = state['hidden'][name]['last'][0]
+    return features, last, state['hidden'][name]['pooled'][0]
+
+  def last_norm(x):
+    scale, bias = (params['text']['norm_out'][k] for k in ('scale', 'bias'))
+    x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + config['eps'])
+    return x * scale + bias
+
+  fewer = {**params, 'image': shorter(params['image']), 'text': shorter(params['text'])}
+  text_features, text_last, text_pooled = tower(model, params, 'text', ids, seen)
+  _, plain_last, plain_pooled = tower(model, params, 'text', ids)
+  image_features, image_last, image_pooled = tower(model, params, 'image', image)
+  unit = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)
+  text_embeds, image_embeds, scale = unit(text_features), unit(image_features), np.exp(params['logit_scale'])
+  return {
+    'out_token_ids': texts(run, json.loads((folder / 'captions.json').read_text())['tokens']),
+    'out_text_features': text_features,
+    'out_image_features': image_features,
+    'out_text_embeds': text_embeds,
+    'out_image_embeds': image_embeds,
+    'out_logits_per_text': text_embeds @ image_embeds.T * scale,
+    'out_logits_per_image': image_embeds @ text_embeds.T * scale,
+    'out_logit_scale_exp': scale,
+    'out_text_last_hidden': last_norm(text_last),
+    'out_text_last_hidden_nomask': last_norm(plain_last),
+    'out_text_pooled': text_pooled,
+    'out_text_pooled_nomask': plain_pooled,
+    'out_text_penultimate': tower(less, fewer, 'text', ids, seen)[1],
+    'out_vision_last_hidden': image_last,
+    'out_vision_pooled': image_pooled,
+    'out_vision_penultimate': tower(less, fewer, 'image', image)[1],
+  }
+
+
+def roberta_hf(folder, arrays):
+  run = read('roberta', folder)
+  params, ids = run.network('roberta'), arrays['in_input_ids']
+  model = roberta.build(**run.config['model'])
+  less = roberta.build(**{**run.config['model'], 'layers': model.layers - 1})
+  seen = jnp.asarray(arrays['in_attention_mask'], bool)
+  last, pooled = applied(model, params, ids, seen)
+  return {
+    'out_token_ids': texts(run, json.loads((folder / 'captions.json').read_text())['tokens']),
+    'out_last_hidden': last,
+    'out_pooled': pooled,
+    'out_embeddings': applied(model, params, ids, method='embed_text'),
+    'out_penultimate': applied(less, shorter(params), ids, seen)[0],
+    'out_last_hidden_nomask': applied(model, params, ids, jnp.ones_like(seen))[0],
+    'out_mean_pooled': applied(model, params, ids, method='encode_text'),
+  }
+
+
+def of_lpips(folder, arrays):
+  run = read('lpips', folder)
+  model, params = lpips.build(**run.config['model']), run.network('lpips')
+  x, y = nhwc(arrays['in_x']), nhwc(arrays['in_y'])
+  terms = applied(model, params, x, y, method='terms')
+  features = applied(model, params, x, method='features')
+  found = {f'out_feat{i}': nchw(f) for i, f in enumerate(features)}
+  assert model.depths == lpips_source.DEPTHS
+  return found | {'out_layers': terms, 'out_lpips': terms.sum(1)[:, None, None, None]}
+
+
+def torch_formats(folder, arrays):
+  """The last file; the others are compared with it."""
+  names = [k.removeprefix('out_') for k in arrays if k.startswith('out_')]
+  several = []
+  for path in sorted(p for p in Path(folder).iterdir() if p.suffix in ('.pt', '.pth', '.ckpt')):
+    tensors = files.state_dict(path)
+    several.append({f'out_{name}': tensors[name.replace('/', '.')].numpy() for name in names})
+    assert isinstance(torch_file.load(path), dict)
+  for other in several[:-1]:
+    for name, value in several[-1].items():
+      np.testing.assert_array_equal(other[name], value)
+  return several[-1]
+
+
+KINDS = {
+  'taming_vqgan': taming,
+  'taming_gumbel_vqgan': taming,
+  'mindalle': mindalle,
+  'storydalle': storydalle,
+  'rudalle': rudalle,
+  'openai_dvae': openai_dvae,
+  'clip_hf': clip_hf,
+  'roberta_hf': roberta_hf,
+  'lpips': of_lpips,
+  'torch_formats': torch_formats,
+}

@@ -1,0 +1,218 @@
+"""Importing as a user does it: the command, what it writes, and every way in which it can go wrong in one line."""
+
+import io
+import pickle
+import random
+import shutil
+import struct
+import sys
+import types
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sample
+import train
+from dalle_jax.convert import __main__ as command
+from dalle_jax.convert import engine, torch_file
+from dalle_jax.pipelines.dalle import DallE
+from dalle_jax.training import checkpoint
+
+FIXTURES = Path(__file__).parent / 'fixtures'
+
+
+def convert(*arguments, capsys=None):
+  command.FLAGS.unparse_flags()
+  for name in ('from', 'path', 'out', 'config', 'cross', 'version', 'vqgan'):
+    command.FLAGS[name].value = ''
+  status = command.main(['convert', *map(str, arguments)])
+  return status, capsys.readouterr() if capsys else None
+
+
+@pytest.fixture(scope='module')
+def mindalle(tmp_path_factory):
+  """An imported minDALL-E."""
+  out = tmp_path_factory.mktemp('runs') / 'mindalle'
+  assert convert('--from=mindalle', f'--path={FIXTURES}/mindalle/1.3B', f'--out={out}')[0] == 0
+  return out
+
+
+def test_an_imported_run_draws_and_is_fine_tuned_into_a_storyteller(mindalle, tmp_path, capsys):
+  one, other = (DallE.load(mindalle).sample(['a red circle'], n=1, seed=3, top_k=8)[0] for _ in range(2))
+  assert one.images.shape == (1, 32, 32, 3) and (one.images == other.images).all()
+  arguments = [
+    '--config.train.steps=2', '--config.train.eval_every=0', '--config.train.log_every=1', '--config.data.batch_size=8',
+    '--config.data.source_args.count=16', f'--config.run_dir={tmp_path}/story', '--config.mesh.fsdp=8',
+    '--config.mesh.data=1',
+  ]  # fmt: skip
+  config = f'configs/finetune_storydalle.py:shapes,base={mindalle},size=32'
+  assert train.main(['train.py', f'--config={config}', *arguments]) == 0
+  said = capsys.readouterr().out
+  assert 'step 2/2' in said and 'story:' in said
+  run = checkpoint.load_run(tmp_path / 'story')
+  assert run.config['model']['retro'] == 3 and run.config['tokenizer']['pad'] == 0
+  story = tmp_path / 'story.json'
+  story.write_text('{"captions": ["pip moves to the top", "now at night pip grows"]}')
+  from PIL import Image
+
+  Image.new('RGB', (32, 32), 'red').save(tmp_path / 'frame.png')
+  out = ['--source', str(tmp_path / 'frame.png'), '--n', '1', '--out', str(tmp_path / 'drawn')]
+  sample.FLAGS.unparse_flags()
+  assert sample.main(['sample.py', '--run', str(tmp_path / 'story'), '--story', str(story), *out]) == 0
+  assert (tmp_path / 'drawn' / 'storyboard.png').is_file()
+
+
+def test_a_run_may_be_named_by_its_repository(mindalle, tmp_path, monkeypatch):
+  asked = []
+  hub = types.SimpleNamespace(snapshot_download=lambda name: asked.append(name) or str(mindalle))
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
+  monkeypatch.chdir(tmp_path)
+  assert checkpoint.load_run('owner/mindalle').config['objective'] == 'dalle' and asked == ['owner/mindalle']
+  hub.snapshot_download = lambda name: (_ for _ in ()).throw(RuntimeError('404:\nno such repository'))
+  with pytest.raises(FileNotFoundError, match=r'no directory, and Hugging Face .*404: no such repository'):
+    checkpoint.load_run('owner/other')
+  monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+  with pytest.raises(FileNotFoundError, match=r'pip install "dalle_jax\[hf\]"'):
+    checkpoint.load_run('owner/other')
+
+
+@pytest.mark.parametrize(
+  'arguments, message',
+  [
+    (['--from=dallemini', '--path=x'], "--from 'dallemini' is unknown; there are clip, lpips, mindalle"),
+    (['--from=mindalle', '--path=/none'], 'there is no /none; expected the folder of minDALL-E'),
+    (['--from=taming', f'--path={FIXTURES}/clip_hf'], 'has no *.ckpt or *.pt or'),
+    (['--from=clip', f'--path={FIXTURES}/roberta_hf'], 'describes a roberta; expected a clip'),
+    (['--from=storydalle', f'--path={FIXTURES}/mindalle/1.3B/stage2_last.ckpt'], 'stage2_last.ckpt has no stage2.'),
+    (['--from=mindalle'], 'give --from'),
+  ],
+)
+def test_a_wrong_request_is_one_line(arguments, message, tmp_path, capsys):
+  status, said = convert(*arguments, f'--out={tmp_path}/run', capsys=capsys)
+  assert status == 2 and message in said.err and len(said.err.splitlines()) == 1
+  assert not (tmp_path / 'run').exists()
+
+
+def test_missing_and_damaged_files_are_one_line(mindalle, tmp_path, capsys):
+  folder = tmp_path / '1.3B'
+  shutil.copytree(FIXTURES / 'mindalle' / '1.3B', folder)
+  whole = (folder / 'stage2_last.ckpt').read_bytes()
+
+  def expect(message, out='run'):
+    status, said = convert('--from=mindalle', f'--path={folder}', f'--out={tmp_path}/{out}', capsys=capsys)
+    assert status == 2 and message in said.err and len(said.err.splitlines()) == 1, said.err
+
+  (folder / 'stage2_last.ckpt').write_bytes(whole[: len(whole) // 2])
+  expect('stage2_last.ckpt cannot be read')
+  (folder / 'stage2_last.ckpt').write_bytes(whole)
+  config = (folder / 'config.yaml').read_text()
+  (folder / 'config.yaml').write_text(config.replace('n_layers: 3', 'n_layers: 2').replace('n_dense_layers: 2', ''))
+  expect('unexpected blocks.2.attn.key.bias')
+  (folder / 'config.yaml').write_text(config.replace('embed_dim: 48', 'embed_dim: 96'))
+  expect('expected what gives [96]')
+  (folder / 'config.yaml').write_text(config)
+  shutil.rmtree(folder / 'tokenizer')
+  expect('expected the vocabulary and merges of the tokenizer')
+  assert not (tmp_path / 'run').exists()
+  status, said = convert('--from=mindalle', '--path=x', f'--out={mindalle}', capsys=capsys)
+  assert status == 2 and 'holds a run already' in said.err
+
+
+def test_every_tensor_is_accounted_for():
+  shapes = {'a': np.zeros(2), 'b': np.zeros((3, 2))}
+  theirs = {'x': np.ones(2, np.float32), 'y': np.ones((2, 3), np.float32), 'junk': np.ones(1)}
+  rows = [engine.row('a', 'x'), engine.row('b', 'y', engine.linear)]
+  found = engine.convert('it', rows, theirs, shapes, ['junk'])
+  assert found['b'].shape == (3, 2) and found['a'].dtype == np.float32
+  for wrong, message in (
+    (rows, r'it does not fit its config: unexpected junk \[1\]'),
+    ([rows[0]], r'unexpected y \[2, 3\].*our b comes from nowhere'),
+    ([*rows, engine.row('c', 'x')], 'x is used twice; our c is not in the network'),
+    ([*rows, engine.row('a', 'junk')], 'our a comes twice'),
+    ([rows[0], engine.row('b', 'z')], r'missing z; unexpected junk \[1\]; unexpected y'),
+    ([engine.row('a', 'y'), engine.row('b', 'x')], r'y is \[2, 3\], expected what gives \[2\]'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      engine.convert('it', wrong, theirs, shapes)
+  assert not engine.fits((2, 3), (3, 2)) and engine.fits((6, 4), (6, 2, 2)) and engine.fits((1, 5, 1, 1), (5,))
+
+
+class Runs:
+  """Pickled, it calls `function(*arguments)` when read."""
+
+  def __init__(self, function, *arguments):
+    self.call = function, arguments
+
+  def __reduce__(self):
+    return self.call
+
+
+@pytest.mark.parametrize('layout', ['zip', 'stream'])
+def test_a_hostile_checkpoint_is_refused_and_not_run(layout, tmp_path, capsys):
+  mark, path = tmp_path / 'mark', tmp_path / 'stage2_last.ckpt'
+  for hostile in (Runs(exec, f'open({str(mark)!r}, "w")'), Runs(eval, '1'), Runs(open, str(mark), 'w')):
+    text = pickle.dumps({'state_dict': {'a': hostile}}, protocol=2)
+    if layout == 'zip':
+      with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('archive/data.pkl', text)
+        archive.writestr('archive/version', '3')
+    else:
+      head = [pickle.dumps(x, protocol=2) for x in (torch_file.MAGIC, torch_file.PROTOCOL, {'little_endian': True})]
+      path.write_bytes(b''.join([*head, text, pickle.dumps([])]))
+    with pytest.raises(ValueError, match=r'is refused, as it asks for (__builtin__|builtins|io)\.(exec|eval|open)'):
+      torch_file.load(path)
+  shutil.copytree(FIXTURES / 'mindalle' / '1.3B', tmp_path / '1.3B')
+  shutil.copy(path, tmp_path / '1.3B' / path.name)
+  status, said = convert('--from=mindalle', f'--path={tmp_path}/1.3B', f'--out={tmp_path}/run', capsys=capsys)
+  assert status == 2 and len(said.err.splitlines()) == 1 and 'is refused' in said.err
+  assert not mark.exists() and not (tmp_path / 'run').exists()
+
+
+def test_objects_of_other_packages_are_inert_and_others_refused():
+  def loaded(text):
+    return torch_file._Unpickler(io.BytesIO(text), lambda saved: None).load()
+
+  kind = b'cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n'
+  stub = loaded(kind + b'(S"a"\ntR.')
+  assert isinstance(stub, torch_file.Stub) and stub.args == ('a',) and 'ModelCheckpoint' in repr(stub)
+  for name in (b'os\nsystem', b'torch.hub\nload', b'torch.storage\n_load_from_bytes', b'subprocess\nPopen'):
+    with pytest.raises(torch_file.Refused):
+      loaded(b'c' + name + b'\n.')
+  with pytest.raises(torch_file.Refused, match='a call of FloatStorage'):
+    loaded(b'ctorch\nFloatStorage\n(tR.')
+
+
+@pytest.mark.parametrize('name', ['new_zip.pt', 'old_zip_cuda.ckpt', 'legacy.pth', 'legacy_cuda.ckpt'])
+def test_damaged_checkpoints_end_in_clean_errors(name, tmp_path):
+  """125 of each layout; some changes harm nothing."""
+  whole, path, rng = (FIXTURES / 'torch_formats' / name).read_bytes(), tmp_path / name, random.Random(0)
+  errors = 0
+  for _ in range(125):
+    data = bytearray(whole)
+    match rng.randrange(3):
+      case 0:
+        data = data[: rng.randrange(len(data))]
+      case 1:
+        for _ in range(rng.randrange(1, 8)):
+          data[rng.randrange(len(data))] = rng.randrange(256)
+      case 2:
+        start = rng.randrange(len(data))
+        data[start : start + rng.randrange(1, 200)] = rng.randbytes(rng.randrange(200))
+    path.write_bytes(data)
+    try:
+      for tensor in torch_file.flat(torch_file.load(path)).values():
+        tensor.numpy()
+    except ValueError as e:
+      errors += 1
+      assert len(str(e).splitlines()) == 1
+  assert errors > 60
+
+
+def test_tensors_stay_inside_their_storage():
+  storage = torch_file.Storage('f4', 4)
+  for offset, shape, strides in ((2, (3,), (1,)), (-1, (1,), (1,)), (0, (2, 2), (3, 1)), (0, (2,), (-1,))):
+    with pytest.raises((ValueError, torch_file.Refused)):
+      torch_file.Tensor(storage, offset, shape, strides)
+  assert struct.calcsize('<q') == 8
