@@ -24,6 +24,9 @@ RULES = (
   ('conv_in', 'fsdp'),
 )
 
+# For train.xla_options: else XLA of jax 0.10 hands all of a small VQGAN to YNNPACK, where a step takes twice as long.
+CONVOLUTIONS_ON_CPU = dict(xla_cpu_experimental_ynn_fusion_type='LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT')
+
 
 def base() -> ConfigDict:
   """Every field that the training code reads; a recipe sets the ones it cares about."""

@@ -32,8 +32,7 @@ def vqgan(c):
   c.data.source_args.accessories = 0.5  # heroes of stories wear them
   c.data.batch_size = 16
   c.optim.update(name='adamw', lr=3e-3, b1=0.9, b2=0.95, weight_decay=1e-4, warmup=100, clip=1.0, schedule='cosine')
-  # Without it XLA 0.10 hands everything to YNNPACK, where a step takes twice as long.
-  c.train.xla_options = dict(xla_cpu_experimental_ynn_fusion_type='LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT')
+  c.train.xla_options = common.CONVOLUTIONS_ON_CPU
   c.train.update(steps=2_500, ema=0.0, log_every=100, checkpoint_every=1_000, eval_every=2_500)
 
 
@@ -44,7 +43,7 @@ def clip(c):
   c.data.batch_size = 128
   c.data.group = c.data.source_args.siblings = 4  # hard negatives: scenes that differ in one attribute
   c.optim.update(name='adamw', lr=2e-3, b1=0.9, b2=0.98, weight_decay=0.05, warmup=50, clip=1.0, schedule='cosine')
-  c.train.update(steps=900, ema=0.0, log_every=50, checkpoint_every=500, eval_every=900)
+  c.train.update(steps=1_400, ema=0.0, log_every=50, checkpoint_every=500, eval_every=1_400)
 
 
 def dalle(c):
@@ -55,6 +54,6 @@ def dalle(c):
   c.encode.enabled = True
   c.data.source_args.count = 30_000
   c.loss = dict(token_noise=0.3)  # without it, pairs of shape and colour that training never showed are not drawn
-  c.data.batch_size = 32
-  c.optim.update(name='adamw', lr=1.5e-3, b1=0.9, b2=0.96, weight_decay=0.045, warmup=100, clip=1.0, schedule='cosine')
+  c.data.batch_size = 64
+  c.optim.update(name='adamw', lr=2e-3, b1=0.9, b2=0.96, weight_decay=0.045, warmup=100, clip=1.0, schedule='cosine')
   c.train.update(steps=1_500, ema=0.0, log_every=50, checkpoint_every=500, eval_every=750)

@@ -22,10 +22,11 @@ def get_config(arg: str = ''):
 
   def vqgan(c):
     c.objective = 'vqgan'
-    c.model = dict(variant='small', ch_mult=(1,), attn_resolutions=(), num_codes=512)  # 16 x 16 codes
+    c.model = dict(variant='small', attn_resolutions=(), num_codes=512)  # 8 x 8 codes
     c.loss = dict(l2_weight=1.0, disc_weight=0.0, beta=0.1, ema_decay=0.97)
     c.data.augment, c.data.source_args.unit, c.tokenizer.vocab_size = 'random_crop', 'frame', 0
     c.optim.update(lr=1e-3, warmup=100)
+    c.train.xla_options = common.CONVOLUTIONS_ON_CPU
     steps(1_500)
 
   def dalle(c):

@@ -38,7 +38,7 @@ def story(c, variant: str = 'full', steps: int = 1_200):
   c.encode.enabled = True
   c.data.source = 'story_shapes'
   c.data.source_args = dict(image_size=c.data.image_size, count=8_000)
-  c.data.batch_size = 8  # stories
+  c.data.batch_size = 16  # stories
   # The first token of a frame decides its setting, which after a silent change the story token alone knows: as one of
   # 81 it was still ignored after 500 steps. From none to most tokens are read as noise, so that they are explained by
   # captions and source and not by their neighbours.

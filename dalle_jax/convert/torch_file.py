@@ -221,6 +221,18 @@ def _array(data: Any, storage: Storage) -> np.ndarray:
   return np.frombuffer(data, 'u2' if storage.dtype == 'bf16' else storage.dtype)
 
 
+def _in_one_line(path: Path, read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
+  """`read`, whose errors are ValueErrors that name the file."""
+
+  def guarded() -> np.ndarray:
+    try:
+      return read()
+    except Exception as e:  # a damaged archive makes zipfile raise nearly anything
+      raise ValueError(f'{path} is damaged ({_line(e)}): get it anew.') from e
+
+  return guarded
+
+
 # --- The two layouts
 
 
@@ -251,7 +263,7 @@ def _zip(path: Path) -> Any:
         with zipfile.ZipFile(path) as archive:  # checks the sum of the bytes
           return _array(archive.read(name)[: made.bytes], made)
 
-      made.read = read
+      made.read = _in_one_line(path, read)
       storages[key] = made
     return storages[key]
 
@@ -300,7 +312,7 @@ def _stream(file: io.BufferedReader, path: Path) -> Any:
         again.seek(start)
         return _array(again.read(made.bytes), made)
 
-    made.read = read
+    made.read = _in_one_line(path, read)
     file.seek(start + made.bytes)
   return value
 

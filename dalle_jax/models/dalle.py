@@ -22,6 +22,7 @@ from dalle_jax.layers.attention import KVCache, layer_kinds, stream_mask
 from dalle_jax.layers.basic import LayerNorm, boxed, constrain, normal_init
 from dalle_jax.layers.cross import Context
 from dalle_jax.layers.transformer import Stack
+from dalle_jax.models.image_tokenizer import ImageTokenizer
 
 VARIANTS = {
   'test': dict(
@@ -296,6 +297,12 @@ class DALLE(nn.Module):
     y = jnp.einsum('...D,VD->...V', x, head.astype(self.dtype), preferred_element_type=jnp.float32)
     y = y if bias is None else y + bias
     return constrain(y, ('batch', *(None,) * (y.ndim - 2), 'vocab'))
+
+
+def sizes(tokenizer: Mapping[str, Any], images: ImageTokenizer, image_size: int) -> dict[str, Any]:
+  """The fields that follow from `config.tokenizer` and from what turns pictures of this size into tokens."""
+  grid = images.grid(image_size)
+  return {**variants.text_sizes(tokenizer), 'image_vocab': images.num_codes, 'grid': grid}
 
 
 def grow_vocabulary(params: Any, words: int, count: int, rng: jax.Array) -> Any:

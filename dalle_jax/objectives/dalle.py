@@ -107,5 +107,4 @@ def text_and_image(
   if not config.tokenizer.vocab_size:
     raise ValueError(f'the objective {name} needs captions; set config.tokenizer.vocab_size.')
   tokenizer = image_tokenizer.of_run(frozen_configs['vqgan'])
-  grid = tokenizer.grid(config.data.image_size)
-  return tokenizer, {**variants.text_sizes(config.tokenizer), 'image_vocab': tokenizer.num_codes, 'grid': grid}
+  return tokenizer, dalle.sizes(config.tokenizer, tokenizer, config.data.image_size)

@@ -13,8 +13,7 @@ from jax.sharding import Mesh
 from dalle_jax.data import ops
 from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional.pixels import to_float, to_uint8
-from dalle_jax.layers.variants import text_sizes
-from dalle_jax.models import image_tokenizer
+from dalle_jax.models import dalle, image_tokenizer
 from dalle_jax.pipelines.rerank import Reranker, in_batches
 from dalle_jax.training import checkpoint, sharding
 
@@ -45,7 +44,7 @@ class Generator:
     self.vqgan = image_tokenizer.of_run(frozen['vqgan'].config)
     self.image_size = config['data']['image_size']
     self.grid = self.vqgan.grid(self.image_size)
-    self.sizes = {**text_sizes(config['tokenizer']), 'image_vocab': self.vqgan.num_codes, 'grid': self.grid}
+    self.sizes = dalle.sizes(config['tokenizer'], self.vqgan, self.image_size)
     self.params = {**run.params, 'vqgan': frozen['vqgan'].network('vqgan')}
     self._encode, self._decode = jax.jit(self._encode_images), jax.jit(self._decode_codes)
 

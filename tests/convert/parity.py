@@ -166,35 +166,33 @@ def storydalle(folder, arrays):
 
     extra, seen = jax.jit(parts)(params, text, source, sentences)
     rows = text.reshape(b * t, -1)
-    forward = jax.jit(lambda p, *x, base=base: base.apply({'params': p}, *x))
     first = slice(0, t)  # story 0
-    for condition in ('nocond', 'cond'):
+    forward = jax.jit(lambda p, *x, base=base: base.apply({'params': p}, *x))
 
-      def context(rows, seen=seen, params=params, base=base, condition=condition):
-        """As theirs: K and V of the frames are laid out as if they were those of positions (see test_parity)."""
-        if condition == 'nocond':
-          return None
-        d = seen.shape[-1]
-        whole = jnp.repeat(seen, t, axis=0)[rows]
-        whole = whole.reshape(-1, len(whole), d).transpose(1, 0, 2)
+    def draw(params, rows, extra, context, base=base, length=image.shape[1]):
+      model = story_dalle.StoryDALLE(dalle=base)
+
+      def apply(*args, method):
+        args = (*args, extra, context) if method == 'prefill' else args
+        return model.apply({'params': {'dalle': params}}, *args, method=method)
+
+      return greedy(apply, rows, length)
+
+    draw = jax.jit(draw)
+    for condition in ('nocond', 'cond'):
+      cross = jax.tree.map(lambda x: x * (condition == 'cond'), params['story']['cross'])  # noqa: B023
+
+      def context(of, seen=seen, cross=cross, base=base):
+        """As theirs, for these rows: numbers of the frames are laid out as if they were those of positions."""
+        whole = jnp.repeat(seen, t, axis=0)[of]
+        whole = whole.reshape(-1, len(whole), whole.shape[-1]).transpose(1, 0, 2)
         mean, var = whole.mean(-1, keepdims=True), whole.var(-1, keepdims=True)
         whole = (whole - mean) * jax.lax.rsqrt(var + 1e-5)
-        cross = CrossAttention(base.depth // 3, base.heads)
-        return cross.apply({'params': params['story']['cross']}, whole)
+        return CrossAttention(base.depth // 3, base.heads).apply({'params': cross}, whole)
 
       text_logits, image_logits = forward(params['dalle'], rows, image, extra, context(slice(None)))
       found |= {f'out_{kind}_{condition}_logits_img': image_logits, f'out_{kind}_{condition}_logits_txt': text_logits}
-
-      def draw(params, rows, extra, context, base=base, length=image.shape[1]):
-        model = story_dalle.StoryDALLE(dalle=base)
-
-        def apply(*args, method):
-          args = (*args, extra, context) if method == 'prefill' else args
-          return model.apply({'params': {'dalle': params}}, *args, method=method)
-
-        return greedy(apply, rows, length)
-
-      drawn = jax.jit(draw)(params['dalle'], rows[first], extra[first], context(first))
+      drawn = draw(params['dalle'], rows[first], extra[first], context(first))
       found[f'out_{kind}_{condition}_greedy_full'] = drawn
       if (kind, condition) == ('np', 'cond'):
         found['out_greedy_pixels'] = pixels(pictures(drawn))

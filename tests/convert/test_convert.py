@@ -40,12 +40,11 @@ def mindalle(tmp_path_factory):
 
 
 def test_an_imported_run_draws_and_is_fine_tuned_into_a_storyteller(mindalle, tmp_path, capsys):
-  one, other = (DallE.load(mindalle).sample(['a red circle'], n=1, seed=3, top_k=8)[0] for _ in range(2))
-  assert one.images.shape == (1, 32, 32, 3) and (one.images == other.images).all()
+  drawn = DallE.load(mindalle).sample(['a red circle'], seed=3, top_k=8)[0]
+  assert drawn.images.shape == (1, 32, 32, 3) and len(np.unique(drawn.tokens)) > 8
   arguments = [
     '--config.train.steps=2', '--config.train.eval_every=0', '--config.train.log_every=1', '--config.data.batch_size=8',
-    '--config.data.source_args.count=16', f'--config.run_dir={tmp_path}/story', '--config.mesh.fsdp=8',
-    '--config.mesh.data=1',
+    '--config.data.source_args.count=16', f'--config.run_dir={tmp_path}/story',
   ]  # fmt: skip
   config = f'configs/finetune_storydalle.py:shapes,base={mindalle},size=32'
   assert train.main(['train.py', f'--config={config}', *arguments]) == 0
@@ -83,7 +82,7 @@ def test_a_run_may_be_named_by_its_repository(mindalle, tmp_path, monkeypatch):
   [
     (['--from=dallemini', '--path=x'], "--from 'dallemini' is unknown; there are clip, lpips, mindalle"),
     (['--from=mindalle', '--path=/none'], 'there is no /none; expected the folder of minDALL-E'),
-    (['--from=taming', f'--path={FIXTURES}/clip_hf'], 'has no *.ckpt or *.pt or'),
+    (['--from=taming', f'--path={FIXTURES}/clip_hf'], 'has no model.yaml or'),
     (['--from=clip', f'--path={FIXTURES}/roberta_hf'], 'describes a roberta; expected a clip'),
     (['--from=storydalle', f'--path={FIXTURES}/mindalle/1.3B/stage2_last.ckpt'], 'stage2_last.ckpt has no stage2.'),
     (['--from=mindalle'], 'give --from'),

@@ -98,7 +98,7 @@ def test_errors():
     init(clip.build('test', image_pool='mean'))
   with pytest.raises(ValueError, match='patch 6 does not divide pictures of 16 pixels'):
     init(clip.build('test', patch=6))
-  with pytest.raises(ValueError, match="text_pool 'mean' is unknown; there are last and max_id"):
+  with pytest.raises(ValueError, match="text_pool 'mean' is unknown; there are last, max_id and end"):
     init(clip.build('test', text_pool='mean'))
   with pytest.raises(ValueError, match='a width of 16 is not divisible by 3 heads'):
     init(clip.build('test', heads=3))

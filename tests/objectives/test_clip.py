@@ -51,7 +51,7 @@ def test_the_batch_is_the_global_one():
   with sharding.use(dict(data=8, fsdp=1, tensor=1), common.RULES) as mesh:
     sharded = run(sharding.put_batch(BATCH, mesh))
   np.testing.assert_allclose(sharded[0], loss, rtol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), sharded[1], grads)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), sharded[1], grads)
   part, _ = run({k: v[:2] for k, v in BATCH.items()})
   assert abs(part - loss) > 0.5  # ln 2 against ln 16
 
