@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import flags
 
 from dalle_jax.convert import engine
-from dalle_jax.training import checkpoint, errors, sharding
+from dalle_jax.training import checkpoint, errors, host, sharding
 
 SOURCES = sorted(p.stem for p in (Path(__file__).parent / 'sources').glob('*.py') if p.stem != '__init__')
 FLAGS = flags.FlagValues()
@@ -43,6 +43,7 @@ def run() -> None:
   out = Path(out).expanduser()
   if checkpoint.steps(out):
     raise ValueError(f'{out} holds a run already; give another --out.')
+  host.give_back_memory()
   options = dict(config=FLAGS.config, cross=FLAGS.cross, version=FLAGS.version, heads=FLAGS.heads)
   imported = read(source, path, **options)
   if FLAGS.vqgan:

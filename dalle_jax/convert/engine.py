@@ -225,7 +225,10 @@ def write(imported: Imported, out: Path, origin: str) -> None:
   frozen = {name: out / 'frozen' / name for name in imported.frozen}
   for name, other in imported.frozen.items():
     write(other, frozen[name], origin)
-  params = checkpoint.nest(imported.params)
+  # As arrays of JAX: of those of numpy Orbax would make a copy each, all at once.
+  params = checkpoint.nest(
+    {name: jax.device_put(value, jax.devices('cpu')[0]) for name, value in imported.params.items()}
+  )
   paths = {name: str(path) for name, path in frozen.items()}
   run = checkpoint.Run(imported.config, params, imported.tokenizer, 0, origin, paths, imported.axes)
   checkpoint.export_run(out, run)

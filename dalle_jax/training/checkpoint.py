@@ -52,10 +52,13 @@ class Run:
 # --- Writing
 
 
-def manager(run_dir: str | Path, keep: int) -> ocp.CheckpointManager:
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-  path = Path(run_dir).absolute() / 'checkpoints'
-  return ocp.CheckpointManager(path, options=options, item_names=('state', 'meta'))
+def manager(run_dir: str | Path, keep: int, background: bool = True) -> ocp.CheckpointManager:
+  """Saving in the background needs a copy of the arrays, on the host."""
+  options = ocp.CheckpointManagerOptions(
+    max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=background
+  )
+  handlers = {'state': ocp.PyTreeCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
+  return ocp.CheckpointManager(Path(run_dir).absolute() / 'checkpoints', options=options, item_handlers=handlers)
 
 
 def save(target: ocp.CheckpointManager, step: int, state: Any, meta: Mapping[str, Any]) -> None:
@@ -99,7 +102,7 @@ def export_run(path: str | Path, run: Run, *, mesh: Mesh | None = None, rules: s
   meta['origin'] = origin(run.path)
   meta['frozen'] = {name: f'frozen/{name}' for name in run.frozen}
   write_json(path / 'config.json', run.config)
-  target = manager(path, keep=1)
+  target = manager(path, keep=1, background=False)
   save(target, run.step, {'params': run.params}, meta)
   finish(target)
   target.close()

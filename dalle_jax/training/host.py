@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8  # of glibc's malloc.h
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -2, -3, -4, -8  # of glibc's malloc.h
 
 
 def keep_memory() -> None:
@@ -16,11 +16,18 @@ def keep_memory() -> None:
   XLA on the CPU frees its buffers after every step. By default glibc gives large ones back to the kernel, which then
   clears each page of them anew: a quarter of the time of a step of the quickstart's DALL-E.
   """
-  if platform.libc_ver()[0] != 'glibc':
-    return
-  mallopt = ctypes.CDLL(None).mallopt
-  for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26), (_ARENA_MAX, 1)):
-    mallopt(option, value)
+  _mallopt({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**26, _ARENA_MAX: 1})
+
+
+def give_back_memory() -> None:
+  """Freed memory goes back to the kernel at once, for a process that handles large arrays one after the other."""
+  _mallopt({_MMAP_THRESHOLD: 2**20, _ARENA_MAX: 2})
+
+
+def _mallopt(options: Mapping[int, int]) -> None:
+  if platform.libc_ver()[0] == 'glibc':
+    for option, value in options.items():
+      ctypes.CDLL(None).mallopt(option, value)
 
 
 def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
