@@ -53,11 +53,12 @@ class Run:
 
 
 def manager(run_dir: str | Path, keep: int, background: bool = True) -> ocp.CheckpointManager:
-  """Saving in the background needs a copy of the arrays, on the host."""
+  """Saving in the background needs a copy of the arrays, on the host; else at most one GB is under way at once."""
   options = ocp.CheckpointManagerOptions(
     max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=background
   )
-  handlers = {'state': ocp.PyTreeCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
+  state = ocp.PyTreeCheckpointHandler(save_concurrent_gb=None if background else 1)
+  handlers = {'state': state, 'meta': ocp.JsonCheckpointHandler()}
   return ocp.CheckpointManager(Path(run_dir).absolute() / 'checkpoints', options=options, item_handlers=handlers)
 
 

@@ -78,7 +78,8 @@ def taming(folder, arrays, source='taming'):
   weight = weight * config['loss']['disc_weight']
   found |= {'out_disc_logits': fake[:, None], 'out_disc_logits_real': real[:, None], 'out_nll_loss': nll(out.recon)}
   found |= {'out_lpips': distance(out.recon)[:, None, None, None], 'out_g_loss': -fake.mean(), 'out_d_weight': weight}
-  found['out_total_loss'] = nll(out.recon) - weight * fake.mean() + loss
+  described = files.config(next(folder.glob('*.yaml')))['model']['params']['lossconfig']['params']
+  found['out_total_loss'] = nll(out.recon) - weight * fake.mean() + described.get('codebook_weight', 1.0) * loss
   found['out_disc_loss'] = gan.hinge_discriminator(real, fake)
   return found
 
@@ -147,8 +148,9 @@ def storydalle(folder, arrays):
   captions = json.loads((folder / 'captions.json').read_text())
   b, t = arrays['in_sent_embeds'].shape[:2]
   text, sentences = arrays['in_texts'], jnp.asarray(arrays['in_sent_embeds'])
-  for kind, name in (('np', 'pororo'), ('p', 'pororo_prompt')):
-    run = read('storydalle', folder / name, cross=str(folder / 'cross_attention.pt'))
+  for place in sorted(p.parent for p in folder.glob('*/Model')):
+    kind = 'p' if place.name.endswith('prompt') else 'np'
+    run = read('storydalle', place, cross=str(folder / 'cross_attention.pt'))
     codes = run.frozen['vqgan'].config['model']['num_codes']
     frames = arrays['in_images'].reshape(-1, *arrays['in_images'].shape[2:])
     _, image, _, pictures = image_tokens(run, np.concatenate([frames, source_image]), codes)
@@ -239,7 +241,7 @@ def rudalle(folder, arrays):
     text_loss, image_loss = (losses.token_loss(logits[:, at, ids], labels[:, at])[0] for at, ids in ends)
     loss = (text_loss + 7 * image_loss) / 8
     found |= {f'out_{version}_logits': logits, f'out_{version}_loss': np.array([loss, text_loss, image_loss])}
-    for theirs, ours in (('row', 'row'), ('col', 'column'), ('conv', run.config['model']['attention'].split(',')[-1])):
+    for theirs, ours in (('row', 'row'), ('col', 'column'), ('conv', 'wrapped' if version == 'v2' else 'conv')):
       found[f'out_{version}_{theirs}_mask'] = stream_mask(ours, model.text_length, (side, side)).astype(np.uint8)
     apply = lambda p, model=model: lambda *args, method: model.apply({'params': p}, *args, method=method)
     drawn = jax.jit(lambda p, t: greedy(apply(p), t, codes.shape[1]))(params, text)  # noqa: B023
