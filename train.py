@@ -59,12 +59,15 @@ def tokenizer(config: ConfigDict, meta: dict | None, initial: checkpoint.Run | N
 def inherit(config: ConfigDict, known: dict) -> None:
   """Takes from the config of the run that this one starts from what a tokenizer or a network of its goes with.
 
-  With `model.variant='init'` that is every field of the model that is not given, and the length of captions.
+  With `model.variant='init'` that is every field of the model that is not given, the length of captions and the
+  discriminator.
   """
   names = ('pad', 'start', 'end')
   if config.model.get('variant') == 'init':
     given = {k: v for k, v in config.model.items() if k != 'variant'}
     config.model = ConfigDict({**known['model'], **given})
+    if 'disc' in config.loss and known.get('loss', {}).get('disc'):
+      config.loss.disc = ConfigDict({**known['loss']['disc'], **config.loss.disc})
     names = (*names, 'length')
   if config.tokenizer.vocab_size and known.get('tokenizer'):
     config.tokenizer.update({k: known['tokenizer'][k] for k in names if k in known['tokenizer']})

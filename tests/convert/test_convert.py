@@ -17,6 +17,7 @@ import sample
 import train
 from dalle_jax.convert import __main__ as command
 from dalle_jax.convert import engine, torch_file
+from dalle_jax.convert.sources import rudalle
 from dalle_jax.pipelines.dalle import DallE
 from dalle_jax.training import checkpoint
 
@@ -61,6 +62,34 @@ def test_an_imported_run_draws_and_is_fine_tuned_into_a_storyteller(mindalle, tm
   sample.FLAGS.unparse_flags()
   assert sample.main(['sample.py', '--run', str(tmp_path / 'story'), '--story', str(story), *out]) == 0
   assert (tmp_path / 'drawn' / 'storyboard.png').is_file()
+
+
+def test_an_imported_vqgan_is_fine_tuned_with_its_discriminator_and_lpips(tmp_path, capsys):
+  base, run = tmp_path / 'f4', tmp_path / 'mine'
+  assert convert('--from=taming', f'--path={FIXTURES}/taming_vqgan', f'--out={base}')[0] == 0
+  arguments = [
+    '--config.data.source=shapes', '--config.data.augment=', '--config.data.workers=0', '--config.data.batch_size=8',
+    '--config.train.steps=1', '--config.train.eval_every=0', '--config.train.log_every=1', f'--config.run_dir={run}',
+  ]  # fmt: skip
+  config = f'configs/finetune_vqgan.py:base={base},size=64'
+  assert train.main(['train.py', f'--config={config}', *arguments]) == 0
+  said = capsys.readouterr().out
+  assert 'lpips: ' in said and 'discriminator: ' in said and 'adaptive_weight' in said
+  before, after = (checkpoint.load_run(path).network('discriminator') for path in (base, run))
+  assert (before['norm_1']['mean'] == after['norm_1']['mean']).all()
+  assert (before['norm_1']['scale'] != after['norm_1']['scale']).any()
+
+
+def test_a_tokenizer_of_youtokentome(tmp_path):
+  path = tmp_path / 'bpe.model'
+  letters = {'▁': 4, 'a': 5, 'b': 6}
+  lines = ['3 2', *(f'{ord(c)} {i}' for c, i in letters.items()), '4 5 7', '7 6 8', '1 0 2 3']
+  path.write_text('\n'.join(lines))
+  words = rudalle.youtokentome(path)
+  assert words.encode('AB  ba').ids == [8, 4, 6, 5] and words.encode('z').ids[-1] == 1
+  path.write_text('3 2\n1 2')
+  with pytest.raises(ValueError, match=r'cannot be read .*; expected a model of YouTokenToMe'):
+    rudalle.youtokentome(path)
 
 
 def test_a_run_may_be_named_by_its_repository(mindalle, tmp_path, monkeypatch):

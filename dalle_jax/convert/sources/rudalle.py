@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dalle_jax.convert import files
 from dalle_jax.convert.engine import Imported, Network, Row, convert, dense, linear, named, norm, part, row, stacked
@@ -143,7 +143,9 @@ def youtokentome(path: Path) -> Tokenizer:
     ) from e
   vocab = {word: i for i, word in ids.items()} | special
   tokenizer = Tokenizer(models.BPE(vocab, pairs, unk_token='<UNK>', fuse_unk=True))
-  tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase()])
+  tokenizer.normalizer = normalizers.Sequence(
+    [normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Strip(), normalizers.Lowercase()]
+  )
   tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='always')
   tokenizer.decoder = decoders.Metaspace(prepend_scheme='always')
   return tokenizer
