@@ -137,7 +137,7 @@ def youtokentome(path: Path) -> Tokenizer:
       ids[new] = ids[left] + ids[right]
       pairs.append((ids[left], ids[right]))
     special = dict(zip(('<UNK>', '<PAD>', '<BOS>', '<EOS>'), body[3 * merges : 3 * merges + 4], strict=True))
-  except (ValueError, KeyError, OverflowError) as e:
+  except (ValueError, LookupError, OverflowError) as e:
     raise ValueError(
       f'{path} cannot be read ({" ".join(str(e).split())[:100]}); expected a model of YouTokenToMe.'
     ) from e
