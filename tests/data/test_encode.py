@@ -31,7 +31,7 @@ class FakeVQGAN:
 
 @pytest.fixture(autouse=True)
 def fake_vqgan(monkeypatch):
-  monkeypatch.setattr(encode.vqgan, 'build', lambda variant: FakeVQGAN())
+  monkeypatch.setattr(encode.image_tokenizer, 'of_run', lambda config: FakeVQGAN())
 
 
 def run(offset=0.0, sharding=None):

@@ -47,7 +47,7 @@ def test_each_layer_has_the_mask_of_its_kind():
     (dict(heads=3), 'width of 8 is not divisible by 3 heads'),
     (dict(period=3), '4 layers are not divisible by the period 3'),
     (dict(remat='half'), "remat 'half' is unknown; there are none, full, dots"),
-    (dict(activation='relu'), "activation 'relu' is unknown; there are gelu"),
+    (dict(activation='swish'), "activation 'swish' is unknown; there are gelu"),
   ],
 )
 def test_errors(fields, message):

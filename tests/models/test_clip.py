@@ -102,5 +102,5 @@ def test_errors():
     init(clip.build('test', text_pool='mean'))
   with pytest.raises(ValueError, match='a width of 16 is not divisible by 3 heads'):
     init(clip.build('test', heads=3))
-  with pytest.raises(ValueError, match="activation 'relu' is unknown; there are gelu, gelu_tanh, quick_gelu"):
-    init(clip.build('test', activation='relu'))
+  with pytest.raises(ValueError, match="activation 'swish' is unknown; there are gelu, gelu_tanh, quick_gelu, relu"):
+    init(clip.build('test', activation='swish'))
