@@ -14,10 +14,12 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 from PIL import Image
 
 from configs import common
+from dalle_jax.data.restricted import open_array
 from dalle_jax.pipelines.dalle import DallE
 from dalle_jax.pipelines.grids import caption_grid, storyboard
 from dalle_jax.pipelines.story_dalle import StoryDallE
@@ -39,6 +41,7 @@ flags.DEFINE_float('top_p', 1.0, 'only the most probable tokens of this mass', f
 flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale; 1: none', flag_values=FLAGS)
 string('story', '', 'a JSON file with the captions of a story: a list, or {"captions": [...], "source": "frame.png"}')
 string('source', '', 'the frame that the story goes on from')
+string('vectors', '', 'a .npy file float32[captions, dim], for a model that reads sentence vectors')
 string('init_image', '', 'a picture to complete')
 flags.DEFINE_integer('keep_rows', 0, 'rows of its image tokens to keep', flag_values=FLAGS)
 flags.DEFINE_integer('batch_size', 64, 'pictures at once', 1, flag_values=FLAGS)
@@ -114,7 +117,8 @@ def draw(asked: list[str], **layout) -> None:
   out, best = Path(FLAGS.out), FLAGS.best or FLAGS.n
   out.mkdir(parents=True, exist_ok=True)
   if FLAGS.story:
-    drawn = model.continue_story(FLAGS.source, asked, **options)
+    vectors = np.array(open_array(FLAGS.vectors, 'sentence vectors, one a caption')) if FLAGS.vectors else None
+    drawn = model.continue_story(FLAGS.source, asked, vectors=vectors, **options)
     none = [None] * len(asked)
     results = zip(asked, drawn.frames, drawn.candidates, none if drawn.scores is None else drawn.scores, strict=True)
     storyboard(drawn.source, drawn.frames[:, 0], asked).save(out / 'storyboard.png')
