@@ -142,17 +142,7 @@ def draw(asked: list[str], **layout) -> None:
 
 
 def main(argv: list[str]) -> int:
-  if {'-h', '--help'} & set(argv[1:]):
-    print(f'{__doc__}\n{FLAGS.main_module_help()}')
-    return 0
-  try:
-    rest = FLAGS(argv)[1:]
-    if rest:
-      raise ValueError(f'arguments {rest} are not understood; a caption needs --prompt "...".')
-    run()
-  except errors.EXPECTED as e:
-    return errors.report(e, '--debug' in argv)
-  return 0
+  return errors.command(argv, FLAGS, run, __doc__, 'a caption needs --prompt "...".')
 
 
 if __name__ == '__main__':

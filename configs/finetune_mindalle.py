@@ -3,7 +3,7 @@
   python -m dalle_jax.convert --from mindalle --path 1.3B/ --out runs/mindalle
   python train.py --config configs/finetune_mindalle.py --config.data.path=PICTURES --config.run_dir=runs/mine
 Architecture, tokenizer and VQGAN are those of the run (`base=runs/mindalle`). 1.3e9 parameters with AdamW and gradients
-in float32 are 21 GB, beside activations: one GPU of 40 GB at batch=4, or any mesh (`config.mesh`).
+in float32 are 21 GB, beside activations (by arithmetic: not tried); `config.mesh` splits them over devices.
 """
 
 from configs import common

@@ -7,12 +7,14 @@ Nothing in a checkpoint is run, and PyTorch is not needed. `--debug` shows trace
 """
 
 import importlib
+import shutil
 import sys
 from pathlib import Path
 
 from absl import flags
 
 from dalle_jax.convert import engine
+from dalle_jax.models import image_tokenizer
 from dalle_jax.training import checkpoint, errors, host, sharding
 
 SOURCES = sorted(p.stem for p in (Path(__file__).parent / 'sources').glob('*.py') if p.stem != '__init__')
@@ -41,14 +43,17 @@ def run() -> None:
   if not source or not path or not out:
     raise ValueError(f'give --from ({", ".join(SOURCES)}), --path CHECKPOINT and --out RUN.')
   out = Path(out).expanduser()
-  if checkpoint.steps(out):
-    raise ValueError(f'{out} holds a run already; give another --out.')
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise ValueError(f'{out} is there already; give another --out.')
   host.give_back_memory()
   options = dict(config=FLAGS.config, cross=FLAGS.cross, version=FLAGS.version, heads=FLAGS.heads)
   imported = read(source, path, **options)
   if FLAGS.vqgan:
     imported.frozen['vqgan'] = _of_run(FLAGS.vqgan)
-  engine.write(imported, out, f'{source} {path}')
+  partial = out.with_name(f'{out.name}.partial')  # what cannot be written whole is no run
+  shutil.rmtree(partial, ignore_errors=True)
+  engine.write(imported, partial, f'{source} {path}')
+  partial.replace(out)
   for note in imported.notes:
     print(f'note: {note}.')
   count = sum(x.size for x in imported.params.values())
@@ -58,7 +63,7 @@ def run() -> None:
 
 def _of_run(path: str) -> engine.Imported:
   loaded = checkpoint.load_run(path)
-  if loaded.config.get('objective') not in ('vqgan', 'dvae'):
+  if loaded.config.get('objective') not in image_tokenizer.ROOMS:
     raise ValueError(
       f'{path} is a run of {loaded.config.get("objective")!r}; --vqgan takes that of an image tokenizer.'
     )
@@ -66,17 +71,7 @@ def _of_run(path: str) -> engine.Imported:
 
 
 def main(argv: list[str]) -> int:
-  if {'-h', '--help'} & set(argv[1:]):
-    print(f'{__doc__}\n{FLAGS.main_module_help()}')
-    return 0
-  try:
-    rest = FLAGS(argv)[1:]
-    if rest:
-      raise ValueError(f'arguments {rest} are not understood; a checkpoint needs --path.')
-    run()
-  except errors.EXPECTED as e:
-    return errors.report(e, '--debug' in argv)
-  return 0
+  return errors.command(argv, FLAGS, run, __doc__, 'a checkpoint needs --path.')
 
 
 if __name__ == '__main__':

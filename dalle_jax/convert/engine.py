@@ -219,9 +219,7 @@ def named(player: str, flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(imported: Imported, out: Path, origin: str) -> None:
-  """Writes a run directory. Raises ValueError when there is a run in `out` already."""
-  if checkpoint.steps(out):
-    raise ValueError(f'{out} holds a run already; give another --out.')
+  """Writes a run directory. Raises OSError when that fails."""
   frozen = {name: out / 'frozen' / name for name in imported.frozen}
   for name, other in imported.frozen.items():
     write(other, frozen[name], origin)

@@ -101,7 +101,7 @@ class Tensor:
     if type(storage) is not Storage or not all(type(n) is int and n >= 0 for n in numbers):
       raise Refused('a tensor of something else than a storage')
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if len(shape) > 32 or (math.prod(shape) and last >= storage.count):
+    if len(shape) > 32 or math.prod(shape) > max(storage.count, LIMIT) or (math.prod(shape) and last >= storage.count):
       raise ValueError(f'a tensor {list(shape)} reaches past the {storage.count} numbers of its storage')
     self._storage, self._offset, self.shape, self._strides = storage, offset, shape, strides
 
@@ -256,12 +256,13 @@ def _zip(path: Path) -> Any:
     if key not in storages:
       made = Storage(dtype, count)
       name = f'{root}data/{key}'
-      if name not in names or names[name].file_size < made.bytes:
-        raise ValueError(f'the storage {key[:50]} is missing or cut off')
+      record = names.get(name)
+      if record is None or record.file_size != made.bytes or record.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f'the storage {key[:50]} is missing, cut off or compressed')
 
       def read() -> np.ndarray:
         with zipfile.ZipFile(path) as archive:  # checks the sum of the bytes
-          return _array(archive.read(name)[: made.bytes], made)
+          return _array(archive.read(name), made)
 
       made.read = _in_one_line(path, read)
       storages[key] = made

@@ -32,6 +32,12 @@ VARIANTS = {
 }  # fmt: skip
 
 
+def stack(tower: Any) -> Stack:
+  """The blocks of a tower, made inside it."""
+  sizes = dict(unroll=tower.unroll, mlp=tower.mlp, eps=tower.eps)
+  return Stack(tower.layers, tower.heads, tower.activation, tower.dtype, name='encoder', **sizes)
+
+
 class ImageTower(nn.Module):
   """float32[B, H, W, 3] -> float32[B, embed_dim]; fields as in CLIP."""
 
@@ -66,16 +72,7 @@ class ImageTower(nn.Module):
       raise ValueError(f'CLIP image_pool {self.pool!r} is unknown; there are class and all.')
     positions = self.param('positions', boxed(init, (None, 'embed')), x.shape[1:], jnp.float32)
     x = LayerNorm(self.eps, self.dtype, name='norm_in')(x + positions.astype(self.dtype))
-    encoder = Stack(
-      self.layers,
-      self.heads,
-      self.activation,
-      self.dtype,
-      unroll=self.unroll,
-      mlp=self.mlp,
-      eps=self.eps,
-      name='encoder',
-    )
+    encoder = stack(self)
     x, _ = encoder(x)
     self.sow('hidden', 'last', x)
     x = LayerNorm(self.eps, name='norm_out')(x[:, 0] if self.pool == 'class' else x)
@@ -113,16 +110,7 @@ class TextTower(nn.Module):
     masks = np.tri(self.length, dtype=bool)[None] if self.causal else None
     if seen is not None:
       masks = (seen[:, None] & (True if masks is None else masks))[None]  # (1, B, N, N)
-    encoder = Stack(
-      self.layers,
-      self.heads,
-      self.activation,
-      self.dtype,
-      unroll=self.unroll,
-      mlp=self.mlp,
-      eps=self.eps,
-      name='encoder',
-    )
+    encoder = stack(self)
     x, _ = encoder(x, masks)
     self.sow('hidden', 'last', x)
     if self.pool == 'last':

@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -23,3 +24,20 @@ def report(e: Exception, debug: bool) -> int:
     traceback.print_exception(e)
   print(f'error: {" ".join(str(e).split())}', file=sys.stderr, flush=True)
   return 1 if isinstance(e, Diverged) else 2
+
+
+def command(argv: Sequence[str], values: flags.FlagValues, run: Callable[[], None], text: str, hint: str) -> int:
+  """A script with these flags, one of them `debug`: prints its help `text` or runs it; returns the exit status.
+
+  `hint` is what an argument that is no flag should have been.
+  """
+  if {'-h', '--help'} & set(argv[1:]):
+    print(f'{text}\n{values.main_module_help()}')
+    return 0
+  try:
+    if rest := values(list(argv))[1:]:
+      raise ValueError(f'arguments {rest} are not understood; {hint}')
+    run()
+  except EXPECTED as e:
+    return report(e, '--debug' in argv)
+  return 0

@@ -109,7 +109,7 @@ def read(path: Path, **options: Any) -> Imported:
   model = fields(description, known['ddconfig'], known['embed_dim'], known['n_embed'], kind == 'GumbelVQ')
   theirs, source = files.state_dict(weights), str(weights)
   imported = tokenizer(source, model, theirs, [r'loss\..*', r'temperature_scheduler\..*'])
-  loss = config['params'].get('lossconfig', {}).get('params', {})
+  loss = (config['params'].get('lossconfig') or {}).get('params') or {}
   judge, perceptual = files.under(theirs, 'loss.discriminator.'), files.under(theirs, 'loss.perceptual_loss.')
   settings: dict[str, Any] = {}
   if judge:
