@@ -28,8 +28,14 @@ def bind(model, params):
   return functools.partial(model.apply, {'params': params})
 
 
+LAYOUTS = (  # of public models, with masks that tell where they take the image to begin
+  dict(layout='no_start', pad=0, attention='row', head='norm', norms='sandwich'),
+  dict(layout='shifted', attention='row', head='norm'),
+)
+
+
 @pytest.mark.parametrize(
-  'fields', [*(dict(attention=p) for p in PATTERNS), dict(image_positions='learned', head='tied', period=2)]
+  'fields', [*(dict(attention=p) for p in PATTERNS), dict(image_positions='learned', head='tied', period=2), *LAYOUTS]
 )
 def test_cached_logits_are_the_teacher_forced_ones(fields):
   model = dalle.build('test', **fields)
@@ -43,6 +49,17 @@ def test_cached_logits_are_the_teacher_forced_ones(fields):
       end = 16 if start else (8 if i < 8 else 16)  # reading a part of the cache is enough
       logits, cache = step(IMAGE[:, i], jnp.int32(i), cache, end)
       np.testing.assert_allclose(logits, expected[:, i + 1], atol=1e-4, err_msg=f'token {i + 1}')
+
+
+def test_a_caption_is_embedded_without_its_padding():
+  """With a padding of its own for each position, or with one for all."""
+  for model, padding in ((dalle.build('test'), 34), (dalle.build('test', pad=3), 3)):
+    apply = bind(model, init(model))
+    long, short = (
+      apply(jnp.array([[5, 7, *rest]]), method='embed_caption') for rest in ([padding] * 4, [])
+    )  # fmt: skip
+    np.testing.assert_allclose(long, short, rtol=1e-6)
+  assert model.words == 40 and (model.padding == 3).all()
 
 
 def test_guided_sampling_is_guided_teacher_forcing():
