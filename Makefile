@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test lint format quickstart ablations clean
+.PHONY: setup test lint format quickstart ablations storyganc clean
 
 setup: .venv/installed
 
@@ -28,6 +28,9 @@ quickstart: setup
 
 ablations: setup
 	$(BIN)/python quickstart.py --run_dir runs/quickstart --ablations
+
+storyganc: setup
+	$(BIN)/python quickstart.py --run_dir runs/quickstart --storyganc
 
 clean:
 	rm -rf .venv runs/quickstart

@@ -1,4 +1,4 @@
-"""Continues the stories of a held-out split by a trained StoryDALL-E and scores every frame.
+"""Continues the stories of a held-out split by a trained StoryDALL-E or StoryGANc and scores every frame.
 
   python evaluate.py --run runs/quickstart/story --split test_unseen --stories 200
   python evaluate.py --run RUN --path DATA --classifier RUN --resize 64 --out results/pororo
@@ -26,8 +26,9 @@ from PIL import Image
 from dalle_jax.data import pipeline, sources
 from dalle_jax.evals import characters, fid
 from dalle_jax.evals.oracle import COLUMNS, Oracle, score_moments
+from dalle_jax.pipelines import generator
 from dalle_jax.pipelines.grids import stacked, storyboard
-from dalle_jax.pipelines.story_dalle import StoryDallE, StorySample
+from dalle_jax.pipelines.stories import StorySample, StoryTeller
 from dalle_jax.training import checkpoint, errors
 
 SHOWN = 6  # stories in storyboards.png
@@ -35,7 +36,7 @@ Record = tuple[int, dict[str, np.ndarray], list[str]]  # number, arrays of all F
 FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
 integer = lambda name, default, text, low=0: flags.DEFINE_integer(name, default, text, low, flag_values=FLAGS)
-string('run', '', 'run directory of a StoryDALL-E')
+string('run', '', 'run directory of a StoryDALL-E or StoryGANc')
 string('split', 'test', 'of the data that the run was trained on')
 string('path', '', 'where that data is, if not where it was in training')
 string('classifier', '', 'run directory of a classifier: FID by its features, characters')
@@ -56,11 +57,13 @@ flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
 def run() -> None:
   if not FLAGS.run:
-    raise ValueError('give --run RUN_DIR, the run directory of a trained StoryDALL-E.')
+    raise ValueError('give --run RUN_DIR, the run directory of a trained StoryDALL-E or StoryGANc.')
   if FLAGS.n > 1 and not FLAGS.clip:
     raise ValueError(f'--n {FLAGS.n} needs --clip RUN_DIR, which picks the best of the candidates.')
   step = FLAGS.step or next(iter(checkpoint.steps(FLAGS.run)), None)
-  model = StoryDallE.load(FLAGS.run, clip=FLAGS.clip, step=step)
+  model = generator.load(FLAGS.run, clip=FLAGS.clip, step=step)
+  if not isinstance(model, StoryTeller):
+    raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}, which continues no stories; give one that does.')
   data = ConfigDict(model.config['data'])
   data.path = FLAGS.path or data.path
   data.source_args = {k: v for k, v in data.source_args.items() if k != 'unit'}
@@ -83,7 +86,7 @@ def run() -> None:
 class Evaluation:
   """One pass over a split; `rows` has what predictions.json says of each frame, in order."""
 
-  def __init__(self, model: StoryDallE, source: Any, kind: str, network: fid.Network | None):
+  def __init__(self, model: StoryTeller, source: Any, kind: str, network: fid.Network | None):
     self.model, self.source = model, source
     self.oracle = Oracle(model.image_size, accessories=True) if kind == 'story_shapes' else None
     self.seen = {k: fid.Seen(network, FLAGS.resize) for k in ('drawn', 'true')} if network else {}

@@ -2,7 +2,8 @@
 
 Everything lands in --run_dir: a run directory a stage, grid.png, storyboards.png, curves.png, report.md, metrics.json.
 Interrupted anywhere, the same command goes on where it was: each stage resumes from its last checkpoint or is skipped
-when done. With --ablations (`make ablations`) it also trains and scores the story model without each of its parts.
+when done. With --ablations (`make ablations`) it also trains and scores the story model without each of its parts, with
+--storyganc (`make storyganc`) StoryGANc.
 """
 
 import json
@@ -21,9 +22,9 @@ import matplotlib.pyplot as plt
 
 from dalle_jax.data.sources import shapes, story_shapes
 from dalle_jax.evals.oracle import ATTRIBUTES, COLUMNS, Oracle, score_moments
+from dalle_jax.pipelines import generator
 from dalle_jax.pipelines.dalle import DallE
 from dalle_jax.pipelines.grids import caption_grid, stacked, storyboard
-from dalle_jax.pipelines.story_dalle import StoryDallE
 from dalle_jax.training.checkpoint import write_json
 from dalle_jax.training.metrics import read
 
@@ -35,9 +36,16 @@ _TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'of the samples')
 _GUIDANCE = flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale')
 _STORIES = flags.DEFINE_integer('stories', 100, 'held-out stories a split')
 _ABLATIONS = flags.DEFINE_bool('ablations', False, 'also the story model without each of its parts')
+_STORYGANC = flags.DEFINE_bool('storyganc', False, 'also StoryGANc, with and without contextual attention')
 _OVERRIDES = flags.DEFINE_multi_string('override', [], 'passed on to train.py, e.g. --override=--config.train.steps=10')
 STAGES = ('vqgan', 'clip', 'dalle', 'story')
 ABLATIONS = ('no_retro', 'no_story_encoder', 'prompt')  # of configs/story_shapes.py
+STORY_RUNS = {  # what is told of in the table, and the run directory
+  'full': 'story',
+  **{variant: f'story_{variant}' for variant in ABLATIONS},
+  'storyganc': 'storyganc',
+  'storyganc_no_attention': 'storyganc_no_attention',
+}
 
 
 def main(argv):
@@ -47,6 +55,9 @@ def main(argv):
   stages = {stage: f'{_CONFIG.value}:{stage}' for stage in STAGES}
   if _ABLATIONS.value:
     stages |= {f'story_{variant}': f'configs/story_shapes.py:{variant}' for variant in ABLATIONS}
+  if _STORYGANC.value:
+    config = 'configs/storyganc_shapes.py'
+    stages |= {'storyganc': config, 'storyganc_no_attention': f'{config}:no_attention'}
   for stage, config in stages.items():
     print(f'==== {stage}', flush=True)
     command = [sys.executable, 'train.py', f'--config={config}', f'--config.root={root}']
@@ -62,7 +73,7 @@ def main(argv):
   print('==== evaluation', flush=True)
   start = time.monotonic()
   metrics, pictures = evaluate(root)
-  variants = {'full': root / 'story'} | {v: root / f'story_{v}' for v in ABLATIONS if (root / f'story_{v}').is_dir()}
+  variants = {variant: root / run for variant, run in STORY_RUNS.items() if (root / run).is_dir()}
   for variant, run in variants.items():
     found, boards = evaluate_stories(run)
     metrics |= {f'story/{variant}/{name}': value for name, value in found.items()}
@@ -113,9 +124,10 @@ def evaluate(root: Path) -> tuple[dict[str, float], list]:
 def evaluate_stories(run: Path) -> tuple[dict[str, float], list]:
   """What the oracle finds right in continued stories, as SPLIT/COLUMN; also storyboards, three of each split.
 
-  'setting_silent' is the setting in frames after a change, whose captions say nothing of it.
+  'setting_silent' is the setting in frames after a change, whose captions say nothing of it; 'sampling_s' are seconds a
+  story of four frames, 16 stories at once.
   """
-  model = StoryDallE.load(run)
+  model = generator.load(run)
   size = model.image_size
   oracle = Oracle(size, accessories=True)
   metrics: dict[str, float] = {}
@@ -131,6 +143,10 @@ def evaluate_stories(run: Path) -> tuple[dict[str, float], list]:
     metrics |= {f'{split}/{c}': float(right[c].mean()) for c in COLUMNS}
     metrics[f'{split}/setting_silent'] = float(right['setting'][[m.silent for m in moments]].mean())
     boards += [storyboard(s.source, s.frames[:, 0], s.captions) for s in samples[:3]]
+  few = slice(16)  # stories of one call, compiled already
+  start = time.monotonic()
+  model.continue_stories(firsts[few], captions[few], seed=1, temperature=_TEMPERATURE.value)
+  metrics['sampling_s'] = (time.monotonic() - start) / len(firsts[few])  # a story
   return metrics, boards
 
 
@@ -177,7 +193,7 @@ def report(metrics: dict[str, float]) -> str:
     f'| {variant} | `{split}` | '
     + ' | '.join(f'{100 * metrics[f"story/{variant}/{split}/{c}"]:.1f}%' for c in columns)
     + ' |'
-    for variant in ('full', *ABLATIONS)
+    for variant in STORY_RUNS
     for split in ('test_seen', 'test_unseen')
     if f'story/{variant}/{split}/caption' in metrics
   )

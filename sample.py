@@ -1,4 +1,4 @@
-"""Draws pictures from captions by a trained DALL-E, or continues a story by a trained StoryDALL-E.
+"""Draws pictures from captions by a trained DALL-E, or continues a story by a trained StoryDALL-E or StoryGANc.
 
   python sample.py --run runs/quickstart/dalle --clip runs/quickstart/clip --prompt "a large red circle at the top"
   python sample.py --run RUN --prompts captions.txt --n 8 --guidance 2       # one caption a line
@@ -20,14 +20,14 @@ from PIL import Image
 
 from configs import common
 from dalle_jax.data.restricted import open_array
-from dalle_jax.pipelines.dalle import DallE
+from dalle_jax.pipelines import generator
 from dalle_jax.pipelines.grids import caption_grid, storyboard
-from dalle_jax.pipelines.story_dalle import StoryDallE
+from dalle_jax.pipelines.stories import StoryTeller
 from dalle_jax.training import errors, sharding
 
 FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
-string('run', '', 'run directory of a DALL-E or StoryDALL-E')
+string('run', '', 'run directory of a DALL-E, StoryDALL-E or StoryGANc')
 string('clip', '', 'run directory of a CLIP that ranks the pictures')
 flags.DEFINE_multi_string('prompt', [], 'a caption; may be repeated', flag_values=FLAGS)
 string('prompts', '', 'a text file with one caption a line')
@@ -96,7 +96,7 @@ def mesh_sizes() -> dict[str, int]:
 
 def run() -> None:
   if not FLAGS.run:
-    raise ValueError('give --run RUN_DIR, the run directory of a trained DALL-E or StoryDALL-E.')
+    raise ValueError('give --run RUN_DIR, the run directory of a trained DALL-E, StoryDALL-E or StoryGANc.')
   if FLAGS.source and not FLAGS.story:
     raise ValueError('--source is the first frame of a story; give its captions with --story FILE.')
   asked, sizes = story() if FLAGS.story else prompts(), mesh_sizes()
@@ -109,8 +109,10 @@ def run() -> None:
 
 def draw(asked: list[str], **layout) -> None:
   """Draws and writes pictures for captions, or for those of a story."""
-  kind = StoryDallE if FLAGS.story else DallE
-  model = kind.load(FLAGS.run, clip=FLAGS.clip, step=FLAGS.step or None, **layout)
+  model = generator.load(FLAGS.run, clip=FLAGS.clip, step=FLAGS.step or None, **layout)
+  if isinstance(model, StoryTeller) != bool(FLAGS.story):
+    wanted = 'a caption; give --prompt "..."' if FLAGS.story else 'a story; give --story FILE and --source FRAME.png'
+    raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}, which needs {wanted}.')
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
   names = ('n', 'seed', 'temperature', 'top_k', 'top_p', 'guidance', 'batch_size')
   options = {name: getattr(FLAGS, name) for name in names}

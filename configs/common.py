@@ -76,10 +76,12 @@ def base() -> ConfigDict:
       eps=1e-8,
       weight_decay=0.0,
       decay='kernel$',  # regex: names of the parameters that decay
-      schedule='cosine',  # constant, cosine, linear, rsqrt
+      schedule='cosine',  # constant, cosine, linear, rsqrt, halving
+      half_life=0,  # steps after which the rate of schedule 'halving' is half of what it was
       lr_end=0.0,  # as a fraction of lr
       warmup=0,
       clip=1.0,  # global norm; 0.0 for off
+      every=1,  # steps an update; for the players of a GAN
       groups=ConfigDict(),  # player -> any of these fields, or frozen=True
     )
   )
@@ -143,6 +145,36 @@ def story(
     c.model.prompt = 32
     c.optim.groups = dict(dalle=dict(frozen=True))
   return c
+
+
+def storyganc(source: str, arg: ConfigDict, *, stories: int, labels: int = 0, frames: int = 4) -> ConfigDict:
+  """What the published figures of StoryGANc and the StoryGAN family share: 120 epochs of `stories` stories.
+
+  `arg` has variant, captions ('roberta', 'clip' or 'own'), size and batch; the rate halves every 20 epochs.
+  """
+  c = base()
+  c.objective = 'storyganc'
+  c.model = dict(variant=arg.variant, captions=arg.captions, frames=frames, labels=labels)
+  if arg.captions != 'own':
+    c.frozen = {arg.captions: ''}
+  c.tokenizer.update(vocab_size=4096, length=32, dropout=0.0)
+  c.data.update(source=source, image_size=arg.size, augment='random_crop', batch_size=arg.batch, workers=8)
+  c.optim.update(gan_optimizer(2e-4), schedule='halving', half_life=20 * stories // arg.batch)
+  c.optim.groups = gan_groups(2e-4)
+  c.train.update(
+    steps=120 * stories // arg.batch, ema=0.999, log_every=100, checkpoint_every=2_000, eval_every=2_000, pictures=4
+  )
+  return c
+
+
+def gan_optimizer(lr: float) -> dict[str, Any]:
+  """Adam as GANs have it, for all players."""
+  return dict(name='adam', lr=lr, b1=0.5, b2=0.999, clip=0.0)
+
+
+def gan_groups(lr: float, every: int = 2) -> ConfigDict:
+  """The discriminators of a StoryGANc: their rate, and one update of theirs in `every` steps of the generator."""
+  return ConfigDict({f'{name}_discriminator': dict(lr=lr, every=every) for name in ('image', 'story')})
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:

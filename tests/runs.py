@@ -1,10 +1,14 @@
 """Run directories of networks with random parameters, for tests of what is done with a run: nothing is trained."""
 
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import numpy as np
 
 from dalle_jax.training.checkpoint import Run, export_run
+
+ROOT = Path(__file__).parents[1]
 
 
 def write(path, kind, model, config, *inputs, words, frozen=(), players=False):

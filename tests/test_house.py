@@ -69,6 +69,8 @@ def test_shipped_configs_build_their_objective(name):
   runs = stages(name)
   networks = {'vqgan': {'model': {'variant': 'f8_8192' if runs[0].data.image_size >= 256 else 'quickstart'}}}
   networks['lpips'] = {'model': {'variant': 'vgg16'}}
+  roberta = dict(vocab_size=50_265, length=32, pad=1, start=0, end=2)
+  networks['roberta'] = {'model': {'variant': 'base'}, 'tokenizer': roberta}
   if runs[0].model.get('variant') == 'init':  # fine-tuning of what `convert` made
     kind = 'f16_1024' if runs[0].objective == 'vqgan' else 'mindalle'
     networks['vqgan']['model']['variant'] = 'f16_16384'
@@ -81,7 +83,7 @@ def test_shipped_configs_build_their_objective(name):
     batch = {'image': jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8)}
     batch['text'] = jax.ShapeDtypeStruct((2, text), jnp.int32)
     params, _ = jax.eval_shape(objective.init, jax.random.key(0), batch)
-    assert set(params) & {c.objective, 'story'} and sharding.logical_axes(params)
+    assert set(params) & {c.objective, 'story', 'generator'} and sharding.logical_axes(params)
     assert config_lib.to_json(c) == config_lib.to_json(config_lib.to_json(c))
     networks[c.objective] = {'model': config_lib.to_json(c.model)}
     for evaluator in c.train.evals:

@@ -1,4 +1,4 @@
-"""Losses of adversarial training ("Taming Transformers", Esser et al., 2021, section 3.1)."""
+"""Losses of adversarial training: of a VQGAN ("Taming Transformers", Esser et al., 2021, section 3.1), of a GAN."""
 
 from collections.abc import Callable
 
@@ -14,6 +14,16 @@ def hinge_discriminator(real: jax.Array, fake: jax.Array) -> jax.Array:
 def hinge_generator(fake: jax.Array) -> jax.Array:
   """The generator's side of `hinge_discriminator`."""
   return -fake.mean()
+
+
+def bce(logits: jax.Array, real: bool) -> jax.Array:
+  """Binary cross-entropy of logits of any shape with "all of them are real" (or none), a scalar."""
+  return jax.nn.softplus(-logits if real else logits).mean()
+
+
+def bce_discriminator(real: jax.Array, fake: jax.Array, wrong: jax.Array) -> jax.Array:
+  """Cross-entropy of logits for real, generated and real but wrongly described samples (Reed et al., 2016, GAN-CLS)."""
+  return bce(real, True) + 0.5 * (bce(fake, False) + bce(wrong, False))
 
 
 def adaptive_weight(

@@ -12,3 +12,9 @@ def to_float(images: jax.Array) -> jax.Array:
 def to_uint8(images: jax.Array) -> jax.Array:
   """float32, clipped to [-1, 1], -> uint8 in [0, 255]."""
   return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def boards(true: jax.Array, drawn: jax.Array) -> jax.Array:
+  """The frames of each story in a row, true ones above those drawn: two [B, F, H, W, 3] -> [B, 2 H, F W, 3]."""
+  b, f, h, w, _ = true.shape
+  return jnp.stack([true, drawn], 1).swapaxes(2, 3).reshape(b, 2 * h, f * w, 3)

@@ -24,6 +24,7 @@ from flax import struct
 
 from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init
 
+KERNELS = ('auto', 'xla', 'cudnn')
 KINDS = ('full', 'row', 'column', 'conv', 'wrapped')
 CACHE_AXES = ('layers', 'batch', None, 'heads', None)
 
@@ -111,6 +112,7 @@ class Attention(nn.Module):
   kernel_init: Init = normal_init(0.02)
   out_init: Init = normal_init(0.02)
   value_init: Init | None = None  # kernel_init
+  kernel: str = 'auto'
 
   @nn.compact
   def __call__(
@@ -120,8 +122,12 @@ class Attention(nn.Module):
     cache: KVCache | None = None,
     layer: jax.Array | int = 0,
     offset: jax.Array | int = 0,
+    causal: bool = False,
   ) -> tuple[jax.Array, KVCache | None]:
-    """`mask` bool[T, keys] or [B, T, keys] says which of the first `keys` positions count; without it all do."""
+    """`mask` bool[T, keys] or [B, T, keys] says which of the first `keys` positions count; without it all do.
+
+    With `causal`, x is all there is so far and each position sees itself and those before it; `mask` is not read.
+    """
     d = x.shape[-1]
     shape, axes = (d, self.heads, d // self.heads), ('embed', 'heads', 'head_dim')
     inits = {'query': self.kernel_init, 'key': self.kernel_init, 'value': self.value_init or self.kernel_init}
@@ -129,14 +135,31 @@ class Attention(nn.Module):
       Einsum(shape, axes, bias_axes=(1, 2), dtype=self.dtype, kernel_init=init, name=name)('BSD,DHK->BSHK', x)
       for name, init in inits.items()
     )
+    out = Einsum(
+      (*shape[1:], d), (*axes[1:], 'embed'), bias_axes=(2,), dtype=self.dtype, kernel_init=self.out_init, name='out'
+    )
     if cache is not None:
       cache = cache.write(layer, offset, k, v)
+    if causal:
+      return out('BSHK,HKD->BSD', fused(q, k, v, self.kernel, is_causal=True)), cache
+    if cache is not None:
       k, v = cache.read(layer, mask.shape[-1])
     if mask is not None:
       mask = jnp.asarray(mask)
       mask = mask[None, None] if mask.ndim == 2 else mask[:, None]  # (B or 1, 1, T, keys)
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask)  # softmax in float32
-    out = Einsum(
-      (*shape[1:], d), (*axes[1:], 'embed'), bias_axes=(2,), dtype=self.dtype, kernel_init=self.out_init, name='out'
-    )
-    return out('BSHK,HKD->BSD', y), cache
+      return out('BSHK,HKD->BSD', jax.nn.dot_product_attention(q, k, v, mask=mask)), cache  # softmax in float32
+    return out('BSHK,HKD->BSD', fused(q, k, v, self.kernel)), cache
+
+
+def fused(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool = False) -> jax.Array:
+  """Attention without a mask of its own, [B, S, H, K], by `kernel`.
+
+  'cudnn' is the flash attention of a GPU, 'xla' runs everywhere; 'auto' is the former on a GPU for numbers that it
+  takes. Raises ValueError for another one.
+  """
+  if kernel not in KERNELS:
+    raise ValueError(f'attention kernel {kernel!r} is unknown; there are {", ".join(KERNELS)}.')
+  if kernel == 'auto':
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    kernel = 'cudnn' if fits and jax.default_backend() == 'gpu' else 'xla'
+  return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=kernel)

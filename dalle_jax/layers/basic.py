@@ -5,7 +5,8 @@ Parameters are float32; computation is in `dtype`. The names are turned into mes
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -134,9 +135,14 @@ def conv_as_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
   (_, h, w, c), k = x.shape, kernel.shape[0]
   if h == w == 1:  # all but the middle of the kernel lies outside
     return product(x, kernel[k // 2, k // 2])
+  return product(patches(x, k), kernel.reshape(k * k * c, -1))
+
+
+def patches(x: jax.Array, k: int) -> jax.Array:
+  """The k x k surroundings of each position of [B, H, W, C], row by row, zero outside: [B, H, W, k * k * C]; k odd."""
+  h, w = x.shape[1:3]
   x = jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
-  shifted = jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(k) for j in range(k)], -1)
-  return product(shifted, kernel.reshape(k * k * c, -1))
+  return jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(k) for j in range(k)], -1)
 
 
 class Embed(nn.Module):
@@ -188,22 +194,38 @@ def sinusoid(length: int, width: int) -> jax.Array:
   return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], 1)
 
 
-class FixedBatchNorm(nn.Module):
-  """Batch normalisation by statistics that are given and not learnt on: an affine map of each channel of [..., C].
+class BatchNorm(nn.Module):
+  """Batch normalisation of each channel of [..., C] (Ioffe and Szegedy, 2015).
 
-  For weights that were trained with it: mean and var are among the parameters and get no gradient.
+  Mean and variance are among the parameters, and get no gradient: a network is its parameters, and draws a row by
+  itself. With `train` it normalises by those of the batch, over all devices, and sows them into the collection
+  'statistics', from where `follow` brings them into the parameters.
   """
 
   eps: float = 1e-5
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
     ones, zeros, shape = nn.initializers.ones, nn.initializers.zeros, (x.shape[-1],)
     table = lambda name, init: self.param(name, boxed(init, ('norm',)), shape, jnp.float32)
     scale, bias = table('scale', ones), table('bias', zeros)
     mean, var = (jax.lax.stop_gradient(table(name, init)) for name, init in (('mean', zeros), ('var', ones)))
-    return ((x.astype(jnp.float32) - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(self.dtype)
+    x = x.astype(jnp.float32)
+    if train:
+      rows = tuple(range(x.ndim - 1))
+      mean = x.mean(rows)
+      var = jnp.square(x - mean).mean(rows)
+      for name, value in (('mean', mean), ('var', var)):
+        self.sow('statistics', name, value, init_fn=lambda: None, reduce_fn=lambda _, new: new)
+    return ((x - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(self.dtype)
+
+
+def follow(params: Any, statistics: Any, decay: float) -> Any:
+  """`params` with every value that `statistics`, a part of the tree, has, moved towards it: decay, 1 - decay."""
+  if not isinstance(statistics, Mapping):
+    return decay * params + (1 - decay) * statistics
+  return {**params, **{name: follow(params[name], part, decay) for name, part in statistics.items()}}
 
 
 class GroupNorm(nn.Module):

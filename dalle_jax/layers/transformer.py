@@ -57,6 +57,7 @@ class Block(nn.Module):
   norms: str = 'pre'
   mlp: int = 0
   eps: float = 1e-5
+  kernel: str = 'auto'
 
   @nn.compact
   def __call__(
@@ -68,6 +69,7 @@ class Block(nn.Module):
     offset: jax.Array | int = 0,
     context: Context | None = None,
     looking: jax.Array | None = None,
+    causal: bool = False,
   ) -> tuple[jax.Array, KVCache | None]:
     x = constrain(x, ('batch', 'seq', 'embed'))
     d = x.shape[-1]
@@ -76,8 +78,8 @@ class Block(nn.Module):
     caches = []
 
     def attend(y: jax.Array) -> jax.Array:
-      attention = Attention(self.heads, self.dtype, inner, outer, name='attention')
-      y, new = attention(y, mask, cache, layer, offset)
+      attention = Attention(self.heads, self.dtype, inner, outer, kernel=self.kernel, name='attention')
+      y, new = attention(y, mask, cache, layer, offset, causal)
       caches.append(new)
       return y
 
@@ -98,6 +100,7 @@ class Period(nn.Module):
 
   block: tuple[Any, ...]
   period: int
+  causal: bool
 
   @nn.compact
   def __call__(
@@ -115,7 +118,7 @@ class Period(nn.Module):
       block = Block(*self.block, name=f'block_{i}')
       mask = None if masks is None else masks[kinds[i]]
       source = context.layer(i // every) if context is not None and (i + 1) % every == 0 else None
-      x, cache = block(x, mask, cache, index * self.period + i, offset, source, looking)
+      x, cache = block(x, mask, cache, index * self.period + i, offset, source, looking, self.causal)
     return (x, cache), None
 
 
@@ -130,6 +133,7 @@ class Stack(nn.Module):
     norms: where the LayerNorms are, see `residual`.
     mlp: the width of the MLP; 0: four times that of x.
     eps: of the LayerNorms.
+    kernel: of attention without masks, see `layers.attention.fused`.
   """
 
   depth: int
@@ -142,6 +146,7 @@ class Stack(nn.Module):
   norms: str = 'pre'
   mlp: int = 0
   eps: float = 1e-5
+  kernel: str = 'auto'
 
   @nn.compact
   def __call__(
@@ -153,6 +158,7 @@ class Stack(nn.Module):
     offset: jax.Array | int = 0,
     context: Context | None = None,
     looking: jax.Array | np.ndarray | None = None,
+    causal: bool = False,
   ) -> tuple[jax.Array, KVCache | None]:
     """Runs all blocks; layer l attends by `masks[kinds[l]]`.
 
@@ -163,6 +169,8 @@ class Stack(nn.Module):
       cache: written at `offset`, then read for the first `keys` positions.
       context: of a source that every (depth / L)-th layer looks at.
       looking: bool[T], the positions of x that look.
+      causal: x is all there is so far, and each position sees itself and what is before it: as the mask of the kind
+        'full', without its being read.
 
     Raises ValueError when heads, period, activation, remat or norms do not fit.
     """
@@ -190,8 +198,8 @@ class Stack(nn.Module):
       unroll=min(self.unroll, turns),
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    block = (self.depth, self.heads, self.activation, self.dtype, self.norms, self.mlp, self.eps)
-    blocks = scan(block, self.period, name='blocks')
+    block = (self.depth, self.heads, self.activation, self.dtype, self.norms, self.mlp, self.eps, self.kernel)
+    blocks = scan(block, self.period, causal, name='blocks')
     which = np.zeros(self.depth, np.int32) if kinds is None else np.asarray(kinds, np.int32)
     sources = None if context is None else context.turns(turns)
     turn = (jnp.arange(turns), jnp.asarray(which.reshape(turns, self.period)), sources)

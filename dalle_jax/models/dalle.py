@@ -86,7 +86,7 @@ class DALLE(nn.Module):
     attention: kinds by layer, see `layers.attention.layer_kinds`.
     image_positions: 'axial', a row and a column embedding each, or 'learned', one a position.
     head: 'linear'; 'tied', the embeddings of text and image; or 'norm', with one LayerNorm more, and biases.
-    norms, period, remat, unroll: see `layers.transformer.Stack`.
+    norms, period, remat, unroll, kernel: see `layers.transformer.Stack`.
   """
 
   text_vocab: int = 16_384 + 256
@@ -107,6 +107,7 @@ class DALLE(nn.Module):
   period: int = 1
   remat: str = 'none'
   unroll: int = 1
+  kernel: str = 'auto'
   dtype: jnp.dtype = jnp.bfloat16
 
   @property
@@ -152,8 +153,9 @@ class DALLE(nn.Module):
     else:
       raise ValueError(f'image_positions {self.image_positions!r} is unknown; there are axial and learned.')
     self.blocks = Stack(
-      self.depth, self.heads, self.activation, self.dtype, self.period, self.remat, self.unroll, self.norms
-    )
+      self.depth, self.heads, self.activation, self.dtype, self.period, self.remat, self.unroll, self.norms,
+      kernel=self.kernel,
+    )  # fmt: skip
     self.norm_out = LayerNorm(dtype=self.dtype)
     if self.head == 'tied':
       self.text_head, self.image_head = self.text_embed, self.image_embed
@@ -186,8 +188,7 @@ class DALLE(nn.Module):
   ) -> jax.Array:
     """What the heads read, [B, P + k, D], for text int32[B, T] and the first k image tokens int32[B, k]."""
     x, first = self._stream(text, image, extra)
-    masks, kinds = self._masks(first, x.shape[1])
-    x, _ = self.blocks(x, masks, kinds, context=context, looking=self._looking(x, first))
+    x, _ = self._run(x, first, None, context)
     return self._read(x[:, first:])
 
   def text_logits(self, x: jax.Array) -> jax.Array:
@@ -209,8 +210,7 @@ class DALLE(nn.Module):
     x, first = self._stream(text, image, extra)
     length, head_dim = first + self.length, self.d_model // self.heads
     cache = KVCache.zeros(self.depth, len(x), length, self.heads, head_dim, self.dtype)
-    masks, kinds = self._masks(first, x.shape[1])
-    x, cache = self.blocks(x, masks, kinds, cache, context=context, looking=self._looking(x, first))
+    x, cache = self._run(x, first, cache, context)
     return self.image_logits(self._read(x[:, -1])), cache
 
   def step(
@@ -257,6 +257,16 @@ class DALLE(nn.Module):
     if extra is not None:
       parts.insert(0, extra.astype(self.dtype))
     return jnp.concatenate(parts, 1), 0 if extra is None else extra.shape[1]
+
+  def _run(
+    self, x: jax.Array, first: int, cache: KVCache | None, context: Context | None
+  ) -> tuple[jax.Array, KVCache | None]:
+    """The blocks over the stream from its start, x[B, n, D]."""
+    looking = self._looking(x, first)
+    if set(layer_kinds(self.attention, self.depth)) == {'full'}:
+      return self.blocks(x, cache=cache, context=context, looking=looking, causal=True)
+    masks, kinds = self._masks(first, x.shape[1])
+    return self.blocks(x, masks, kinds, cache, context=context, looking=looking)
 
   def _looking(self, x: jax.Array, first: int) -> np.ndarray:
     """The positions of x[B, n, D] that predict image tokens, bool[n]."""

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.layers import variants
-from dalle_jax.layers.basic import Conv, FixedBatchNorm, GroupNorm
+from dalle_jax.layers.basic import BatchNorm, Conv, GroupNorm
 
 VARIANTS = {'test': dict(width=8, layers=1), 'base': dict()}
 
@@ -25,7 +25,7 @@ class PatchGAN(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
-    norms = {'group': GroupNorm, 'fixed_batch': FixedBatchNorm}
+    norms = {'group': GroupNorm, 'fixed_batch': BatchNorm}
     if self.norm not in norms:
       raise ValueError(f'PatchGAN norm {self.norm!r} is unknown; there are {", ".join(norms)}.')
     init, pad = nn.initializers.normal(0.02), ((1, 1), (1, 1))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dalle_jax.functional import corruption, decoding, losses
-from dalle_jax.functional.pixels import to_float, to_uint8
+from dalle_jax.functional.pixels import boards, to_float, to_uint8
 from dalle_jax.layers import variants
 from dalle_jax.models import clip, dalle, image_tokenizer, story_dalle
 from dalle_jax.objectives.dalle import text_and_image
@@ -94,8 +94,8 @@ class StoryDALLEObjective:
     drawn = jnp.concatenate([tokens[:, :1], drawn.reshape(b, t, -1)], 1)
     both = jnp.stack([tokens, drawn], 1).reshape(-1, *self.model.dalle.grid)
     images = to_uint8(self.tokenizer.apply({'params': ctx.frozen['vqgan']}, both, method='decode_codes'))
-    _, h, w, _ = images.shape
-    return images.reshape(b, 2, t + 1, h, w, 3).swapaxes(2, 3).reshape(b, 2 * h, (t + 1) * w, 3)
+    images = images.reshape(b, 2, t + 1, *images.shape[1:])
+    return boards(images[:, 0], images[:, 1])
 
   def tokens(self, batch: Mapping[str, Any]) -> int:
     b, t, _ = batch['text'].shape

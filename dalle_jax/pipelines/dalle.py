@@ -12,7 +12,7 @@ import numpy as np
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import dalle
-from dalle_jax.pipelines.generator import Generator, check_numbers, request_keys
+from dalle_jax.pipelines.generator import TokenGenerator, check_numbers, request_keys
 from dalle_jax.training import checkpoint, sharding
 
 
@@ -34,7 +34,7 @@ class Sample:
   scores: np.ndarray | None
 
 
-class DallE(Generator):
+class DallE(TokenGenerator):
   """A trained DALL-E with its VQGAN, its tokenizer and, if wanted, a CLIP that ranks what it draws."""
 
   OBJECTIVE = 'dalle'
@@ -133,3 +133,6 @@ class DallE(Generator):
     if init_image is None or not 0 < keep_rows < h:
       raise ValueError(f'keep_rows is {keep_rows}; with an init_image it must be 1 to {h - 1} rows of {h}, else 0.')
     return self.encode(self._picture(init_image, 'init_image')[None])[:, : keep_rows * w]
+
+
+load = DallE.load

@@ -1,6 +1,7 @@
-"""What every pipeline that draws shares: a run with its words, its VQGAN and a mesh."""
+"""What every pipeline that draws shares: a run with its words and a mesh; for some, image tokens."""
 
 import contextlib
+import importlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ BATCH = 64  # pictures at once through the VQGAN
 
 
 class Generator:
-  """A trained transformer over image tokens with its image tokenizer, its words and, if wanted, a CLIP that ranks.
+  """A trained network that draws, with its words and, if wanted, a CLIP that ranks.
 
-  A kind of it has the OBJECTIVE of its runs; `sizes` are the fields of the transformer that follow from words and
-  pictures.
+  A kind of it has the OBJECTIVE of its runs, and the frozen networks that it NEEDS.
   """
 
   OBJECTIVE = ''
+  NEEDS: tuple[str, ...] = ()
 
   def __init__(
     self,
@@ -38,15 +39,10 @@ class Generator:
     mesh: Mesh | None = None,
     rules: sharding.Rules = (),
   ):
-    config = run.config
-    self.config, self.reranker, self.mesh, self.rules = config, reranker, mesh, rules
-    self.words = text_encoder(run.tokenizer, config['tokenizer'])
-    self.vqgan = image_tokenizer.of_run(frozen['vqgan'].config)
-    self.image_size = config['data']['image_size']
-    self.grid = self.vqgan.grid(self.image_size)
-    self.sizes = dalle.sizes(config['tokenizer'], self.vqgan, self.image_size)
-    self.params = {**run.params, 'vqgan': frozen['vqgan'].network('vqgan')}
-    self._encode, self._decode = jax.jit(self._encode_images), jax.jit(self._decode_codes)
+    self.config, self.reranker, self.mesh, self.rules = run.config, reranker, mesh, rules
+    self.words = text_encoder(run.tokenizer, self.config['tokenizer'])
+    self.image_size = self.config['data']['image_size']
+    self.params = dict(run.params)
 
   @classmethod
   def load(
@@ -69,32 +65,13 @@ class Generator:
     if run.config.get('objective') != cls.OBJECTIVE:
       found = run.config.get('objective')
       raise ValueError(f'{path} is a run of {found!r}; sampling needs one of the objective {cls.OBJECTIVE}.')
-    lacking = [what for what, have in (('tokenizer', run.tokenizer), ('VQGAN', 'vqgan' in run.frozen)) if not have]
+    lacking = [] if run.tokenizer else ['tokenizer']
+    lacking += [name for name in cls.NEEDS if name not in run.frozen]
     if lacking:
       raise ValueError(f'{path} has no {" and no ".join(lacking)}, which sampling needs; convert it again with them.')
     frozen = {name: checkpoint.load_run(p, mesh=mesh, rules=rules) for name, p in run.frozen.items()}
     reranker = Reranker.load(clip, mesh=mesh, rules=rules) if clip else None
     return cls(run, frozen, reranker, mesh, rules)
-
-  def encode(self, images: np.ndarray) -> np.ndarray:
-    """uint8[B, H, W, 3] of the model's size -> image tokens int32[B, I]."""
-    with self._context():
-      return in_batches(lambda x: self._encode(self.params, x), self._checked(images), BATCH)
-
-  def reconstruct(self, images: np.ndarray) -> np.ndarray:
-    """uint8[B, H, W, 3] through the image tokens and back: uint8[B, H, W, 3]."""
-    with self._context():
-      return in_batches(lambda x: self._decode(self.params, self._encode(self.params, x)), self._checked(images), BATCH)
-
-  # --- Under jit
-
-  def _decode_codes(self, params: Any, tokens: jax.Array) -> jax.Array:
-    codes = tokens.reshape(-1, *self.grid)
-    return to_uint8(self.vqgan.apply({'params': params['vqgan']}, codes, method='decode_codes'))
-
-  def _encode_images(self, params: Any, images: jax.Array) -> jax.Array:
-    codes = self.vqgan.apply({'params': params['vqgan']}, to_float(images), method='encode')
-    return codes.reshape(len(images), -1)
 
   # --- On the host
 
@@ -135,6 +112,43 @@ class Generator:
     return stack
 
 
+class TokenGenerator(Generator):
+  """One that draws image tokens: a transformer over them, with the tokenizer that turns them into pictures.
+
+  `sizes` are the fields of the transformer that follow from words and pictures.
+  """
+
+  NEEDS = ('vqgan',)
+
+  def __init__(self, run: checkpoint.Run, frozen: dict[str, checkpoint.Run], *layout: Any):
+    super().__init__(run, frozen, *layout)
+    self.vqgan = image_tokenizer.of_run(frozen['vqgan'].config)
+    self.grid = self.vqgan.grid(self.image_size)
+    self.sizes = dalle.sizes(self.config['tokenizer'], self.vqgan, self.image_size)
+    self.params['vqgan'] = frozen['vqgan'].network('vqgan')
+    self._encode, self._decode = jax.jit(self._encode_images), jax.jit(self._decode_codes)
+
+  def encode(self, images: np.ndarray) -> np.ndarray:
+    """uint8[B, H, W, 3] of the model's size -> image tokens int32[B, I]."""
+    with self._context():
+      return in_batches(lambda x: self._encode(self.params, x), self._checked(images), BATCH)
+
+  def reconstruct(self, images: np.ndarray) -> np.ndarray:
+    """uint8[B, H, W, 3] through the image tokens and back: uint8[B, H, W, 3]."""
+    with self._context():
+      return in_batches(lambda x: self._decode(self.params, self._encode(self.params, x)), self._checked(images), BATCH)
+
+  # --- Under jit
+
+  def _decode_codes(self, params: Any, tokens: jax.Array) -> jax.Array:
+    codes = tokens.reshape(-1, *self.grid)
+    return to_uint8(self.vqgan.apply({'params': params['vqgan']}, codes, method='decode_codes'))
+
+  def _encode_images(self, params: Any, images: jax.Array) -> jax.Array:
+    codes = self.vqgan.apply({'params': params['vqgan']}, to_float(images), method='encode')
+    return codes.reshape(len(images), -1)
+
+
 def check_numbers(n: int, batch_size: int, seed: int) -> None:
   """Raises ValueError for what no pipeline can draw."""
   if n < 1 or batch_size < 1:
@@ -148,3 +162,18 @@ def request_keys(seed: jax.Array, names: jax.Array, numbers: jax.Array) -> jax.A
   key = jax.random.key(seed)
   pair = lambda name, number: jax.random.fold_in(jax.random.fold_in(key, name), number)
   return jax.vmap(lambda name: jax.vmap(lambda number: pair(name, number))(numbers))(names).ravel()
+
+
+def load(path: str | Path, **options: Any) -> Any:
+  """The pipeline that the run in `path` is for: `load` of dalle_jax/pipelines/OBJECTIVE.py, with its options.
+
+  Raises ValueError when there is none, FileNotFoundError when there is no checkpoint.
+  """
+  objective = checkpoint.read_config(path).get('objective')
+  known = sorted(p.stem for p in Path(__file__).parent.glob('*.py'))
+  room = importlib.import_module(f'dalle_jax.pipelines.{objective}') if objective in known else None
+  if not hasattr(room, 'load'):
+    raise ValueError(
+      f'{path} is a run of {objective!r}, which draws nothing from captions; give the run of a generator.'
+    )
+  return room.load(path, **options)

@@ -1,7 +1,5 @@
 """Stories continued by a trained StoryDALL-E: `StoryDallE.load(run).continue_story('frame.png', ['Pip goes left'])`."""
 
-import dataclasses
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,152 +11,43 @@ from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import clip, story_dalle
-from dalle_jax.pipelines.generator import Generator, check_numbers, request_keys
-from dalle_jax.training import checkpoint, sharding
+from dalle_jax.pipelines.generator import TokenGenerator, request_keys
+from dalle_jax.pipelines.stories import StoryTeller
+from dalle_jax.training import checkpoint
 
 
-@dataclasses.dataclass(frozen=True)
-class StorySample:
-  """A continued story: T frames with n candidates each, best first where there is a CLIP.
-
-  Attributes:
-    captions: T strings.
-    source: uint8[H, W, 3], as the model saw it.
-    frames: uint8[T, n, H, W, 3].
-    candidates: int[T, n], the number of each: with story and seed it determines the picture.
-    scores: float32[T, n], cosines by CLIP; None without one.
-  """
-
-  captions: tuple[str, ...]
-  source: np.ndarray
-  frames: np.ndarray
-  candidates: np.ndarray
-  scores: np.ndarray | None
-
-
-class StoryDallE(Generator):
+class StoryDallE(StoryTeller, TokenGenerator):
   """A trained StoryDALL-E with its VQGAN, its tokenizer and, if wanted, a CLIP that ranks what it draws."""
 
   OBJECTIVE = 'story_dalle'
 
   def __init__(self, run: checkpoint.Run, frozen: dict[str, checkpoint.Run], *layout: Any):
     super().__init__(run, frozen, *layout)
-    self.tower, self.tower_words, dim = None, None, {}
+    self.tower, dim = None, {}
     if self.config['model'].get('sentences') == 'clip':
       other = frozen['clip']
       self.tower, self.params['clip'] = clip.of_run(other.config), other.network('clip')
       self.tower_words = text_encoder(other.tokenizer, other.config['tokenizer'])
       dim = {'sentence_dim': self.tower.embed_dim}
     self.model = story_dalle.build(**{**self.config['model'], **self.sizes, **dim})
-    self._draw = jax.jit(self._draw_frames, static_argnames='sampling')
 
-  def continue_story(
-    self, source: Any, captions: Sequence[str], n: int = 4, seed: int = 0, *, vectors: Any = None, **options: Any
-  ) -> StorySample:
-    """Draws `n` candidates for the frame of each caption, all in one batch.
-
-    Args:
-      source: the frame to go on from: a path, bytes, PIL image or uint8[H, W, 3]; cropped to the model's size.
-      captions: one a frame, at most `model.frames`.
-      vectors: float32[T, S], sentence embeddings, for a model trained with sentences='data'.
-      options: as of `continue_stories`.
-
-    Raises ValueError for arguments that do not fit, FileNotFoundError when there is no such source.
-    """
-    if source is None:
-      raise ValueError('there is no source frame; give the picture that the story goes on from.')
-    if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
-      raise ValueError('captions must be a list of strings, one a frame, e.g. ["pip goes home", "pip sleeps"].')
-    picture = self._picture(source, 'the source frame')
-    return self.continue_stories(
-      picture[None], [captions], n, seed, vectors=None if vectors is None else np.asarray(vectors)[None], **options
-    )[0]
-
-  def continue_stories(
-    self,
-    sources: np.ndarray,
-    captions: Sequence[Sequence[str]],
-    n: int = 1,
-    seed: int = 0,
-    *,
-    vectors: np.ndarray | None = None,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    guidance: float = 1.0,
-    batch_size: int = 64,
-  ) -> list[StorySample]:
-    """Many stories of T frames at once: sources uint8[B, H, W, 3], B x T captions.
-
-    A frame is a function of (captions, source, seed, its number in [0, n)), whatever else is asked for beside it.
-
-    Args:
-      vectors: float32[B, T, S], see `continue_story`.
-      temperature, top_k, top_p, guidance: see `functional.decoding.Sampling`.
-      batch_size: pictures at once; the frames of a story are not parted.
-
-    Raises ValueError for arguments that do not fit.
-    """
-    check_numbers(n, batch_size, seed)
-    sampling = Sampling(temperature, top_k, top_p, guidance)
-    batch = self._batch(sources, captions, vectors)
-    count, t = batch['name'].shape
-    frames = np.zeros((count, t, n, *sources.shape[1:]), np.uint8)
-    shards = sharding.batch_shards(self.mesh) if self.mesh else 1
-    each = min(n, max(1, batch_size // t))  # candidates and stories of one call
-    together = min(max(1, batch_size // (n * t)), count)
-    together = -(-together // shards) * shards
-    with self._context():
-      for first in range(0, n, each):
-        for start in range(0, count, together):
-          rows = np.minimum(np.arange(start, start + together), count - 1)  # the last call repeats the last one
-          part, numbers = {k: v[rows] for k, v in batch.items()}, np.arange(first, first + each)
-          drawn = self._draw(self.params, self._put(part), np.uint32(seed), numbers, sampling=sampling)
-          frames[rows, :, first : first + each] = np.asarray(drawn)[:, :, : n - first]
-      order = np.broadcast_to(np.arange(n), (count, t, n))
-      scores = None
-      if self.reranker:
-        flat = self.reranker.scores([c for story in captions for c in story], frames.reshape(-1, *frames.shape[2:]))
-        scores = flat.reshape(count, t, n)
-        order = np.argsort(-scores, axis=2, kind='stable')
-        scores = np.take_along_axis(scores, order, 2)
-        frames = np.take_along_axis(frames, order[..., None, None, None], 2)
-    one = lambda i: None if scores is None else scores[i]
-    return [StorySample(tuple(captions[i]), sources[i], frames[i], order[i], one(i)) for i in range(count)]
-
-  def _batch(
+  def _inputs(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None
   ) -> dict[str, np.ndarray]:
-    most, t = self.model.frames, len(captions[0]) if captions else 0
-    if len(sources) != len(captions) or not captions:
-      raise ValueError(f'there are {len(sources)} source frames for {len(captions)} stories; expected one each.')
-    if not 1 <= t <= most or any(len(story) != t for story in captions):
-      counts = sorted({len(story) for story in captions})
-      raise ValueError(
-        f'a story has {counts} captions; this model takes 1 to {most}, as many for all stories of a call.'
-      )
-    if any(not c.strip() for story in captions for c in story):
-      raise ValueError('a caption is empty; every frame after the source needs one.')
-    names = [[zlib.crc32('\n'.join([*story, str(i)]).encode()) for i in range(t)] for story in captions]
-    batch = {
-      'text': np.stack([[self._text(c) for c in story] for story in captions]),
-      'source': self.encode(sources),
-      'name': np.array(names, np.uint32),
-    }
+    found = {'source': self.encode(sources)}
     if self.tower_words:
-      batch['sentences'] = np.stack([[self.tower_words(c) for c in story] for story in captions])
+      found['sentences'] = np.stack([[self.tower_words(c) for c in story] for story in captions])
     if self.model.sentences == 'data':
-      expected = (len(captions), t, self.model.sentence_dim)
+      expected = (len(captions), len(captions[0]), self.model.sentence_dim)
       if vectors is None or vectors.shape != expected:
-        found = 'none' if vectors is None else list(vectors.shape)
-        raise ValueError(f'this model reads sentence vectors float32{list(expected)}; there are {found}.')
-      batch['sentences'] = np.asarray(vectors, np.float32)
-    return batch
+        given = 'none' if vectors is None else list(vectors.shape)
+        raise ValueError(f'this model reads sentence vectors float32{list(expected)}; there are {given}.')
+      found['sentences'] = np.asarray(vectors, np.float32)
+    return found
 
   def _draw_frames(
     self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, numbers: jax.Array, *, sampling: Sampling
   ) -> jax.Array:
-    """uint8[B, T, n, H, W, 3] for the candidates with these numbers."""
     text, model, sentences = batch['text'], self.model, batch.get('sentences')
     b, t, length = text.shape
     if self.tower:
@@ -176,3 +65,6 @@ class StoryDallE(Generator):
     )
     images = self._decode_codes(params, tokens)
     return images.reshape(b, t, len(numbers), *images.shape[1:])
+
+
+load = StoryDallE.load

@@ -146,6 +146,14 @@ def read_meta(run_dir: str | Path, step: int | None = None) -> dict | None:
   return None
 
 
+def read_config(path: str | Path) -> dict:
+  """The config of a run (see `load_run`). Raises FileNotFoundError when there is no checkpoint."""
+  meta = read_meta(hub.local(path))
+  if meta is None:
+    raise FileNotFoundError(f'{path} has no checkpoints; give the run_dir of a run that has saved at least once.')
+  return meta['config']
+
+
 def _describe(leaf: Any) -> str:
   return f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
 

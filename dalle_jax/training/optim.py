@@ -23,7 +23,7 @@ PRECONDITIONERS: dict[str, Callable[[Mapping], optax.GradientTransformation]] = 
   'sgd': lambda c: optax.trace(c['b1']),
 }
 DECAYED = {'adamw', 'adafactor', 'lion', 'sgd'}
-SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt')
+SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt', 'halving')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +52,10 @@ def schedule(config: Mapping[str, Any], steps: int) -> Schedule:
   elif kind == 'rsqrt':
     shift = max(warmup, 1)
     after = lambda step: lr * (shift / (jnp.maximum(step, 0) + shift)) ** 0.5  # join_schedules asks before 0, too
+  elif kind == 'halving':
+    if config['half_life'] < 1:
+      raise ValueError(f'optim.half_life is {config["half_life"]}; schedule "halving" needs the steps of a half-life.')
+    after = optax.exponential_decay(lr, config['half_life'], 0.5, staircase=True)
   else:
     raise ValueError(f'optim.schedule {kind!r} is unknown; there are {", ".join(SCHEDULES)}.')
   if not warmup:
@@ -67,7 +71,10 @@ def decay_mask(pattern: str) -> Callable[[Any], Any]:
 
 
 def transform(config: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
-  """Clip by the global norm, precondition, decay (scaled by the learning rate), learning rate."""
+  """Clip by the global norm, precondition, decay (scaled by the learning rate), learning rate.
+
+  With `every` above 1 only at steps 0, every, 2 every, ...; the gradients of the others are dropped.
+  """
   name = config['name']
   if name not in PRECONDITIONERS:
     raise ValueError(f'optim.name {name!r} is unknown; there are {", ".join(PRECONDITIONERS)}.')
@@ -78,7 +85,13 @@ def transform(config: Mapping[str, Any], steps: int) -> optax.GradientTransforma
     parts.insert(0, optax.clip_by_global_norm(config['clip']))
   if config['weight_decay']:
     parts.append(optax.add_decayed_weights(config['weight_decay'], decay_mask(config['decay'])))
-  return optax.chain(*parts, optax.scale_by_learning_rate(schedule(config, steps)))
+  every, rate = config['every'], schedule(config, steps)
+  if every < 1:
+    raise ValueError(f'optim.every is {every}; expected 1 or more steps an update.')
+  if every == 1:
+    return optax.chain(*parts, optax.scale_by_learning_rate(rate))
+  whole = optax.chain(*parts, optax.scale_by_learning_rate(lambda updates: rate(updates * every)))
+  return optax.conditionally_mask(whole, lambda step: step % every == 0)
 
 
 def build(config: Mapping[str, Any], steps: int, players: list[str]) -> Optimizer:

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.functional import losses, pixels
+from dalle_jax.functional import gan, losses, pixels
 
 
 def test_token_loss_by_hand():
@@ -31,3 +31,16 @@ def test_the_first_token_counts_as_several():
   loss, accuracy = losses.token_loss(logits, tokens, first=3.0)
   np.testing.assert_allclose(loss, (3 * nll[:, 0] + nll[:, 1:].sum(1)).mean() / 6, rtol=1e-6)
   assert accuracy == losses.token_loss(logits, tokens)[1]
+
+
+def test_cross_entropy_of_discriminators_does_not_saturate():
+  logits = jnp.array([-2.0, 0.0, 3.0])
+  p = 1 / (1 + np.exp(-np.asarray(logits)))
+  assert float(gan.bce(logits, True)) == pytest.approx(-np.log(p).mean(), rel=1e-5)
+  assert float(gan.bce(logits, False)) == pytest.approx(-np.log(1 - p).mean(), rel=1e-5)
+  assert float(gan.bce_discriminator(logits, logits[:1], logits[2:])) == pytest.approx(
+    -np.log(p).mean() - (np.log(1 - p[0]) + np.log(1 - p[2])) / 2, rel=1e-5
+  )
+  far = jnp.array([-200.0])  # where probabilities are 0 and 1
+  assert float(gan.bce(far, True)) == pytest.approx(200.0)
+  assert float(jax.grad(lambda x: gan.bce(x, True))(far)[0]) == pytest.approx(-1.0)

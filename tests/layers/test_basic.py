@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.layers.basic import Einsum, product
+from dalle_jax.layers.basic import BatchNorm, Einsum, follow, product
 
 
 @pytest.mark.parametrize(('shapes', 'axes', 'eqn'), [
@@ -22,3 +22,20 @@ def test_product_and_its_gradients_are_those_of_einsum(shapes, axes, eqn):
 def test_an_einsum_that_is_no_product_is_refused():
   with pytest.raises(ValueError, match='the last axes of the input must be the first ones of the kernel'):
     Einsum((3, 5), (None, None)).init(jax.random.key(0), 'BSD,SF->BDF', jnp.ones((2, 3, 4)))
+
+
+def test_batch_norm_goes_by_the_batch_in_training_and_by_what_followed_it_afterwards():
+  norm, x = BatchNorm(eps=0.0), 3 + 2 * jax.random.normal(jax.random.key(0), (64, 5, 5, 4))
+  params = norm.init(jax.random.key(0), x)['params']
+  params = jax.tree.map(lambda p: p.value, params, is_leaf=lambda p: hasattr(p, 'value'))
+  y, seen = norm.apply({'params': params}, x, True, mutable=['statistics'])
+  np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=1e-5)
+  np.testing.assert_allclose(y.var((0, 1, 2)), 1, rtol=1e-4)
+  np.testing.assert_allclose(norm.apply({'params': params}, x), x, rtol=1e-6)
+  followed = follow({'a': params, 'b': 0}, {'a': seen['statistics']}, 0.75)
+  np.testing.assert_allclose(followed['a']['mean'], 0.25 * x.mean((0, 1, 2)), rtol=1e-5)
+  np.testing.assert_allclose(followed['a']['var'], 0.75 + 0.25 * x.var((0, 1, 2)), rtol=1e-4)
+  loss = lambda p, train: jnp.sin(norm.apply({'params': p}, x, train)).sum()
+  for train in (False, True):
+    grads = jax.grad(loss)(params, train)
+    assert not grads['mean'].any() and not grads['var'].any() and grads['scale'].any()

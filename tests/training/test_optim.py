@@ -54,7 +54,9 @@ def test_every_optimiser_steps_downhill(name):
 
 
 def test_schedules():
-  rate = lambda kind, step, **kw: float(optim.schedule(config(lr=1.0, warmup=4, schedule=kind, **kw), 12)(step))
+  rate = lambda kind, step, **kw: float(
+    optim.schedule(config(lr=1.0, warmup=4, schedule=kind, half_life=5, **kw), 12)(step)
+  )
   for kind in optim.SCHEDULES:
     assert [rate(kind, s) for s in (0, 1, 3, 4)] == pytest.approx([0.25, 0.5, 1.0, 1.0])
   assert rate('constant', 12) == 1.0
@@ -77,3 +79,17 @@ def test_schedules():
 def test_mistakes_are_named(fields, message):
   with pytest.raises(ValueError, match=message):
     optim.build(config(**fields), 10, list(PARAMS))
+
+
+def test_every_second_step_with_the_rate_of_that_step():
+  c = config(name='sgd', b1=0.0, lr=1.0, schedule='halving', half_life=2, clip=0.0, groups=dict(critic=dict(every=2)))
+  o = optim.build(c, 10, list(PARAMS))
+  state, moves = o.init(PARAMS), []
+  for _ in range(5):
+    updates, state = o.tx.update(jax.tree.map(jnp.ones_like, PARAMS), state, PARAMS)
+    moves.append((float(updates['net']['dense']['bias'][0]), float(updates['critic']['kernel'][0])))
+  assert moves == [(-1.0, -1.0), (-1.0, 0.0), (-0.5, -0.5), (-0.5, 0.0), (-0.25, -0.25)]
+  with pytest.raises(ValueError, match='half_life is 0; schedule "halving" needs'):
+    optim.build(config(schedule='halving'), 10, ['x'])
+  with pytest.raises(ValueError, match=r'optim.every is 0'):
+    optim.build(config(every=0), 10, ['x'])

@@ -1,0 +1,26 @@
+"""StoryGANc on stories of the procedural world, 36 x 36, on two CPU cores: the task of configs/story_shapes.py.
+
+  python train.py --config configs/storyganc_shapes.py
+  python train.py --config configs/storyganc_shapes.py:no_attention    # knows nothing of the source frame
+  python train.py --config configs/storyganc_shapes.py:variant=paper,size=64,steps=20000   # the paper's size, on a GPU
+`make storyganc` trains and scores the first two beside the quickstart.
+"""
+
+from configs import common
+
+
+def get_config(arg: str = ''):
+  arg = common.parse_arg(arg, no_attention=False, variant='quickstart', size=36, steps=4_000, batch=16)
+  c = common.base()
+  c.objective = 'storyganc'
+  c.root = 'runs/quickstart'
+  c.run_dir = c.get_ref('root') + ('/storyganc_no_attention' if arg.no_attention else '/storyganc')
+  c.model = dict(variant=arg.variant, attention=not arg.no_attention)
+  c.tokenizer.update(vocab_size=512, length=24, dropout=0.0)
+  c.data.update(source='story_shapes', image_size=arg.size, batch_size=arg.batch)
+  c.data.source_args = dict(image_size=arg.size)
+  c.optim.update(common.gan_optimizer(2e-4), schedule='constant')
+  c.optim.groups = common.gan_groups(2e-4)
+  c.train.update(steps=arg.steps, ema=0.99, log_every=50, checkpoint_every=500, eval_every=500, pictures=4)
+  c.train.xla_options = common.CONVOLUTIONS_ON_CPU
+  return c

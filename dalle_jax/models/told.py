@@ -1,0 +1,148 @@
+"""The captions of a story as one text a frame, in which a special token marks the caption of that frame.
+
+So a text encoder that knows nothing of stories gives each frame a vector that knows the whole story (StoryGANc,
+Maharana et al., 2022, section 3.5: RoBERTa or CLIP).
+
+Axis legend: B stories, T captions, N tokens a caption, M tokens a told story, R = B * T.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax.layers.basic import Embed, LayerNorm, boxed, normal_init
+from dalle_jax.layers.transformer import Stack
+from dalle_jax.models import clip, roberta
+
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+  """Which ids are words, and those around them.
+
+  Attributes:
+    count: how many ids there are but for the paddings that each position has for itself.
+    marker: the id that marks a caption.
+    pad, start, end: as in `config.tokenizer`.
+  """
+
+  count: int
+  marker: int
+  pad: int = -1
+  start: int = -1
+  end: int = -1
+
+  def among(self, text: jax.Array) -> jax.Array:
+    """bool of the shape of `text`: neither padding nor start nor end."""
+    return (text < self.count) & (text != self.pad) & (text != self.start) & (text != self.end)
+
+
+def tell(text: jax.Array, words: Words, length: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Captions int32[B, T, N] -> told stories int32[R, M], the positions that are no padding and those of the caption
+  told, marker included, bool[R, M].
+
+  Row (b, t) has the words of all captions of story b in order, the marker before those of caption t, paddings behind.
+  `length`: M, to which it is cut or padded; 0: that of all captions, whatever they leave empty.
+  """
+  b, t, n = text.shape
+  known = jnp.concatenate([text.reshape(b, t * n), jnp.full((b, 1), words.marker, text.dtype)], 1)
+  seen = jnp.concatenate([words.among(known[:, :-1]), jnp.ones((b, 1), bool)], 1)
+  order = np.stack([np.insert(np.arange(t * n), i * n, t * n) for i in range(t)])  # (T, T N + 1)
+  own = (order // n == np.arange(t)[:, None]) | (order == t * n)
+  rows = lambda x: x.reshape(b * t, -1)
+  ids, seen, own = rows(known[:, order]), rows(seen[:, order]), rows(jnp.broadcast_to(own, (b, *own.shape)))
+  first = jnp.argsort(~seen, axis=1, stable=True)  # words move to the front
+  ids, seen, own = (jnp.take_along_axis(x, first, 1) for x in (ids, seen, own))
+  if words.start >= 0:
+    put = lambda x, value: jnp.concatenate([jnp.full((len(x), 1), value, x.dtype), x], 1)
+    ids, seen, own = put(ids, words.start), put(seen, True), put(own, False)
+  if words.end >= 0:
+    ids, seen, own = (jnp.pad(x, ((0, 0), (0, 1))) for x in (ids, seen, own))
+  most = length or ids.shape[1]
+  fit = lambda x: jnp.pad(x[:, :most], ((0, 0), (0, max(0, most - x.shape[1]))))
+  ids, seen, own = fit(ids), fit(seen), fit(own)
+  if words.end >= 0:
+    last = jnp.minimum(seen.sum(1), most - 1)[:, None] == jnp.arange(most)
+    ids, seen = jnp.where(last, words.end, ids), seen | last
+  padding = words.count + jnp.arange(most) if words.pad < 0 else words.pad
+  return jnp.where(seen, ids, padding), seen, own & seen
+
+
+def mean_of(x: jax.Array, chosen: jax.Array) -> jax.Array:
+  """The mean of x[R, M, D] over the positions chosen, bool[R, M]: [R, D]; zeros where there is none."""
+  chosen = chosen[..., None]
+  return jnp.where(chosen, x, 0).sum(1) / jnp.maximum(chosen.sum(1), 1)
+
+
+class CaptionEncoder(nn.Module):
+  """A small transformer that learns with what uses it, for where there are no pretrained weights.
+
+  Its ids are those of the captions and, behind them, the marker.
+  """
+
+  text_vocab: int
+  pad: int
+  text_length: int
+  frames: int
+  width: int
+  layers: int
+  heads: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, text: jax.Array) -> jax.Array:
+    """int32[B, T, N] -> float32[B, T, width]."""
+    count = self.text_vocab - (self.text_length if self.pad < 0 else 0)
+    ids, seen, own = tell(text, Words(count, self.text_vocab, self.pad))
+    shape = (self.frames * self.text_length + 1, self.width)
+    positions = self.param('positions', boxed(normal_init(0.02), (None, 'embed')), shape, jnp.float32)
+    x = Embed(self.text_vocab + 1, self.width, dtype=self.dtype, name='embed')(jnp.where(seen, ids, 0))
+    x = x + positions[: x.shape[1]].astype(self.dtype)
+    x, _ = Stack(self.layers, self.heads, dtype=self.dtype, name='encoder')(x, seen[None, :, None])
+    x = mean_of(LayerNorm(name='norm_out')(x), own)
+    return x.reshape(*text.shape[:2], -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+  """A frozen text encoder, by which captions become vectors: the run of a CLIP or a RoBERTa.
+
+  `width` is that of the vectors. Raises ValueError for a run of another kind, or of a CLIP without a start of text,
+  which is what marks captions there; in a RoBERTa the last id does, <mask>.
+  """
+
+  model: clip.CLIP | roberta.RoBERTa
+  words: Words
+  width: int
+
+  @classmethod
+  def of_run(cls, kind: str, config: Mapping[str, Any]) -> 'Tower':
+    c = config['tokenizer']
+    special = {name: c.get(name, -1) for name in ('pad', 'start', 'end')}
+    if kind == 'roberta':
+      model = roberta.of_run(config)
+      return cls(model, Words(model.vocab_size, model.vocab_size - 1, **special), model.width)
+    tower = clip.of_run(config)
+    if special['start'] < 0:
+      raise ValueError(
+        'this CLIP has no start of text, by which the caption of a frame could be marked; use captions="own".'
+      )
+    return cls(tower, Words(c['vocab_size'], special['start'], **special), tower.embed_dim)
+
+  def __call__(self, params: Any, text: jax.Array) -> jax.Array:
+    """int32[B, T, N] -> float32[B, T, width]: what RoBERTa makes of the caption's words, what CLIP makes of the story.
+
+    Not differentiated: the tower is frozen.
+    """
+    b, t, n = text.shape
+    if isinstance(self.model, clip.CLIP):
+      ids, _, _ = tell(text, self.words, self.model.text_length)
+      x = self.model.apply({'params': params}, ids, method='encode_text')
+    else:
+      ids, _, own = tell(text, self.words, min(self.model.length, t * n + 3))
+      x = mean_of(self.model.apply({'params': params}, ids)[0], own)
+    return jax.lax.stop_gradient(x.reshape(b, t, -1))

@@ -1,0 +1,66 @@
+"""Stories told with a marker, and the encoders that read them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.models import clip, roberta
+from dalle_jax.models.told import CaptionEncoder, Tower, Words, tell
+from dalle_jax.training import sharding
+
+TEXT = jnp.asarray([[[1, 2, 12], [3, 11, 12]]])  # 10 words, and paddings 10, 11, 12 of the three positions
+
+
+def test_the_words_of_all_captions_with_a_marker_before_that_of_the_frame():
+  ids, seen, own = tell(TEXT, Words(10, 99))
+  assert ids.tolist() == [[99, 1, 2, 3, 14, 15, 16], [1, 2, 99, 3, 14, 15, 16]]
+  assert seen.tolist() == [[True] * 4 + [False] * 3] * 2
+  assert own[0].tolist() == [True, True, True, False, False, False, False]
+  assert own[1].tolist() == [False, False, True, True, False, False, False]
+
+
+def test_start_and_end_stand_around_the_whole_and_a_cut_story_still_ends():
+  text = jnp.asarray([[[7, 1, 8, 0], [7, 2, 3, 8]]])  # start 7, end 8, padding 0
+  words = Words(10, 9, pad=0, start=7, end=8)
+  ids, seen, own = tell(text, words, 8)
+  assert ids.tolist() == [[7, 9, 1, 2, 3, 8, 0, 0], [7, 1, 9, 2, 3, 8, 0, 0]]
+  assert seen[0].tolist() == [True] * 6 + [False] * 2 and own[1].tolist() == [False] * 2 + [True] * 3 + [False] * 3
+  ids, seen, _ = tell(text, words, 4)
+  assert ids.tolist() == [[7, 9, 1, 8], [7, 1, 9, 8]] and bool(seen.all())
+
+
+def test_the_small_encoder_knows_the_whole_story_and_no_padding():
+  model = CaptionEncoder(text_vocab=13, pad=-1, text_length=3, frames=2, width=8, layers=1, heads=2)
+  params = model.init(jax.random.key(0), TEXT)
+  vectors = model.apply(params, TEXT)
+  assert vectors.shape == (1, 2, 8)
+  other = model.apply(params, TEXT.at[0, 1, 0].set(4))
+  assert (jnp.abs(other - vectors).max(-1) > 1e-6).all()
+  swapped = model.apply(params, TEXT[:, ::-1])
+  assert float(jnp.abs(swapped - vectors[:, ::-1]).max()) > 1e-6
+
+
+@pytest.mark.parametrize('kind', ['roberta', 'clip'])
+def test_frozen_towers(kind):
+  config = {'model': {'variant': 'test'}, 'data': {'image_size': 16}}
+  if kind == 'roberta':
+    config['tokenizer'] = dict(vocab_size=40, length=8, pad=1, start=0, end=2)
+    params = roberta.of_run(config).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))['params']
+  else:
+    config['model'] |= dict(text_pool='end', end=2)
+    config['tokenizer'] = dict(vocab_size=40, length=8, pad=1, start=0, end=2)
+    net = clip.of_run(config)
+    params = net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8), jnp.int32))['params']
+  tower = Tower.of_run(kind, config)
+  text = jnp.asarray([[[0, 5, 2, 1], [0, 6, 2, 1]]])
+  vectors = tower(sharding.unbox(params), text)
+  assert vectors.shape == (1, 2, tower.width) and float(jnp.abs(vectors[0, 0] - vectors[0, 1]).max()) > 1e-5
+  for changed in (text.at[0, 0, 1].set(9), text.at[0, 1, 1].set(9)):  # a caption changes the vectors of both
+    assert (np.abs(tower(sharding.unbox(params), changed) - vectors).max(-1) > 1e-6).all()
+
+
+def test_a_clip_without_a_start_has_no_marker():
+  config = {'model': {'variant': 'test'}, 'data': {'image_size': 16}, 'tokenizer': {'vocab_size': 32, 'length': 8}}
+  with pytest.raises(ValueError, match='has no start of text'):
+    Tower.of_run('clip', config)

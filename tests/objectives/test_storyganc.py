@@ -1,0 +1,152 @@
+"""Who learns from what, and that many devices learn as one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from configs import common
+from dalle_jax.objectives import storyganc
+from dalle_jax.training import optim, sharding
+from dalle_jax.training import state as state_lib
+from dalle_jax.training.loop import make_step
+from dalle_jax.training.state import Context
+
+RNG = np.random.default_rng(0)
+BATCH = {
+  'text': RNG.integers(0, 30, (8, 3, 6)).astype(np.int32),
+  'image': RNG.integers(0, 256, (8, 4, 16, 16, 3)).astype(np.uint8),
+  'labels': RNG.random((8, 4, 5)) > 0.5,
+}
+PLAYERS = ('generator', 'image_discriminator', 'story_discriminator')
+
+
+def config(loss=(), **model):
+  c = common.base()
+  c.model = ConfigDict(dict(variant='test', frames=3, **model))
+  c.loss, c.data.image_size = ConfigDict(dict(loss)), 16
+  c.tokenizer.update(vocab_size=30, length=6)
+  c.optim.update(common.gan_optimizer(1e-3), schedule='constant')
+  c.optim.groups = common.gan_groups(2e-3)
+  return c
+
+
+def build(loss=(), **model):
+  return storyganc.from_config(config(loss, **model), {})
+
+
+@functools.cache
+def start(labels=0):
+  params, mutable = build(labels=labels).init(jax.random.key(0), BATCH)
+  return sharding.unbox(params), sharding.unbox(mutable)
+
+
+LOSSES = ('kl', 'image_generator_loss', 'story_generator_loss', 'image_discriminator_loss', 'story_discriminator_loss')
+
+
+@pytest.fixture(scope='module')
+def gradients():
+  """name of a parameter -> float32[1 + 5], the size of the gradients of the loss and of its terms LOSSES."""
+  objective, (params, mutable) = build(labels=5), start(5)
+  context = Context({}, mutable, jax.random.key(1), jnp.int32(0), train=True)
+
+  def terms(params):
+    loss, (metrics, _) = objective.loss(params, context, BATCH)
+    return jnp.stack([loss, *(metrics[name] for name in LOSSES)])
+
+  grads = jax.jit(jax.jacrev(terms))(params)
+  return {k: np.abs(v).reshape(6, -1).max(1) for k, v in sharding.flatten(grads).items()}
+
+
+def test_every_parameter_learns_but_running_statistics(gradients):
+  still = sorted(k for k, v in gradients.items() if v[0] == 0)
+  assert still == sorted(k for k in gradients if k.endswith(('/mean', '/var')))
+  assert {k.split('/')[0] for k in gradients} == set(PLAYERS)
+
+
+def test_each_player_learns_from_its_own_loss_alone(gradients):
+  moved = lambda i: {k.split('/')[0] for k, v in gradients.items() if v[1 + i] > 0}
+  owners = ['generator'] * 3 + ['image_discriminator', 'story_discriminator']
+  assert [moved(i) for i in range(len(LOSSES))] == [{player} for player in owners]
+
+
+def test_the_loss_is_the_sum_of_its_terms():
+  objective, (params, mutable) = build(dict(kl_weight=2.0, l1_weight=3.0), labels=5), start(5)
+  context = Context({}, mutable, jax.random.key(1), jnp.int32(0), train=False)
+  loss, (m, kept) = jax.jit(objective.loss)(params, context, BATCH)
+  terms = [m[f'{who}_{what}'] for who in ('image', 'story') for what in ('generator_loss', 'discriminator_loss')]
+  total = sum(terms) + 2 * m['kl'] + 3 * m['l1'] + m['label_loss'] + m['generator_label_loss']
+  assert float(loss) == pytest.approx(float(total), rel=1e-5)
+  # Fresh discriminators know nothing: log 2 for real ones, half of that for each of the others.
+  assert float(m['image_discriminator_loss']) == pytest.approx(2 * np.log(2), rel=0.05)
+  jax.tree.map(np.testing.assert_array_equal, kept, mutable)
+
+
+def steps(sizes, count=2):
+  c, objective = config(labels=5), build(labels=5)
+  with sharding.use(sizes, common.RULES) as mesh:
+    spec = state_lib.batch_spec(BATCH)
+    abstract, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
+    optimizer = optim.build(c.optim, 10, list(abstract))
+    target = state_lib.abstract_state(abstract, mutable, optimizer, True, mesh)
+    state = state_lib.init(objective, target, optimizer, 0, spec)
+    where = jax.tree.map(lambda x: x.sharding, target)
+    run = make_step(objective, optimizer, seed=0, accum=1, ema=0.9, mesh=mesh, shardings=where)
+    states, found = [jax.device_get(state.params)], []
+    for _ in range(count):
+      state, metrics, _ = run(state, {}, sharding.put_batch(BATCH, mesh))
+      states.append(jax.device_get(state.params))
+      found.append(jax.device_get(metrics))
+  return states, found
+
+
+@pytest.fixture(scope='module')
+def sharded():
+  return steps(dict(data=2, fsdp=2, tensor=2))
+
+
+def test_eight_devices_have_the_losses_of_one(sharded):
+  """Batch statistics are those of the global batch, with stories and parameters split over devices."""
+  objective, mutable = build(labels=5), start(5)[1]
+  plain = jax.jit(lambda p, rng: objective.loss(p, Context({}, mutable, rng, jnp.int32(0), train=True), BATCH))
+  for step, (params, found) in enumerate(zip(sharded[0], sharded[1], strict=False)):
+    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), step)
+    loss, (metrics, _) = plain(params, rng)
+    for name, value in {'loss': loss, **metrics}.items():
+      np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=1e-5, err_msg=f'{name} at step {step}')
+
+
+def test_discriminators_are_updated_every_second_step_and_statistics_follow(sharded):
+  (first, second, third), _ = sharded
+  same = lambda a, b, player, kind: all(
+    (x == y).all()
+    for (k, x), y in zip(sharding.flatten(a[player]).items(), sharding.flatten(b[player]).values(), strict=True)
+    if k.endswith(kind)
+  )
+  for player in PLAYERS:
+    assert not same(first, second, player, 'kernel')
+    assert not same(second, third, player, 'mean')
+  assert not same(second, third, 'generator', 'kernel')
+  assert same(second, third, 'image_discriminator', 'kernel') and same(second, third, 'story_discriminator', 'kernel')
+
+
+def test_errors():
+  with pytest.raises(ValueError, match=r'set config.tokenizer.vocab_size'):
+    c = config()
+    c.tokenizer.vocab_size = 0
+    storyganc.from_config(c, {})
+  with pytest.raises(ValueError, match='model draws 16 pixels; change either'):
+    c = config()
+    c.data.image_size = 24
+    storyganc.from_config(c, {})
+  with pytest.raises(ValueError, match=r"'roberta' needs its network; set config.frozen.roberta"):
+    build(captions='roberta')
+  with pytest.raises(ValueError, match=r'config.loss has no field gp_weight'):
+    build(dict(gp_weight=1.0))
+  params, mutable = start()
+  context = Context({}, mutable, jax.random.key(1), jnp.int32(0), train=True)
+  with pytest.raises(ValueError, match=r'has 5 labels a frame and model.labels is 7; set it to 5'):
+    build(labels=7).loss(params, context, BATCH)
