@@ -44,7 +44,7 @@ string('clip', '', 'run directory of a CLIP: ranks candidates, FID by its embedd
 integer('stories', 0, 'only the first ones; 0: all')
 integer('n', 1, 'candidates a frame, of which CLIP picks the best', 1)
 integer('seed', 0, 'same seed, same frames')
-flags.DEFINE_float('temperature', 1.0, '0 takes the most probable token', flag_values=FLAGS)
+flags.DEFINE_float('temperature', 1.0, '0: the most probable token, no noise in a GAN', flag_values=FLAGS)
 integer('top_k', 0, 'only the k most probable tokens; 0: all')
 flags.DEFINE_float('top_p', 1.0, 'only the most probable tokens of this mass', flag_values=FLAGS)
 flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale; 1: none', flag_values=FLAGS)
@@ -60,8 +60,7 @@ def run() -> None:
     raise ValueError('give --run RUN_DIR, the run directory of a trained StoryDALL-E or StoryGANc.')
   if FLAGS.n > 1 and not FLAGS.clip:
     raise ValueError(f'--n {FLAGS.n} needs --clip RUN_DIR, which picks the best of the candidates.')
-  step = FLAGS.step or next(iter(checkpoint.steps(FLAGS.run)), None)
-  model = generator.load(FLAGS.run, clip=FLAGS.clip, step=step)
+  model = generator.load(FLAGS.run, clip=FLAGS.clip, step=FLAGS.step or None)
   if not isinstance(model, StoryTeller):
     raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}, which continues no stories; give one that does.')
   data = ConfigDict(model.config['data'])
@@ -76,7 +75,7 @@ def run() -> None:
   out = Path(FLAGS.out)
   evaluation.run(out)
   names = ('run', 'split', 'seed', 'n', 'temperature', 'top_k', 'top_p', 'guidance', 'clip', 'classifier')
-  settings = {k: getattr(FLAGS, k) for k in names} | {'step': step, 'source': data.source, 'path': data.path}
+  settings = {k: getattr(FLAGS, k) for k in names} | {'step': model.step, 'source': data.source, 'path': data.path}
   metrics = evaluation.metrics()
   checkpoint.write_json(out / 'metrics.json', settings | metrics)
   print('\n'.join(f'{k}: {v}' for k, v in metrics.items()))

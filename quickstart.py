@@ -25,7 +25,7 @@ from dalle_jax.evals.oracle import ATTRIBUTES, COLUMNS, Oracle, score_moments
 from dalle_jax.pipelines import generator
 from dalle_jax.pipelines.dalle import DallE
 from dalle_jax.pipelines.grids import caption_grid, stacked, storyboard
-from dalle_jax.training.checkpoint import write_json
+from dalle_jax.training.checkpoint import steps, write_json
 from dalle_jax.training.metrics import read
 
 _RUN_DIR = flags.DEFINE_string('run_dir', 'runs/quickstart', 'where everything goes')
@@ -73,7 +73,7 @@ def main(argv):
   print('==== evaluation', flush=True)
   start = time.monotonic()
   metrics, pictures = evaluate(root)
-  variants = {variant: root / run for variant, run in STORY_RUNS.items() if (root / run).is_dir()}
+  variants = {variant: root / run for variant, run in STORY_RUNS.items() if steps(root / run)}
   for variant, run in variants.items():
     found, boards = evaluate_stories(run)
     metrics |= {f'story/{variant}/{name}': value for name, value in found.items()}
@@ -189,10 +189,11 @@ def report(metrics: dict[str, float]) -> str:
   ]
   table = '\n'.join(f'| {name} | {100 * metrics[key]:.1f}% |' for name, key in shown)
   columns = (*COLUMNS, 'setting_silent')
+  seconds = lambda variant, split: f'{1e3 * metrics[f"story/{variant}/{split}/sampling_s"]:.0f} ms'
   stories = '\n'.join(
     f'| {variant} | `{split}` | '
     + ' | '.join(f'{100 * metrics[f"story/{variant}/{split}/{c}"]:.1f}%' for c in columns)
-    + ' |'
+    + f' | {seconds(variant, split)} |'
     for variant in STORY_RUNS
     for split in ('test_seen', 'test_unseen')
     if f'story/{variant}/{split}/caption' in metrics
@@ -222,8 +223,8 @@ def report(metrics: dict[str, float]) -> str:
     last change; the hero's size, as the story has left it; the setting in frames after a change that their captions
     are silent about.
 
-    | model | split | caption | hero | setting | size | setting after a silent change |
-    |---|---|---|---|---|---|---|
+    | model | split | caption | hero | setting | size | setting after a silent change | sampling a story |
+    |---|---|---|---|---|---|---|---|
     {stories}
 
     ![storyboards](storyboards.png)

@@ -35,7 +35,7 @@ string('out', 'samples', 'directory for the pictures')
 flags.DEFINE_integer('n', 4, 'pictures a caption', flag_values=FLAGS)
 flags.DEFINE_integer('best', 0, 'how many of them are written, best first; 0: all', flag_values=FLAGS)
 flags.DEFINE_integer('seed', 0, 'same seed and caption, same pictures', 0, flag_values=FLAGS)
-flags.DEFINE_float('temperature', 1.0, '0 takes the most probable token', flag_values=FLAGS)
+flags.DEFINE_float('temperature', 1.0, '0: the most probable token, no noise in a GAN', flag_values=FLAGS)
 flags.DEFINE_integer('top_k', 0, 'only the k most probable tokens; 0: all', flag_values=FLAGS)
 flags.DEFINE_float('top_p', 1.0, 'only the most probable tokens of this mass', flag_values=FLAGS)
 flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale; 1: none', flag_values=FLAGS)
@@ -113,6 +113,8 @@ def draw(asked: list[str], **layout) -> None:
   if isinstance(model, StoryTeller) != bool(FLAGS.story):
     wanted = 'a caption; give --prompt "..."' if FLAGS.story else 'a story; give --story FILE and --source FRAME.png'
     raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}, which needs {wanted}.')
+  if FLAGS.vectors and model.config['model'].get('sentences') != 'data':
+    raise ValueError(f'{FLAGS.run} reads no sentence vectors; leave out --vectors.')
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
   names = ('n', 'seed', 'temperature', 'top_k', 'top_p', 'guidance', 'batch_size')
   options = {name: getattr(FLAGS, name) for name in names}

@@ -150,8 +150,11 @@ def story(
 def storyganc(source: str, arg: ConfigDict, *, stories: int, labels: int = 0, frames: int = 4) -> ConfigDict:
   """What the published figures of StoryGANc and the StoryGAN family share: 120 epochs of `stories` stories.
 
-  `arg` has variant, captions ('roberta', 'clip' or 'own'), size and batch; the rate halves every 20 epochs.
+  `arg` has variant, captions ('roberta', 'clip' or 'own'), size and batch; the rate halves every 20 epochs. The image
+  discriminator sees the frames of the stories of a batch, where that family draws others for it.
   """
+  if arg.captions not in ('own', 'clip', 'roberta') or arg.batch < 2:
+    raise ValueError(f'captions {arg.captions!r}, batch {arg.batch}: expected own, clip or roberta, and 2 or more.')
   c = base()
   c.objective = 'storyganc'
   c.model = dict(variant=arg.variant, captions=arg.captions, frames=frames, labels=labels)

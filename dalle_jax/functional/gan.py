@@ -16,14 +16,14 @@ def hinge_generator(fake: jax.Array) -> jax.Array:
   return -fake.mean()
 
 
-def bce(logits: jax.Array, real: bool) -> jax.Array:
-  """Binary cross-entropy of logits of any shape with "all of them are real" (or none), a scalar."""
-  return jax.nn.softplus(-logits if real else logits).mean()
+def bce(logits: jax.Array, targets: jax.Array | float) -> jax.Array:
+  """Mean binary cross-entropy of logits of any shape with targets in [0, 1], a scalar; it does not saturate."""
+  return (jax.nn.softplus(logits) - logits * targets).mean()
 
 
 def bce_discriminator(real: jax.Array, fake: jax.Array, wrong: jax.Array) -> jax.Array:
   """Cross-entropy of logits for real, generated and real but wrongly described samples (Reed et al., 2016, GAN-CLS)."""
-  return bce(real, True) + 0.5 * (bce(fake, False) + bce(wrong, False))
+  return bce(real, 1.0) + 0.5 * (bce(fake, 0.0) + bce(wrong, 0.0))
 
 
 def adaptive_weight(

@@ -151,15 +151,33 @@ class Attention(nn.Module):
     return out('BSHK,HKD->BSD', fused(q, k, v, self.kernel)), cache
 
 
+@functools.cache
+def has_flash() -> bool:
+  """Whether cuDNN's flash attention runs on this backend."""
+  device = jax.devices()[0]
+  capability = str(getattr(device, 'compute_capability', ''))
+  cuda = device.platform == 'gpu' and 'nvidia' in device.device_kind.lower()
+  return cuda and capability.split('.')[0].isdigit() and int(capability.split('.')[0]) >= 8
+
+
 def fused(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool = False) -> jax.Array:
   """Attention without a mask of its own, [B, S, H, K], by `kernel`.
 
-  'cudnn' is the flash attention of a GPU, 'xla' runs everywhere; 'auto' is the former on a GPU for numbers that it
-  takes. Raises ValueError for another one.
+  'cudnn' is the flash attention of NVIDIA's GPUs, 'xla' runs everywhere; 'auto' is the former where it can be. Raises
+  ValueError for an unknown kernel, and for 'cudnn' where it cannot be.
   """
   if kernel not in KERNELS:
     raise ValueError(f'attention kernel {kernel!r} is unknown; there are {", ".join(KERNELS)}.')
-  if kernel == 'auto':
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    kernel = 'cudnn' if fits and jax.default_backend() == 'gpu' else 'xla'
+  odd = q.shape[1] % 2  # the kernel takes even lengths alone
+  numbers = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+  fits = numbers and (is_causal or not odd) and has_flash()
+  if kernel == 'cudnn' and not fits:
+    raise ValueError(
+      f'attention kernel "cudnn" does not take {q.dtype}{list(q.shape)} on {jax.devices()[0].device_kind}; it needs '
+      'an NVIDIA GPU (Ampere or later), bfloat16, heads of at most 128; use model.kernel="auto".'
+    )
+  kernel = 'xla' if kernel == 'xla' or not fits else 'cudnn'
+  if odd and kernel == 'cudnn':  # nothing sees what comes after it
+    longer = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    return jax.nn.dot_product_attention(*longer, is_causal=is_causal, implementation=kernel)[:, :-1]
   return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=kernel)

@@ -221,6 +221,16 @@ class BatchNorm(nn.Module):
     return ((x - mean) * jax.lax.rsqrt(var + self.eps) * scale + bias).astype(self.dtype)
 
 
+def statistics_of(params: Any) -> Any:
+  """The means and variances of every BatchNorm in `params`, a part of the tree; None where there is none."""
+  if not isinstance(params, Mapping):
+    return None
+  if {'mean', 'var'} <= set(params):
+    return {name: params[name] for name in ('mean', 'var')}
+  parts = {name: statistics_of(part) for name, part in params.items()}
+  return {name: part for name, part in parts.items() if part} or None
+
+
 def follow(params: Any, statistics: Any, decay: float) -> Any:
   """`params` with every value that `statistics`, a part of the tree, has, moved towards it: decay, 1 - decay."""
   if not isinstance(statistics, Mapping):

@@ -14,19 +14,18 @@ FLOOR = 1e-4  # of the norm of a patch
 
 
 def contextual_attention(target: jax.Array, source: jax.Array, scale: float = 10.0) -> jax.Array:
-  """What each place of the target [B, H, W, C] finds in the source [B, h, w, C]: [B, H, W, C].
+  """What each place of the targets [B * T, H, W, C] finds in their source [B, h, w, C]: [B * T, H, W, C].
 
   The patch around each position of the target is compared with all patches of the source by their cosine; the mean of
   these, weighted by a softmax of `scale` times the cosines, is put in its place, and where patches overlap the result
-  is their mean.
+  is their mean. What the paper does by convolutions with patches as kernels are slices and matrix products here.
   """
-  b, h, w, _ = target.shape
-  queries, keys = patches(target, PATCH).reshape(b, h * w, -1), patches(source, PATCH)
-  keys = keys.reshape(b, -1, keys.shape[-1])
+  rows = lambda x: x.reshape(len(source), -1, x.shape[-1])
+  queries, keys = rows(patches(target, PATCH)), rows(patches(source, PATCH))
   cosines = jnp.einsum('bqk,bsk->bqs', unit(queries), unit(keys), preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(scale * cosines).astype(source.dtype)
-  found = jnp.einsum('bqs,bsk->bqk', weights, keys).reshape(b, h, w, -1)
-  return put_back(found) / put_back(jnp.ones((1, h, w, PATCH**2), found.dtype))
+  found = jnp.einsum('bqs,bsk->bqk', weights, keys).reshape(*target.shape[:3], -1)
+  return put_back(found) / put_back(jnp.ones((1, *target.shape[1:3], PATCH**2), found.dtype))
 
 
 def unit(x: jax.Array) -> jax.Array:

@@ -1,6 +1,9 @@
 """StoryGANc: a GAN continues a story ("StoryDALL-E", Maharana et al., ECCV 2022, section 3.5).
 
 What is not said there follows StoryGAN (Li et al., CVPR 2019): the recurrent story encoder, the widths, the losses.
+Different from there: the code of a story is made of the mean over its captions, so that stories may have any length;
+the context unit is a plain GRU; discriminators read descriptions through one more layer, and that of stories keeps
+places apart up to its last layer.
 
 Axis legend: B stories, T frames to be generated, F = T + 1 with the source, S caption_dim, Z code, R = B * T rows.
 """
@@ -24,14 +27,14 @@ VARIANTS = {
     disc_width=8,
   ),
   'quickstart': dict(
-    width=128, layers=2, heads=4, code=64, noise=16, start=9, channels=(192, 96, 48), join=0, map_width=48, blocks=2,
-    disc_width=32,
+    width=128, layers=2, heads=4, code=64, noise=16, start=9, channels=(128, 64, 32), join=0, map_width=48, blocks=1,
+    disc_width=24,
   ),
   'small': dict(
     width=128, layers=2, heads=4, code=124, noise=100, channels=(256, 192, 128, 64, 32), disc_width=32,
   ),
   'paper': dict(),
-  'paper_128': dict(start=8),
+  'paper_128': dict(start=8, join=1),
 }  # fmt: skip
 INIT = normal_init(0.02)
 
@@ -137,12 +140,12 @@ class StoryGANc(nn.Module):
 
   @nn.compact
   def __call__(
-    self, told: jax.Array, source: jax.Array, eps: jax.Array, noise: jax.Array, train: bool = False
+    self, texts: jax.Array, source: jax.Array, eps: jax.Array, noise: jax.Array, train: bool = False
   ) -> Drawn:
     """Draws the frames of B stories.
 
     Args:
-      told: int32[B, T, N], the captions, or float32[B, T, S], their vectors by a frozen encoder.
+      texts: int32[B, T, N], the captions, or float32[B, T, S], their vectors by a frozen encoder.
       source: float32[B, H, W, 3] in [-1, 1].
       eps: float32[B, Z] of N(0, I), of the code of the story.
       noise: float32[B, T, noise] of N(0, I).
@@ -150,7 +153,7 @@ class StoryGANc(nn.Module):
 
     Raises ValueError for more captions than `frames` and for pictures of another size.
     """
-    b, t = told.shape[:2]
+    b, t = texts.shape[:2]
     if t > self.frames:
       raise ValueError(f'a story has {t} frames after the source, the model takes {self.frames}; set model.frames.')
     if source.shape[1:] != (self.image_size, self.image_size, 3):
@@ -158,21 +161,23 @@ class StoryGANc(nn.Module):
       raise ValueError(f'pictures are {list(source.shape[1:])}, the model draws [{size}, {size}, 3]; resize.')
     dense = lambda features, name: Dense(features, ('embed', None), dtype=self.dtype, kernel_init=INIT, name=name)
     # The story: vectors of captions, a code of all of it, and a state a frame that knows what came before.
+    vectors = texts
     if self.captions == 'own':
-      told = CaptionEncoder(
+      vectors = CaptionEncoder(
         self.text_vocab, self.pad, self.text_length, self.frames, self.width, self.layers, self.heads, self.dtype,
         name='captions_encoder',
-      )(told)  # fmt: skip
-    x = jax.nn.relu(dense(2 * self.code, 'story_in')(told)).mean(1)
+      )(texts)  # fmt: skip
+    x = jax.nn.relu(dense(2 * self.code, 'story_in')(vectors)).mean(1)
     mu, log_var = jnp.split(dense(2 * self.code, 'story_out')(x).astype(jnp.float32), 2, -1)
+    log_var = jnp.clip(log_var, -10.0, 10.0)
     kl = 0.5 * (jnp.square(mu) + jnp.exp(log_var) - 1 - log_var).mean()
     first = mu + jnp.exp(0.5 * log_var) * eps
     motion = GRU(self.code, self.dtype, name='motion')(
-      jnp.concatenate([noise.astype(told.dtype), told], -1), jnp.zeros((b, self.code), self.dtype)
+      jnp.concatenate([noise.astype(vectors.dtype), vectors], -1), jnp.zeros((b, self.code), self.dtype)
     )
-    gist = GRU(self.code, self.dtype, name='gist')(jnp.concatenate([motion, told], -1), first.astype(self.dtype))
+    gist = GRU(self.code, self.dtype, name='gist')(jnp.concatenate([motion, vectors], -1), first.astype(self.dtype))
     spread = jnp.broadcast_to(mu[:, None].astype(self.dtype), (b, t, self.code))
-    z = jnp.concatenate([motion, spread, gist, dense(self.code, 'caption')(told)], -1).reshape(b * t, -1)
+    z = jnp.concatenate([motion, spread, gist, dense(self.code, 'caption')(vectors)], -1).reshape(b * t, -1)
 
     # The picture, and on the way what the source has for it.
     block = lambda features, name: ConvNorm(features, self.dtype, name=name)
@@ -187,13 +192,13 @@ class StoryGANc(nn.Module):
         found = dense(side**2 * self.map_width, 'map')(z).reshape(b * t, side, side, -1)
         if self.attention:
           features_of = SourceEncoder(self.map_width, len(self.channels) - 1 - i, self.dtype, name='source')
-          found = found + contextual_attention(found, jnp.repeat(features_of(source, train), t, axis=0))
+          found = found + contextual_attention(found, features_of(source, train))
         x = jax.nn.relu(block(features, 'joined')(jnp.concatenate([x, found], -1), train))
         for k in range(self.blocks):
           y = jax.nn.relu(block(features, f'block_{k}_in')(x, train))
           x = x + block(features, f'block_{k}_out')(y, train)
     x = jnp.tanh(Conv(3, dtype=self.dtype, kernel_init=INIT, name='pixels')(x).astype(jnp.float32))
-    return Drawn(x.reshape(b, t, *x.shape[1:]), told.astype(jnp.float32), mu, kl)
+    return Drawn(x.reshape(b, t, *x.shape[1:]), vectors.astype(jnp.float32), mu, kl)
 
 
 class SourceEncoder(nn.Module):
@@ -231,7 +236,7 @@ class Judge(nn.Module):
     plain = dict(dtype=self.dtype, kernel_init=INIT)
     self.convs = [Conv(n, 4, 2, use_bias=not i, **plain) for i, n in enumerate(wide)]
     self.norms = [BatchNorm(dtype=self.dtype) for _ in wide[1:]]
-    self.told = Dense(wide[-1], ('embed', None), **plain)
+    self.condition = Dense(wide[-1], ('embed', None), **plain)
     self.meet = Conv(wide[-1], **plain)
     self.logit = Dense(1, ('embed', None), kernel_init=INIT)
     if self.labels:
@@ -246,18 +251,18 @@ class Judge(nn.Module):
       x = leaky(self.norms[i - 1](x, train) if i else x)
     return x.reshape(-1, frames, *x.shape[1:]).mean(1)
 
-  def __call__(self, x: jax.Array, told: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array | None]:
-    """Logits float32[R] as of `fits` and, if there are labels, float32[R, labels] as of `tell`."""
+  def __call__(self, x: jax.Array, about: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array | None]:
+    """Logits float32[R] as of `fits` and, if there are labels, float32[R, labels] as of `labels_of`."""
     features = self.features(x, train)
-    return self.fits(features, told), self.tell(features) if self.labels else None
+    return self.fits(features, about), self.labels_of(features) if self.labels else None
 
-  def fits(self, features: jax.Array, told: jax.Array) -> jax.Array:
-    """Whether features [R, h, w, C] are of something real that fits `told` [R, D]: logits float32[R]."""
-    told = jnp.broadcast_to(leaky(self.told(told))[:, None, None], features.shape)
-    x = leaky(self.meet(jnp.concatenate([features, told], -1)))
+  def fits(self, features: jax.Array, about: jax.Array) -> jax.Array:
+    """Whether features [R, h, w, C] are of something real that fits the description [R, D]: logits float32[R]."""
+    tiled = jnp.broadcast_to(leaky(self.condition(about))[:, None, None], features.shape)
+    x = leaky(self.meet(jnp.concatenate([features, tiled], -1)))
     return self.logit(x.reshape(len(x), -1).astype(jnp.float32))[:, 0]
 
-  def tell(self, features: jax.Array) -> jax.Array:
+  def labels_of(self, features: jax.Array) -> jax.Array:
     """A logit for each label, float32[R, labels]."""
     return self.label_head(features.reshape(len(features), -1).astype(jnp.float32))
 
@@ -296,5 +301,5 @@ def of_run(config: Mapping[str, Any], frozen: Mapping[str, Any]) -> tuple[StoryG
   if model.captions not in frozen:
     kind = model.captions
     raise ValueError(f'model.captions {kind!r} needs its network; set config.frozen.{kind} to the run of a {kind}.')
-  tower = Tower.of_run(model.captions, frozen[model.captions])
+  tower = Tower.of_run(model.captions, frozen[model.captions], model.text_length)
   return model.clone(caption_dim=tower.width), tower

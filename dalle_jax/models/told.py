@@ -46,8 +46,11 @@ def tell(text: jax.Array, words: Words, length: int = 0) -> tuple[jax.Array, jax
   told, marker included, bool[R, M].
 
   Row (b, t) has the words of all captions of story b in order, the marker before those of caption t, paddings behind.
-  `length`: M, to which it is cut or padded; 0: that of all captions, whatever they leave empty.
+  `length`: M, to fit which captions are cut to as many tokens as leave room for all; 0: that of all captions.
   """
+  if length:
+    each = (length - 1 - (words.start >= 0) - (words.end >= 0)) // text.shape[1]
+    text = text[:, :, : each + (words.start >= 0)]  # the start of a caption is no word, and left out
   b, t, n = text.shape
   known = jnp.concatenate([text.reshape(b, t * n), jnp.full((b, 1), words.marker, text.dtype)], 1)
   seen = jnp.concatenate([words.among(known[:, :-1]), jnp.ones((b, 1), bool)], 1)
@@ -64,12 +67,12 @@ def tell(text: jax.Array, words: Words, length: int = 0) -> tuple[jax.Array, jax
     ids, seen, own = (jnp.pad(x, ((0, 0), (0, 1))) for x in (ids, seen, own))
   most = length or ids.shape[1]
   fit = lambda x: jnp.pad(x[:, :most], ((0, 0), (0, max(0, most - x.shape[1]))))
-  ids, seen, own = fit(ids), fit(seen), fit(own)
+  ids, seen, own = fit(ids), fit(seen), fit(own & seen)
   if words.end >= 0:
-    last = jnp.minimum(seen.sum(1), most - 1)[:, None] == jnp.arange(most)
+    last = seen.sum(1)[:, None] == jnp.arange(most)
     ids, seen = jnp.where(last, words.end, ids), seen | last
   padding = words.count + jnp.arange(most) if words.pad < 0 else words.pad
-  return jnp.where(seen, ids, padding), seen, own & seen
+  return jnp.where(seen, ids, padding), seen, own
 
 
 def mean_of(x: jax.Array, chosen: jax.Array) -> jax.Array:
@@ -111,27 +114,32 @@ class CaptionEncoder(nn.Module):
 class Tower:
   """A frozen text encoder, by which captions become vectors: the run of a CLIP or a RoBERTa.
 
-  `width` is that of the vectors. Raises ValueError for a run of another kind, or of a CLIP without a start of text,
-  which is what marks captions there; in a RoBERTa the last id does, <mask>.
+  Attributes:
+    each: the most words of a caption that are read; fewer where the encoder has no room for those of a whole story.
+    width: of the vectors.
   """
 
   model: clip.CLIP | roberta.RoBERTa
   words: Words
+  each: int
   width: int
 
   @classmethod
-  def of_run(cls, kind: str, config: Mapping[str, Any]) -> 'Tower':
+  def of_run(cls, kind: str, config: Mapping[str, Any], each: int) -> 'Tower':
+    """Raises ValueError for a CLIP without a start of text, which is what marks captions there; in a RoBERTa it is
+    the last id, <mask>.
+    """
     c = config['tokenizer']
     special = {name: c.get(name, -1) for name in ('pad', 'start', 'end')}
     if kind == 'roberta':
       model = roberta.of_run(config)
-      return cls(model, Words(model.vocab_size, model.vocab_size - 1, **special), model.width)
+      return cls(model, Words(model.vocab_size, model.vocab_size - 1, **special), each, model.width)
     tower = clip.of_run(config)
     if special['start'] < 0:
       raise ValueError(
         'this CLIP has no start of text, by which the caption of a frame could be marked; use captions="own".'
       )
-    return cls(tower, Words(c['vocab_size'], special['start'], **special), tower.embed_dim)
+    return cls(tower, Words(c['vocab_size'], special['start'], **special), each, tower.embed_dim)
 
   def __call__(self, params: Any, text: jax.Array) -> jax.Array:
     """int32[B, T, N] -> float32[B, T, width]: what RoBERTa makes of the caption's words, what CLIP makes of the story.
@@ -141,8 +149,8 @@ class Tower:
     b, t, n = text.shape
     if isinstance(self.model, clip.CLIP):
       ids, _, _ = tell(text, self.words, self.model.text_length)
-      x = self.model.apply({'params': params}, ids, method='encode_text')
+      x = self.model.apply({'params': params}, ids, method='encode_text') * self.width**0.5  # entries of size 1
     else:
-      ids, _, own = tell(text, self.words, min(self.model.length, t * n + 3))
+      ids, _, own = tell(text, self.words, min(self.model.length, t * min(self.each, n) + 3))
       x = mean_of(self.model.apply({'params': params}, ids)[0], own)
     return jax.lax.stop_gradient(x.reshape(b, t, -1))

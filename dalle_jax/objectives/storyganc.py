@@ -4,26 +4,25 @@ Maharana et al., 2022, section 3.5; losses as of StoryGAN (Li et al., 2019). All
 constant for whom is said by `stop_gradient`, how often each is updated by `config.optim.groups.PLAYER.every`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from ml_collections import ConfigDict
 
 from dalle_jax.functional import gan
 from dalle_jax.functional.pixels import boards, to_float, to_uint8
 from dalle_jax.layers import variants
-from dalle_jax.layers.basic import follow
+from dalle_jax.layers.basic import follow, statistics_of
 from dalle_jax.models import storyganc, told
 
 Metrics = dict[str, jax.Array]
 DEFAULTS = dict(
   kl_weight=1.0,
   label_weight=1.0,  # of the characters in a frame, where the data has labels
-  image_weight=1.0,  # of the image discriminator
-  story_weight=1.0,  # of the story discriminator
+  image_weight=1.0,  # of the generator's loss by the image discriminator
+  story_weight=1.0,  # of that by the story discriminator
   other_source=True,  # true frames after the source of another story are wrong for the story discriminator, too
   l1_weight=0.0,  # of the distance to the true frames, which the paper does not have
   norm_decay=0.9,  # of the running statistics of batch normalisation
@@ -41,11 +40,14 @@ class StoryGANcObjective:
   source before the frames and told the mean caption and the code. Described wrongly is the next story of the batch.
   """
 
-  def __init__(self, model: storyganc.StoryGANc, tower: told.Tower | None, c: ConfigDict):
-    self.model, self.tower, self.c = model, tower, c
+  def __init__(self, model: storyganc.StoryGANc, tower: told.Tower | None, c: ConfigDict, frozen: Sequence[str] = ()):
+    self.model, self.tower, self.c, self.frozen_players = model, tower, c, frozen
     self.image_judge, self.story_judge = storyganc.judges(model)
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+    """Raises ValueError for what are no stories of pictures."""
+    if 'image' not in batch or batch['image'].ndim != 5:
+      raise ValueError('the objective storyganc needs stories of pictures; use a story source, and no config.encode.')
     m, t, n = self.model, self.model.frames, batch['text'].shape[-1]
     keys = jax.random.split(rng, 3)
     captions = jnp.zeros((1, t, n), jnp.int32) if self.tower is None else jnp.zeros((1, t, m.caption_dim))
@@ -58,7 +60,7 @@ class StoryGANcObjective:
       'image_discriminator': self.image_judge.init(keys[1], frame, about)['params'],
       'story_discriminator': self.story_judge.init(keys[2], jnp.zeros((1, t + 1, *frame.shape[1:])), about)['params'],
     }
-    return params, jax.tree.map(jnp.copy, self._statistics(params))  # the step may not be given one buffer twice
+    return params, jax.tree.map(jnp.copy, statistics_of(params))  # the step may not be given one buffer twice
 
   def loss(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, tuple[Metrics, Any]]:
     c, real = self.c, to_float(batch['image'])
@@ -89,20 +91,20 @@ class StoryGANcObjective:
 
       # The generator, with the discriminator held fixed
       features, _ = look(stop(params[player]), fake_ones)
-      fool = gan.bce(ask(stop(params[player]), features, about), True)
+      fool = gan.bce(ask(stop(params[player]), features, about), 1.0)
       total += weight * fool
       metrics[f'{name}_generator_loss'] = fool
       if labels is not None and name == 'image':
-        said = ask(stop(params[player]), features, method='tell')
-        metrics['generator_label_loss'] = optax.sigmoid_binary_cross_entropy(said, labels).mean()
+        said = ask(stop(params[player]), features, method='labels_of')
+        metrics['generator_label_loss'] = gan.bce(said, labels)
         total += c.label_weight * metrics['generator_label_loss']
 
       # The discriminator, with the frames held fixed
       of_true, real_statistics = look(params[player], true_ones)
       of_fake, fake_statistics = look(params[player], stop(fake_ones))
       logits = [ask(params[player], of_true, about), ask(params[player], of_fake, about)]
-      wrong = [ask(params[player], of_true, about_other)]
-      if name == 'story' and c.other_source:
+      wrong = [ask(params[player], of_true, about_other)] if len(source) > 1 else [logits[1]]  # no other story there
+      if len(source) > 1 and name == 'story' and c.other_source:
         of_mixed, _ = look(params[player], story(true, other(source)))
         wrong.append(ask(params[player], of_mixed, about))
       logits.append(jnp.concatenate(wrong))
@@ -112,15 +114,16 @@ class StoryGANcObjective:
       for kind, values, right in zip(('real', 'fake', 'wrong'), logits, (1, -1, -1), strict=True):
         metrics[f'{name}_accuracy_{kind}'] = (values * right > 0).mean()
       if labels is not None and name == 'image':
-        said = ask(params[player], of_true, method='tell')
-        metrics['label_loss'] = optax.sigmoid_binary_cross_entropy(said, labels).mean()
+        said = ask(params[player], of_true, method='labels_of')
+        metrics['label_loss'] = gan.bce(said, labels)
         total += c.label_weight * metrics['label_loss']
       seen[player] = jax.tree.map(lambda a, b: (a + b) / 2, real_statistics, fake_statistics)
     return total, (metrics, stop(seen) if ctx.train else ctx.mutable)
 
   def after_update(self, params: Any, mutable: Any) -> Any:
-    """Running statistics of batch normalisation."""
-    return follow(params, mutable, self.c.norm_decay)
+    """Running statistics of batch normalisation: of the last micro batch, of the players that learn."""
+    moving = {player: seen for player, seen in mutable.items() if player not in self.frozen_players}
+    return follow(params, moving, self.c.norm_decay)
 
   def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     """The true frames of each story above those drawn, the source first: uint8[B, 2 H, F W, 3]."""
@@ -130,11 +133,13 @@ class StoryGANcObjective:
 
   def _draw(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array], source: jax.Array):
     """What the generator draws, and the statistics of its batch as {'generator': ...}."""
-    m, (b, t, _) = self.model, batch['text'].shape
+    m, (b, t) = self.model, (batch['image'].shape[0], batch['image'].shape[1] - 1)
     eps, noise = jax.random.split(ctx.rng)
     eps, noise = jax.random.normal(eps, (b, m.code)), jax.random.normal(noise, (b, t, m.noise))
     captions = batch['text']
     if self.tower:
+      if f'{m.captions}_text' not in batch:
+        raise ValueError(f'config.frozen.{m.captions} has no tokenizer; import it again with one.')
       captions = self.tower(ctx.frozen[m.captions], batch[f'{m.captions}_text'])
     drawn, extra = m.apply(
       {'params': params['generator']}, captions, source, eps, noise, ctx.train, mutable=['statistics']
@@ -144,15 +149,6 @@ class StoryGANcObjective:
   def _features(self, judge: storyganc.Judge, params: Any, x: jax.Array, train: bool) -> tuple[jax.Array, Any]:
     features, extra = judge.apply({'params': params}, x, train, method='features', mutable=['statistics'])
     return features, extra.get('statistics', {})
-
-  def _statistics(self, params: Any) -> Any:
-    """The means and variances in the parameters, of which the state of the objective has the shape."""
-    if not isinstance(params, Mapping):
-      return None
-    if {'mean', 'var'} <= set(params):
-      return {name: params[name] for name in ('mean', 'var')}
-    parts = {name: self._statistics(part) for name, part in params.items()}
-    return {name: part for name, part in parts.items() if part} or None
 
   def _labels(self, batch: Mapping[str, jax.Array]) -> jax.Array | None:
     """Those of the frames after the source, float32[B * T, C]."""
@@ -180,4 +176,8 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> StoryG
       f'config.data.image_size is {config.data.image_size}, and the model draws {model.image_size} pixels; change '
       'either, or model.start and model.channels.'
     )
-  return StoryGANcObjective(model, tower, c)
+  each = config.data.batch_size // max(1, config.train.accum)
+  if each < 2:
+    raise ValueError(f'storyganc compares stories of a batch with each other, and there are {each}; use 2 or more.')
+  frozen = [player for player, fields in config.optim.groups.items() if fields.get('frozen')]
+  return StoryGANcObjective(model, tower, c, frozen)

@@ -42,7 +42,7 @@ class Generator:
     self.config, self.reranker, self.mesh, self.rules = run.config, reranker, mesh, rules
     self.words = text_encoder(run.tokenizer, self.config['tokenizer'])
     self.image_size = self.config['data']['image_size']
-    self.params = dict(run.params)
+    self.step, self.params = run.step, dict(run.params)
 
   @classmethod
   def load(

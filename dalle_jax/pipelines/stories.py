@@ -2,16 +2,16 @@
 
 import dataclasses
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from dalle_jax.data.bpe import TextEncoder
+from dalle_jax.data.bpe import TextEncoder, text_encoder
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.pipelines.generator import Generator, check_numbers
-from dalle_jax.training import sharding
+from dalle_jax.training import checkpoint, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,13 +88,14 @@ class StoryTeller(Generator):
 
     Args:
       vectors: float32[B, T, S], see `continue_story`.
-      temperature, top_k, top_p, guidance: see `functional.decoding.Sampling`.
+      temperature, top_k, top_p, guidance: see `functional.decoding.Sampling`, and the class.
       batch_size: pictures at once; the frames of a story are not parted.
 
     Raises ValueError for arguments that do not fit.
     """
     check_numbers(n, batch_size, seed)
     sampling = Sampling(temperature, top_k, top_p, guidance)
+    self._check(sampling)
     batch = self._batch(sources, captions, vectors)
     count, t = batch['name'].shape
     frames = np.zeros((count, t, n, *sources.shape[1:]), np.uint8)
@@ -123,6 +124,8 @@ class StoryTeller(Generator):
   def _batch(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None
   ) -> dict[str, np.ndarray]:
+    if any(isinstance(story, str) for story in captions):
+      raise ValueError('captions must be a list of lists of strings, one a frame of each story.')
     most, t = self.model.frames, len(captions[0]) if captions else 0
     if len(sources) != len(captions) or not captions:
       raise ValueError(f'there are {len(sources)} source frames for {len(captions)} stories; expected one each.')
@@ -136,6 +139,21 @@ class StoryTeller(Generator):
     names = [[zlib.crc32('\n'.join([*story, str(i)]).encode()) for i in range(t)] for story in captions]
     text = np.stack([[self._text(c) for c in story] for story in captions])
     return {'text': text, 'name': np.array(names, np.uint32), **self._inputs(sources, captions, vectors)}
+
+  def _tower(self, frozen: Mapping[str, checkpoint.Run], name: str) -> checkpoint.Run:
+    """The run of the frozen text encoder that reads the captions. Raises ValueError when it has no tokenizer."""
+    run = frozen[name]
+    if not run.tokenizer:
+      raise ValueError(f'{run.path} has no tokenizer, which reading captions needs; convert it again with one.')
+    self.params['tower'] = run.network(name)
+    self.tower_words = text_encoder(run.tokenizer, run.config['tokenizer'])
+    return run
+
+  def _tower_text(self, captions: Sequence[Sequence[str]]) -> np.ndarray:
+    return np.stack([[self.tower_words(c) for c in story] for story in captions])
+
+  def _check(self, sampling: Sampling) -> None:
+    """Raises ValueError for ways of sampling that the network does not have."""
 
   def _inputs(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import clip, story_dalle
@@ -25,18 +24,17 @@ class StoryDallE(StoryTeller, TokenGenerator):
     super().__init__(run, frozen, *layout)
     self.tower, dim = None, {}
     if self.config['model'].get('sentences') == 'clip':
-      other = frozen['clip']
-      self.tower, self.params['clip'] = clip.of_run(other.config), other.network('clip')
-      self.tower_words = text_encoder(other.tokenizer, other.config['tokenizer'])
+      self.tower = clip.of_run(self._tower(frozen, 'clip').config)
       dim = {'sentence_dim': self.tower.embed_dim}
     self.model = story_dalle.build(**{**self.config['model'], **self.sizes, **dim})
+    self.params |= decoding.compute_params({k: self.params[k] for k in ('dalle', 'story')}, self.model.dalle.dtype)
 
   def _inputs(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None
   ) -> dict[str, np.ndarray]:
     found = {'source': self.encode(sources)}
     if self.tower_words:
-      found['sentences'] = np.stack([[self.tower_words(c) for c in story] for story in captions])
+      found['sentences'] = self._tower_text(captions)
     if self.model.sentences == 'data':
       expected = (len(captions), len(captions[0]), self.model.sentence_dim)
       if vectors is None or vectors.shape != expected:
@@ -51,7 +49,7 @@ class StoryDallE(StoryTeller, TokenGenerator):
     text, model, sentences = batch['text'], self.model, batch.get('sentences')
     b, t, length = text.shape
     if self.tower:
-      sentences = story_dalle.embed_sentences(self.tower, params['clip'], sentences)
+      sentences = story_dalle.embed_sentences(self.tower, params['tower'], sentences)
     own = {name: params[name] for name in ('dalle', 'story')}
     tokens = decoding.sample(
       story_dalle.sampler(model, own, text, batch['source'], sentences),

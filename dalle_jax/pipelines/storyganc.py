@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.models import storyganc
@@ -26,26 +25,24 @@ class StoryGANc(StoryTeller):
 
   def __init__(self, run: checkpoint.Run, frozen: dict[str, checkpoint.Run], *layout: Any):
     super().__init__(run, frozen, *layout)
+    self.params = {'generator': run.params['generator']}
     self.model, self.tower = storyganc.of_run(self.config, {name: r.config for name, r in frozen.items()})
     if self.tower:
-      other = frozen[self.model.captions]
-      self.params['tower'] = other.network(self.model.captions)
-      self.tower_words = text_encoder(other.tokenizer, other.config['tokenizer'])
+      self._tower(frozen, self.model.captions)
 
-  def continue_stories(self, *request: Any, **options: Any):
-    given = [k for k in ('top_k', 'top_p', 'guidance') if options.get(k, getattr(Sampling, k)) != getattr(Sampling, k)]
-    if given:
+  def _check(self, sampling: Sampling) -> None:
+    changed = [k for k in ('top_k', 'top_p', 'guidance') if getattr(sampling, k) != getattr(Sampling, k)]
+    if changed:
       raise ValueError(
-        f'StoryGANc has no tokens, so no {", ".join(given)}; leave them out (temperature acts on noise).'
+        f'StoryGANc has no tokens, so no {", ".join(changed)}; leave it out (temperature acts on noise).'
       )
-    return super().continue_stories(*request, **options)
 
   def _inputs(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None
   ) -> dict[str, np.ndarray]:
     found = {'source': self._checked(sources)}
     if self.tower_words:
-      found['told'] = np.stack([[self.tower_words(c) for c in story] for story in captions])
+      found['told'] = self._tower_text(captions)
     return found
 
   def _draw_frames(

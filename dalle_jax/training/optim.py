@@ -40,7 +40,10 @@ class Optimizer:
 
 
 def schedule(config: Mapping[str, Any], steps: int) -> Schedule:
-  """Learning rate by step: linear warmup from 0, then `config['schedule']` until `steps`, ending at lr * lr_end."""
+  """Learning rate by step: linear warmup from 0, then `config['schedule']`.
+
+  'cosine' and 'linear' end at lr * lr_end after `steps`; 'halving' halves it every `half_life` steps.
+  """
   kind, lr, warmup = config['schedule'], config['lr'], config['warmup']
   rest, end = max(steps - warmup, 1), lr * config['lr_end']
   if kind == 'constant':

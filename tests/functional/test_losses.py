@@ -36,11 +36,11 @@ def test_the_first_token_counts_as_several():
 def test_cross_entropy_of_discriminators_does_not_saturate():
   logits = jnp.array([-2.0, 0.0, 3.0])
   p = 1 / (1 + np.exp(-np.asarray(logits)))
-  assert float(gan.bce(logits, True)) == pytest.approx(-np.log(p).mean(), rel=1e-5)
-  assert float(gan.bce(logits, False)) == pytest.approx(-np.log(1 - p).mean(), rel=1e-5)
+  assert float(gan.bce(logits, 1.0)) == pytest.approx(-np.log(p).mean(), rel=1e-5)
+  assert float(gan.bce(logits, 0.0)) == pytest.approx(-np.log(1 - p).mean(), rel=1e-5)
   assert float(gan.bce_discriminator(logits, logits[:1], logits[2:])) == pytest.approx(
     -np.log(p).mean() - (np.log(1 - p[0]) + np.log(1 - p[2])) / 2, rel=1e-5
   )
   far = jnp.array([-200.0])  # where probabilities are 0 and 1
-  assert float(gan.bce(far, True)) == pytest.approx(200.0)
-  assert float(jax.grad(lambda x: gan.bce(x, True))(far)[0]) == pytest.approx(-1.0)
+  assert float(gan.bce(far, 1.0)) == pytest.approx(200.0)
+  assert float(jax.grad(lambda x: gan.bce(x, 1.0))(far)[0]) == pytest.approx(-1.0)

@@ -73,3 +73,24 @@ def test_cache_is_written_where_told_and_repeated_by_row():
   np.testing.assert_array_equal(new.k[1, :, 3:], k)
   np.testing.assert_array_equal(new.read(1, 4)[1], new.v[1, :, :4])
   np.testing.assert_array_equal(new.repeat(2).k, new.k[:, np.array([0, 0, 1, 1])])
+
+
+def test_the_flash_kernel_gets_even_lengths_and_its_absence_is_one_line(monkeypatch):
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 5, 2, 8), jnp.bfloat16)
+  plain = attention.fused(q, k, v, 'auto', is_causal=True)
+  with pytest.raises(ValueError, match='kernel "cudnn" does not take bfloat16'):
+    attention.fused(q, k, v, 'cudnn', is_causal=True)
+  with pytest.raises(ValueError, match="kernel 'flash' is unknown"):
+    attention.fused(q, k, v, 'flash')
+  asked, own = [], jax.nn.dot_product_attention
+
+  def fake(q, k, v, is_causal, implementation):
+    asked.append((q.shape[1], implementation))
+    return own(q, k, v, is_causal=is_causal)
+
+  monkeypatch.setattr(attention, 'has_flash', lambda: True)
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', fake)
+  np.testing.assert_array_equal(attention.fused(q, k, v, 'auto', is_causal=True), plain)
+  attention.fused(q, k, v, 'auto')  # without a mask the padding would be seen
+  attention.fused(*(x.astype(jnp.float32) for x in (q, k, v)), 'auto', is_causal=True)
+  assert asked == [(6, 'cudnn'), (5, 'xla'), (5, 'xla')]

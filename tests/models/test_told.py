@@ -26,8 +26,9 @@ def test_start_and_end_stand_around_the_whole_and_a_cut_story_still_ends():
   ids, seen, own = tell(text, words, 8)
   assert ids.tolist() == [[7, 9, 1, 2, 3, 8, 0, 0], [7, 1, 9, 2, 3, 8, 0, 0]]
   assert seen[0].tolist() == [True] * 6 + [False] * 2 and own[1].tolist() == [False] * 2 + [True] * 3 + [False] * 3
-  ids, seen, _ = tell(text, words, 4)
-  assert ids.tolist() == [[7, 9, 1, 8], [7, 1, 9, 8]] and bool(seen.all())
+  ids, seen, own = tell(text, words, 6)  # room for one word a caption
+  assert ids.tolist() == [[7, 9, 1, 2, 8, 0], [7, 1, 9, 2, 8, 0]]
+  assert own.tolist() == [[False, True, True, False, False, False], [False, False, True, True, False, False]]
 
 
 def test_the_small_encoder_knows_the_whole_story_and_no_padding():
@@ -37,6 +38,8 @@ def test_the_small_encoder_knows_the_whole_story_and_no_padding():
   assert vectors.shape == (1, 2, 8)
   other = model.apply(params, TEXT.at[0, 1, 0].set(4))
   assert (jnp.abs(other - vectors).max(-1) > 1e-6).all()
+  padded = model.apply(params, TEXT.at[0, 0, 2].set(10))  # another id of a padding
+  np.testing.assert_allclose(padded, vectors, rtol=1e-5, atol=1e-6)
   swapped = model.apply(params, TEXT[:, ::-1])
   assert float(jnp.abs(swapped - vectors[:, ::-1]).max()) > 1e-6
 
@@ -52,7 +55,7 @@ def test_frozen_towers(kind):
     config['tokenizer'] = dict(vocab_size=40, length=8, pad=1, start=0, end=2)
     net = clip.of_run(config)
     params = net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8), jnp.int32))['params']
-  tower = Tower.of_run(kind, config)
+  tower = Tower.of_run(kind, config, 4)
   text = jnp.asarray([[[0, 5, 2, 1], [0, 6, 2, 1]]])
   vectors = tower(sharding.unbox(params), text)
   assert vectors.shape == (1, 2, tower.width) and float(jnp.abs(vectors[0, 0] - vectors[0, 1]).max()) > 1e-5
@@ -63,4 +66,4 @@ def test_frozen_towers(kind):
 def test_a_clip_without_a_start_has_no_marker():
   config = {'model': {'variant': 'test'}, 'data': {'image_size': 16}, 'tokenizer': {'vocab_size': 32, 'length': 8}}
   with pytest.raises(ValueError, match='has no start of text'):
-    Tower.of_run('clip', config)
+    Tower.of_run('clip', config, 4)

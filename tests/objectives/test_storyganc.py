@@ -44,21 +44,26 @@ def start(labels=0):
   return sharding.unbox(params), sharding.unbox(mutable)
 
 
-LOSSES = ('kl', 'image_generator_loss', 'story_generator_loss', 'image_discriminator_loss', 'story_discriminator_loss')
+OWNERS = {
+  **dict.fromkeys(('kl', 'l1', 'image_generator_loss', 'story_generator_loss', 'generator_label_loss'), 'generator'),
+  **dict.fromkeys(('image_discriminator_loss', 'label_loss'), 'image_discriminator'),
+  'story_discriminator_loss': 'story_discriminator',
+}
 
 
 @pytest.fixture(scope='module')
 def gradients():
-  """name of a parameter -> float32[1 + 5], the size of the gradients of the loss and of its terms LOSSES."""
-  objective, (params, mutable) = build(labels=5), start(5)
+  """name of a parameter -> float32[1 + 8], the size of the gradients of the loss and of each of its terms."""
+  objective, (params, mutable) = build(dict(l1_weight=1.0), labels=5), start(5)
   context = Context({}, mutable, jax.random.key(1), jnp.int32(0), train=True)
 
   def terms(params):
     loss, (metrics, _) = objective.loss(params, context, BATCH)
-    return jnp.stack([loss, *(metrics[name] for name in LOSSES)])
+    return jnp.stack([loss, *(metrics[name] for name in OWNERS)])
 
-  grads = jax.jit(jax.jacrev(terms))(params)
-  return {k: np.abs(v).reshape(6, -1).max(1) for k, v in sharding.flatten(grads).items()}
+  pull = jax.jit(lambda weights: jax.vjp(terms, params)[1](weights)[0])
+  each = [sharding.flatten(pull(one)) for one in jnp.eye(1 + len(OWNERS))]
+  return {k: np.array([float(jnp.abs(grads[k]).max()) for grads in each]) for k in each[0]}
 
 
 def test_every_parameter_learns_but_running_statistics(gradients):
@@ -69,8 +74,7 @@ def test_every_parameter_learns_but_running_statistics(gradients):
 
 def test_each_player_learns_from_its_own_loss_alone(gradients):
   moved = lambda i: {k.split('/')[0] for k, v in gradients.items() if v[1 + i] > 0}
-  owners = ['generator'] * 3 + ['image_discriminator', 'story_discriminator']
-  assert [moved(i) for i in range(len(LOSSES))] == [{player} for player in owners]
+  assert [moved(i) for i in range(len(OWNERS))] == [{player} for player in OWNERS.values()]
 
 
 def test_the_loss_is_the_sum_of_its_terms():
@@ -133,6 +137,38 @@ def test_discriminators_are_updated_every_second_step_and_statistics_follow(shar
   assert same(second, third, 'image_discriminator', 'kernel') and same(second, third, 'story_discriminator', 'kernel')
 
 
+def test_a_story_alone_is_compared_with_no_other_and_shorter_stories_are_drawn_too():
+  objective, (params, mutable) = build(), start()
+  context = Context({}, mutable, jax.random.key(1), jnp.int32(0), train=False)
+  few = {'text': BATCH['text'][:1, :2], 'image': BATCH['image'][:1, :3]}
+  _, (metrics, _) = jax.jit(objective.loss)(params, context, few)
+  assert metrics['image_accuracy_wrong'] == metrics['image_accuracy_fake']
+  assert objective.sample(params, context, few).shape == (1, 2 * 16, 3 * 16, 3)
+
+
+def test_captions_by_a_frozen_roberta_and_a_frozen_generator():
+  words = dict(vocab_size=40, length=8, pad=1, start=0, end=2)
+  run = {'model': {'variant': 'test'}, 'tokenizer': words}
+  c = config(captions='roberta')
+  c.optim.groups.generator = dict(frozen=True)
+  objective = storyganc.from_config(c, {'roberta': run})
+  params, mutable = (sharding.unbox(x) for x in objective.init(jax.random.key(0), BATCH))
+  assert 'captions_encoder' not in params['generator']
+  net = objective.tower.model
+  frozen = sharding.unbox(net.init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32)))['params']
+  context = Context({'roberta': frozen}, mutable, jax.random.key(1), jnp.int32(0), train=True)
+  batch = {**BATCH, 'roberta_text': RNG.integers(3, 39, (8, 3, 8)).astype(np.int32)}
+  loss, (_, seen) = jax.jit(objective.loss)(params, context, batch)
+  other = jax.jit(objective.loss)(params, context, {**batch, 'roberta_text': batch['roberta_text'][::-1]})[0]
+  assert np.isfinite(float(loss)) and float(loss) != float(other)
+  after = objective.after_update(params, seen)
+  means = lambda p: np.concatenate([v.ravel() for k, v in sharding.flatten(p).items() if k.endswith('mean')])
+  moved = lambda player: not np.array_equal(means(params[player]), means(after[player]))
+  assert not moved('generator') and moved('image_discriminator')
+  with pytest.raises(ValueError, match=r'config.frozen.roberta has no tokenizer'):
+    objective.loss(params, context, BATCH)
+
+
 def test_errors():
   with pytest.raises(ValueError, match=r'set config.tokenizer.vocab_size'):
     c = config()
@@ -142,6 +178,12 @@ def test_errors():
     c = config()
     c.data.image_size = 24
     storyganc.from_config(c, {})
+  with pytest.raises(ValueError, match='there are 1; use 2 or more'):
+    c = config()
+    c.data.batch_size = 1
+    storyganc.from_config(c, {})
+  with pytest.raises(ValueError, match='needs stories of pictures; use a story source'):
+    build().init(jax.random.key(0), {'text': BATCH['text'], 'tokens': BATCH['text']})
   with pytest.raises(ValueError, match=r"'roberta' needs its network; set config.frozen.roberta"):
     build(captions='roberta')
   with pytest.raises(ValueError, match=r'config.loss has no field gp_weight'):

@@ -1,7 +1,10 @@
 """A tiny StoryGANc, trained for a few steps by the command of its recipe, then used as a StoryDALL-E is."""
 
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -35,12 +38,18 @@ def root(tmp_path_factory):
   config = f'--config={runs.ROOT}/configs/storyganc_shapes.py:steps=3'
   argv = ['train.py', config, f'--config.root={path}', *sizes, *steps]
   assert train.main(argv) == 0
+  # Three steps draw grey alone: one with random parameters beside, whose pictures differ.
+  trained = checkpoint.load_run(path / 'storyganc')
+  rng = np.random.default_rng(0)
+  spread = lambda key, x: np.ones(x.shape, np.float32) if key[-1].key == 'var' else rng.normal(0, 0.2, x.shape)
+  params = jax.tree_util.tree_map_with_path(lambda k, x: jnp.asarray(spread(k, x), x.dtype), trained.params)
+  checkpoint.export_run(path / 'random', dataclasses.replace(trained, params=params))
   return path
 
 
 @pytest.fixture(scope='module')
 def model(root):
-  return StoryGANc.load(root / 'storyganc')
+  return StoryGANc.load(root / 'random')
 
 
 def test_the_log_has_losses_accuracies_norms_and_storyboards(root):
@@ -48,7 +57,7 @@ def test_the_log_has_losses_accuracies_norms_and_storyboards(root):
   found = {k for line in lines for k in line}
   assert {'kl', 'image_accuracy_real', 'story_accuracy_wrong', 'val_image_generator_loss'} <= found
   assert {f'grad_norm/{p}' for p in ('generator', 'image_discriminator', 'story_discriminator')} <= found
-  assert Image.open(root / 'storyganc' / 'pictures' / 'samples_0000003.png').width % (5 * 24) < 120
+  assert (Image.open(root / 'storyganc' / 'pictures' / 'samples_0000003.png').width - 2) % (5 * 24 + 2) == 0
   params = checkpoint.load_run(root / 'storyganc').params
   assert float(np.abs(params['generator']['first_norm']['mean']).max()) > 0  # running statistics are saved
 
@@ -57,6 +66,11 @@ def test_frames_depend_on_story_seed_and_number_alone(root, model):
   options = dict(n=2, seed=5, temperature=0.9)
   samples = model.continue_stories(FIRSTS, CAPTIONS, **options)
   assert samples[0].frames.shape == (4, 2, 24, 24, 3) and samples[0].scores is None
+  differ = lambda a, b: np.abs(a.astype(int) - b.astype(int)).max() > 5
+  assert differ(samples[0].frames[:, 0], samples[0].frames[:, 1]) and differ(samples[0].frames, samples[1].frames)
+  assert differ(model.continue_story(FIRSTS[0], CAPTIONS[0], **{**options, 'seed': 6}).frames, samples[0].frames)
+  other = model.continue_story(255 - FIRSTS[0], CAPTIONS[0], **options)
+  assert (other.frames != samples[0].frames).any((2, 3, 4)).any()  # the source counts
   order = [2, 0, 1]
   permuted = model.continue_stories(FIRSTS[order], [CAPTIONS[k] for k in order], batch_size=8, **options)
   close = lambda a, b: np.testing.assert_allclose(a.frames.astype(int), b.frames.astype(int), atol=1)
@@ -67,7 +81,7 @@ def test_frames_depend_on_story_seed_and_number_alone(root, model):
   np.testing.assert_allclose(fewer.frames[:, 0].astype(int), samples[1].frames[:, 0].astype(int), atol=1)
   assert model.continue_story(FIRSTS[1], CAPTIONS[1][:2], n=1).frames.shape == (2, 1, 24, 24, 3)
   with sharding.use(dict(data=2, fsdp=2, tensor=2), common.RULES) as mesh:
-    split = StoryGANc.load(root / 'storyganc', mesh=mesh, rules=common.RULES)
+    split = StoryGANc.load(root / 'random', mesh=mesh, rules=common.RULES)
     for a, b in zip(split.continue_stories(FIRSTS, CAPTIONS, **options), samples, strict=True):
       close(a, b)
 
