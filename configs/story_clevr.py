@@ -4,8 +4,8 @@
   python evaluate.py --run runs/clevr/story --path CLEVR_SV
 `:prompt` adapts by prompt tuning, `:vqgan`, `:dalle`, `:story` run one stage; steps=0.1 a tenth of the steps. CLEVR_SV
 has images/ and CLEVR_dict.npy. A frame shows one object more than the last, its caption tells that one alone: what else
-is there, the model knows from the source and from the other captions. Pictures are cropped anew every time and few steps
-are taken: with 66 stories the tokens of held-out ones are soon less probable than by chance.
+is there, the model knows from the source and from the other captions. Pictures are cropped anew every time, tokens are
+noisy and steps few: else, with 66 stories, the tokens of held-out ones are soon less probable than by chance.
 """
 
 from configs import common

@@ -11,11 +11,20 @@ from dalle_jax.training.checkpoint import Run, export_run
 ROOT = Path(__file__).parents[1]
 
 
+def parameters(init, *inputs, scale=0.3, seed=0):
+  """Random parameters for what `init(key, *inputs)` makes; nothing is compiled. Norms begin as they always do."""
+  shapes, rng = nn.unbox(jax.eval_shape(init, jax.random.key(0), *inputs)), np.random.default_rng(seed)
+
+  def leaf(path, x):
+    ones = jax.tree_util.keystr(path, simple=True, separator='/').endswith(('scale', 'var'))
+    return np.ones(x.shape, x.dtype) if ones else rng.normal(0, scale, x.shape).astype(x.dtype)
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
 def write(path, kind, model, config, *inputs, words, frozen=(), players=False):
   """A run of the objective `kind` in `path`; `frozen` ones lie beside it; with `players` parameters are by player."""
-  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)['params'])
-  rng = np.random.default_rng(0)  # nothing to compile
-  params = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(x.dtype), shapes)
+  params = parameters(model.init, *inputs)['params']
   frozen = {name: str(path.parent / name) for name in frozen}
   config = {'objective': kind, **config}
   export_run(path, Run(config, params if players else {kind: params}, words.to_json(), 3, str(path), frozen))

@@ -134,7 +134,7 @@ def test_mistakes_are_one_line(root, run, tmp_path, capsys):
   for arguments, message in (
     ([], 'give --run RUN_DIR'),
     (['--run', tmp_path / 'nowhere'], 'has no checkpoints'),
-    (['--run', root / 'vqgan'], "is a run of 'vqgan'; sampling needs one of the objective story_dalle"),
+    (['--run', root / 'vqgan'], "is a run of 'vqgan', which draws nothing from captions"),
     ([*story, '--n', 2], '--n 2 needs --clip RUN_DIR'),
     ([*story, '--step', 7], 'has no checkpoint of step 7'),
     ([*story, '--path', folder], "the data source 'story_shapes' does not take path"),

@@ -80,8 +80,9 @@ def test_shipped_configs_build_their_objective(name):
     frozen = {k: networks[k] for k in c.frozen}
     objective = room.from_config(c, frozen)
     size, text = c.data.image_size, c.tokenizer.length
-    batch = {'image': jax.ShapeDtypeStruct((2, size, size, 3), jnp.uint8)}
-    batch['text'] = jax.ShapeDtypeStruct((2, text), jnp.int32)
+    story = c.objective.startswith('story')
+    batch = {'image': jax.ShapeDtypeStruct((2, *(5,) * story, size, size, 3), jnp.uint8)}
+    batch['text'] = jax.ShapeDtypeStruct((2, *(4,) * story, text), jnp.int32)
     params, _ = jax.eval_shape(objective.init, jax.random.key(0), batch)
     assert set(params) & {c.objective, 'story', 'generator'} and sharding.logical_axes(params)
     assert config_lib.to_json(c) == config_lib.to_json(config_lib.to_json(c))

@@ -1,12 +1,14 @@
 """The laws of StoryGANc's networks: what depends on what."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dalle_jax.models import storyganc
-from dalle_jax.training import sharding
+from tests import runs
 
 B, T, N = 3, 4, 5
 MODEL = storyganc.build('test', text_vocab=20, text_length=N)
@@ -19,12 +21,10 @@ NOISE = jnp.asarray(RNG.normal(size=(B, T, MODEL.noise)), jnp.float32)
 
 @pytest.fixture(scope='module')
 def params():
-  fresh = sharding.unbox(MODEL.init(jax.random.key(0), TEXT, SOURCE, EPS, NOISE)['params'])
-  rng = np.random.default_rng(1)
-  noise = lambda path, x: 0.0 if path[-1].key == 'var' else rng.normal(0, 0.1, x.shape)
-  return jax.tree_util.tree_map_with_path(lambda path, x: x + noise(path, x), fresh)
+  return runs.parameters(MODEL.init, TEXT, SOURCE, EPS, NOISE, scale=0.1)['params']
 
 
+@functools.partial(jax.jit, static_argnames=('model', 'train'))
 def draw(params, text=TEXT, source=SOURCE, eps=EPS, noise=NOISE, model=MODEL, train=False):
   return model.apply({'params': params}, text, source, eps, noise, train)
 
@@ -68,7 +68,7 @@ def test_noise_of_a_frame_and_of_a_story(params):
 def test_without_attention_the_source_is_not_seen(params):
   blind = storyganc.build('test', text_vocab=20, text_length=N, attention=False)
   own = {k: v for k, v in params.items() if k != 'source'}
-  assert set(own) == set(blind.init(jax.random.key(0), TEXT, SOURCE, EPS, NOISE)['params'])
+  assert set(own) == set(runs.parameters(blind.init, TEXT, SOURCE, EPS, NOISE)['params'])
   assert not moved(draw(own, model=blind), draw(own, source=-SOURCE, model=blind)).any()
 
 
@@ -89,8 +89,7 @@ def test_the_story_discriminator_takes_two_to_five_frames_and_sees_their_order(f
   _, judge = storyganc.judges(MODEL)
   story = jnp.asarray(RNG.normal(size=(2, frames, 16, 16, 3)), jnp.float32)
   told = jnp.asarray(RNG.normal(size=(2, 7)), jnp.float32)
-  params = judge.init(jax.random.key(0), story, told)
-  params = jax.tree.map(lambda x: x * 5, params)
+  params = runs.parameters(judge.init, story, told, scale=0.1)
   logits, labels = judge.apply(params, story, told)
   assert logits.shape == (2,) and labels is None
   share = lambda other: float(jnp.abs(judge.apply(params, *other)[0] - logits).max() / jnp.abs(logits).max())

@@ -14,6 +14,7 @@ from dalle_jax.training import optim, sharding
 from dalle_jax.training import state as state_lib
 from dalle_jax.training.loop import make_step
 from dalle_jax.training.state import Context
+from tests import runs
 
 RNG = np.random.default_rng(0)
 BATCH = {
@@ -40,8 +41,9 @@ def build(loss=(), **model):
 
 @functools.cache
 def start(labels=0):
-  params, mutable = build(labels=labels).init(jax.random.key(0), BATCH)
-  return sharding.unbox(params), sharding.unbox(mutable)
+  init = build(labels=labels).init
+  mutable = runs.parameters(lambda *x: init(*x)[1], BATCH)
+  return runs.parameters(lambda *x: init(*x)[0], BATCH, scale=0.02), mutable
 
 
 OWNERS = {
@@ -152,10 +154,10 @@ def test_captions_by_a_frozen_roberta_and_a_frozen_generator():
   c = config(captions='roberta')
   c.optim.groups.generator = dict(frozen=True)
   objective = storyganc.from_config(c, {'roberta': run})
-  params, mutable = (sharding.unbox(x) for x in objective.init(jax.random.key(0), BATCH))
+  params, mutable = (runs.parameters(lambda *x, i=i: objective.init(*x)[i], BATCH, scale=0.1) for i in range(2))
   assert 'captions_encoder' not in params['generator']
   net = objective.tower.model
-  frozen = sharding.unbox(net.init(jax.random.key(1), jnp.zeros((1, 8), jnp.int32)))['params']
+  frozen = runs.parameters(net.init, np.zeros((1, 8), np.int32))['params']
   context = Context({'roberta': frozen}, mutable, jax.random.key(1), jnp.int32(0), train=True)
   batch = {**BATCH, 'roberta_text': RNG.integers(3, 39, (8, 3, 8)).astype(np.int32)}
   loss, (_, seen) = jax.jit(objective.loss)(params, context, batch)
