@@ -27,8 +27,8 @@ VARIANTS = {
     disc_width=8,
   ),
   'quickstart': dict(
-    width=128, layers=2, heads=4, code=64, noise=16, start=9, channels=(128, 64, 32), join=0, map_width=48, blocks=1,
-    disc_width=24,
+    width=96, layers=1, heads=4, code=64, noise=16, start=9, channels=(96, 48, 24), join=0, map_width=48, blocks=1,
+    disc_width=16,
   ),
   'small': dict(
     width=128, layers=2, heads=4, code=124, noise=100, channels=(256, 192, 128, 64, 32), disc_width=32,
