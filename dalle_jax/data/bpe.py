@@ -192,6 +192,10 @@ class TextEncoder:
     text[: len(ids)] = ids
     return text
 
+  def is_full(self, text: np.ndarray) -> bool:
+    """Whether there is no padding in it, as when the caption was cut."""
+    return bool(text[-1] != self._padding[-1])
+
 
 def text_encoder(words: BPE | str, config: Mapping[str, Any], dropout: float = 0.0) -> TextEncoder:
   """The encoder of a run: its tokenizer and its `config.tokenizer`. Raises ValueError as TextEncoder."""

@@ -76,10 +76,10 @@ class Generator:
   # --- On the host
 
   def _text(self, prompt: str) -> np.ndarray:
-    count, length = len(self.words.bpe.encode(prompt)), self.words.length
-    if count > length:
-      logger.warning('the prompt %r has %d tokens; the model reads the first %d.', prompt, count, length)
-    return self.words(prompt)
+    text = self.words(prompt)
+    if self.words.is_full(text) and (count := len(self.words.bpe.encode(prompt))) > self.words.length:
+      logger.warning('the prompt %r has %d tokens; the model reads the first %d.', prompt, count, self.words.length)
+    return text
 
   def _picture(self, picture: Any, name: str) -> np.ndarray:
     """uint8[size, size, 3] from a path, bytes, PIL image or array; `name` is what an error calls it."""
