@@ -189,11 +189,10 @@ def report(metrics: dict[str, float]) -> str:
   ]
   table = '\n'.join(f'| {name} | {100 * metrics[key]:.1f}% |' for name, key in shown)
   columns = (*COLUMNS, 'setting_silent')
-  seconds = lambda variant, split: f'{1e3 * metrics[f"story/{variant}/{split}/sampling_s"]:.0f} ms'
   stories = '\n'.join(
     f'| {variant} | `{split}` | '
     + ' | '.join(f'{100 * metrics[f"story/{variant}/{split}/{c}"]:.1f}%' for c in columns)
-    + f' | {seconds(variant, split)} |'
+    + f' | {1e3 * metrics[f"story/{variant}/sampling_s"]:.0f} ms |'
     for variant in STORY_RUNS
     for split in ('test_seen', 'test_unseen')
     if f'story/{variant}/{split}/caption' in metrics
