@@ -14,7 +14,7 @@ WORDS = ('moves', 'goes', 'meets', 'grows', 'shrinks', 'now')
 
 
 def get_config(arg: str = ''):
-  arg = common.parse_arg(arg, variant='full', steps=1_200)
+  arg = common.parse_arg(arg, variant='full', steps=1_500)
   c = common.base()
   c.root = 'runs/quickstart'
   c.run_dir = c.get_ref('root') + '/' + ('story' if arg.variant == 'full' else f'story_{arg.variant}')
@@ -23,7 +23,7 @@ def get_config(arg: str = ''):
   return c
 
 
-def story(c, variant: str = 'full', steps: int = 1_200):
+def story(c, variant: str = 'full', steps: int = 1_500):
   if variant not in VARIANTS:
     raise ValueError(f'variant {variant!r} is unknown; there are {", ".join(VARIANTS)}.')
   c.objective = 'story_dalle'
@@ -44,7 +44,7 @@ def story(c, variant: str = 'full', steps: int = 1_200):
   # captions and source and not by their neighbours.
   c.loss = dict(text_weight=0.125, image_weight=0.875, first=10.0, token_noise=0.4, noise_spread=0.4)
   c.optim.update(name='adamw', lr=1e-3, b1=0.9, b2=0.99, weight_decay=0.045, warmup=50, clip=1.0, schedule='cosine')
-  c.train.update(steps=steps, ema=0.0, log_every=50, checkpoint_every=500, eval_every=1_200, pictures=4)
+  c.train.update(steps=steps, ema=0.0, log_every=50, checkpoint_every=500, eval_every=1_500, pictures=4)
   if variant == 'prompt':
     c.model.prompt = 32
     c.optim.groups = dict(dalle=dict(frozen=True))
