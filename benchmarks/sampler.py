@@ -1,7 +1,9 @@
 """Milliseconds a token of sampling, against what reading the weights alone takes at the measured bandwidth.
 
-python -m benchmarks.sampler --variant=mindalle --batch_size=1
-Weights are those of blocks and head, which every step reads whole, in the type of computation.
+python -m benchmarks.sampler --size=t_base --batch_size=4 --peer=torch
+python -m benchmarks.sampler --size=mindalle --batch_size=1                      (1.3B, on a GPU)
+Weights are those of blocks and head, which every step reads whole, in the type of computation. With --story it draws the
+four frames of stories with cross-attention to their source.
 """
 
 import functools
@@ -12,44 +14,73 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks import limits
+from benchmarks import limits, sizes
 from dalle_jax.functional import decoding
-from dalle_jax.models import dalle
+from dalle_jax.models import story_dalle
 from dalle_jax.training import sharding
 
-_VARIANT = flags.DEFINE_string('variant', 'mindalle', 'of dalle_jax/models/dalle.py')
-_BATCH = flags.DEFINE_integer('batch_size', 1, 'pictures at once')
-_UNROLL = flags.DEFINE_list('unroll', ['1'], 'turns of the scan over layers compiled one after the other')
+_SIZE = flags.DEFINE_string('size', 't_base', 'of benchmarks/sizes.py, or a variant of dalle_jax/models/dalle.py')
+_BATCH = flags.DEFINE_integer('batch_size', 4, 'pictures at once, or stories')
+_STORY = flags.DEFINE_bool('story', False, 'four frames a story, with cross-attention in every block')
+_UNROLL = flags.DEFINE_list('unroll', [''], 'turns of the scan over layers compiled one after the other')
 _TOKENS = flags.DEFINE_integer('tokens', 0, 'only so many; 0: a whole picture')
+_PEER = flags.DEFINE_enum('peer', '', ['', 'torch'], 'also plain PyTorch')
+_PEER_TOKENS = flags.DEFINE_integer('peer_tokens', 0, 'of the peer only so many; 0: a whole picture')
+FRAMES = 4
 
 
-def draw(model, count, params, text, none, keys):
+def draw(model, count, params, text, keys):
+  """A picture for each of text int32[B, T]."""
   apply, plain = functools.partial(model.apply, {'params': params}), decoding.Sampling()
+  none = jnp.zeros((len(text), 0), jnp.int32)
   return decoding.sample(apply, text, none, keys, empty=model.padding, length=count, n=1, sampling=plain)
 
 
-def main(_):
-  cpu = jax.default_backend() == 'cpu'
-  rate, batch = limits.bandwidth(), _BATCH.value
-  for unroll in map(int, _UNROLL.value):
-    model = dalle.build(_VARIANT.value, unroll=unroll, dtype='float32' if cpu else 'bfloat16')
-    count, rng = _TOKENS.value or model.image_length, np.random.default_rng(0)
-    text = jnp.asarray(rng.integers(0, model.text_vocab, (batch, model.text_length)), jnp.int32)
-    none, whole = jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch, model.image_length), jnp.int32)
-    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), text, whole)['params'])
-    params = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(1), x.shape), shapes)
-    params = decoding.compute_params(params, model.dtype)
-    read = sum(v.nbytes for k, v in sharding.flatten(params).items() if k.startswith('blocks/') or 'image_head' in k)
-    keys = jax.random.split(jax.random.key(1), batch)
+def draw_story(model, count, params, text, keys):
+  """Frames for each of text int32[B, FRAMES, T]."""
+  source = jnp.zeros((len(text), model.dalle.image_length), jnp.int32)
+  apply, plain = story_dalle.sampler(model, params, text, source, None), decoding.Sampling()
+  text = text.reshape(-1, text.shape[-1])
+  none = jnp.zeros((len(text), 0), jnp.int32)
+  return decoding.sample(apply, text, none, keys, empty=model.dalle.padding, length=count, n=1, sampling=plain)
 
-    sample = jax.jit(functools.partial(draw, model, count))
-    step = limits.seconds(sample, params, text, none, keys, repeats=2) / count
+
+def setup(changes):
+  """(what draws, parameters, the model's DALL-E, captions)."""
+  rng, batch = np.random.default_rng(0), _BATCH.value
+  model = sizes.story(_SIZE.value, **changes) if _STORY.value else sizes.model(_SIZE.value, **changes)
+  m = model.dalle if _STORY.value else model
+  shape = (batch, FRAMES) if _STORY.value else (batch,)
+  text = jnp.asarray(rng.integers(0, m.text_vocab, (*shape, m.text_length)), jnp.int32)
+  image = jnp.zeros((*shape, m.image_length), jnp.int32)
+  inputs = (text, image, image[:, 0]) if _STORY.value else (text, image)
+  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)['params'])
+  params = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(1), x.shape), shapes)
+  params = decoding.compute_params(params, m.dtype)
+  count = _TOKENS.value or m.image_length
+  return functools.partial(draw_story if _STORY.value else draw, model, count), params, m, text, count
+
+
+def main(_):
+  rate = limits.bandwidth()
+  for unroll in _UNROLL.value:
+    run, params, model, text, count = setup({'unroll': int(unroll)} if unroll else {})
+    flat = sharding.flatten(params)
+    read = sum(v.nbytes for k, v in flat.items() if 'blocks/' in k or 'image_head' in k or '/cross/' in k)
+    rows = text[..., 0].size
+    keys = jax.random.split(jax.random.key(1), rows)
+    step = limits.seconds(jax.jit(run), params, text, keys, repeats=2) / count
     floor = read / rate
-    print(f'{jax.devices()[0].device_kind}, {_VARIANT.value}, {batch} x {count} tokens, unroll {unroll}, {model.dtype}')
+    print(f'{jax.devices()[0].device_kind}, {_SIZE.value}, {rows} x {count} tokens, unroll {unroll}, {model.dtype}')
+    print(f'{1e3 * step:.3f} ms a token, {step / floor:.2f} times the limit ', end='')
     print(
-      f'{1e3 * step:.3f} ms a token; {read / 1e9:.2f} GB at {rate / 1e9:.0f} GB/s are {1e3 * floor:.3f} ms: ', end=''
+      f'({read / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s: {1e3 * floor:.3f} ms); {rows / step:,.0f} tokens/s', flush=True
     )
-    print(f'{step / floor:.2f} times the limit; {batch * count / (step * count):,.0f} tokens/s', flush=True)
+  if _PEER.value:
+    from benchmarks import torch_peer
+
+    peer = torch_peer.token_seconds(model, rows, (_PEER_TOKENS.value or count) - 1, _STORY.value)
+    print(f'torch: {1e3 * peer:.3f} ms a token, {peer / step:.2f} times as long')
 
 
 if __name__ == '__main__':

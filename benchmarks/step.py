@@ -1,7 +1,9 @@
-"""Tokens a second and model-FLOPs utilisation of a training step, per variant and rematerialisation.
+"""Tokens a second and model-FLOPs utilisation of a training step, per rematerialisation and kernel of attention.
 
-python -m benchmarks.step --variant=300m --batch_size=32 --remat=none,dots,full
-Utilisation is against the rate of a large matrix product that is measured in the same run (`benchmarks/limits.py`).
+python -m benchmarks.step --size=t_base --batch_size=4 --peer=torch
+python -m benchmarks.step --size=mindalle --batch_size=64 --remat=dots          (1.3B, on a GPU)
+Utilisation is against the rate of a large matrix product that is measured in the same run (`benchmarks/limits.py`). With
+--story the batch is stories of four frames with cross-attention to their source.
 """
 
 import itertools
@@ -12,32 +14,46 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
 
-from benchmarks import limits
+from benchmarks import limits, sizes
 from configs import common
-from dalle_jax.models import dalle, vqgan
-from dalle_jax.objectives.dalle import DEFAULTS, DALLEObjective
+from dalle_jax.models import vqgan
+from dalle_jax.objectives import dalle, story_dalle
 from dalle_jax.training import optim, sharding
 from dalle_jax.training import state as state_lib
 from dalle_jax.training.loop import make_step
 
-_VARIANT = flags.DEFINE_string('variant', '300m', 'of dalle_jax/models/dalle.py')
-_BATCH = flags.DEFINE_integer('batch_size', 32, 'streams of text and image')
-_REMAT = flags.DEFINE_list('remat', ['none', 'dots', 'full'], 'see layers.transformer.Stack')
-_STEPS = flags.DEFINE_integer('steps', 10, 'steps a measurement')
-_KERNEL = flags.DEFINE_list('kernel', ['auto'], 'see layers.attention.fused')
+_SIZE = flags.DEFINE_string('size', 't_base', 'of benchmarks/sizes.py, or a variant of dalle_jax/models/dalle.py')
+_BATCH = flags.DEFINE_integer('batch_size', 4, 'streams of text and image, or stories')
+_STORY = flags.DEFINE_bool('story', False, 'four frames a story, with cross-attention in every block')
+_REMAT = flags.DEFINE_list('remat', ['none'], 'see layers.transformer.Stack')
+_KERNEL = flags.DEFINE_list('kernel', ['auto'], 'see layers.kernels.over_stream')
+_STEPS = flags.DEFINE_integer('steps', 5, 'steps a measurement')
 _MESH = flags.DEFINE_string('mesh', 'data', 'of configs.common.MESHES')
+_PEER = flags.DEFINE_enum('peer', '', ['', 'torch'], 'also plain PyTorch, eager and compiled')
+FRAMES = 4
+
+
+def objective_of(**changes):
+  """The objective and a batch for it."""
+  rng, batch = np.random.default_rng(0), _BATCH.value
+  draw = lambda vocab, *shape: rng.integers(0, vocab, (batch, *shape)).astype(np.int32)
+  tokenizer = vqgan.build('test')
+  if _STORY.value:
+    model, defaults = sizes.story(_SIZE.value, **changes), ConfigDict(story_dalle.DEFAULTS)
+    m = model.dalle
+    data = {
+      'text': draw(m.text_vocab, FRAMES, m.text_length),
+      'tokens': draw(m.image_vocab, FRAMES + 1, m.image_length),
+    }
+    return story_dalle.StoryDALLEObjective(model, tokenizer, None, defaults), data
+  m = sizes.model(_SIZE.value, **changes)
+  data = {'text': draw(m.text_vocab, m.text_length), 'tokens': draw(m.image_vocab, m.image_length)}
+  return dalle.DALLEObjective(m, tokenizer, ConfigDict(dalle.DEFAULTS)), data
 
 
 def measure(remat: str, kernel: str, mesh: jax.sharding.Mesh) -> tuple[float, float, float]:
-  """Tokens a second, steps a second and model FLOP/s."""
-  cpu = jax.default_backend() == 'cpu'
-  model = dalle.build(_VARIANT.value, remat=remat, kernel=kernel, dtype='float32' if cpu else 'bfloat16')
-  objective = DALLEObjective(model, vqgan.build('test'), ConfigDict(DEFAULTS))
-  rng, batch = np.random.default_rng(0), _BATCH.value
-  data = {
-    'text': rng.integers(0, model.text_vocab, (batch, model.text_length)).astype(np.int32),
-    'tokens': rng.integers(0, model.image_vocab, (batch, model.image_length)).astype(np.int32),
-  }
+  """Steps, tokens and model FLOPs a second."""
+  objective, data = objective_of(remat=remat, kernel=kernel)
   c, spec = common.base(), state_lib.batch_spec(data)
   params, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
   optimizer = optim.build(c.optim, 100, list(params))
@@ -54,18 +70,28 @@ def measure(remat: str, kernel: str, mesh: jax.sharding.Mesh) -> tuple[float, fl
     state, _, finite = step(state, {}, data)
   finite.block_until_ready()
   rate = _STEPS.value / (time.perf_counter() - start)
-  return rate * objective.tokens(data), rate, rate * objective.flops(data)
+  return rate, rate * objective.tokens(data), rate * objective.flops(data)
 
 
 def main(_):
   limit, count = limits.matmul(), jax.device_count()
-  print(f'{count} x {jax.devices()[0].device_kind}, {limit / 1e12:.2f} TFLOP/s each measured; {_VARIANT.value}')
-  print(f'{"remat":<8}{"kernel":<8}{"tokens/s":>12}{"ms a step":>12}{"utilisation":>14}')
+  what = f'{_SIZE.value}, {_BATCH.value} {"stories" if _STORY.value else "streams"}'
+  print(f'{count} x {jax.devices()[0].device_kind}, {limit / 1e12:.2f} TFLOP/s each measured; {what}, {sizes.dtype()}')
+  print(f'{"":<16}{"ms a step":>12}{"tokens/s":>12}{"utilisation":>14}{"peer":>8}')
+  ours = []
   for remat, kernel in itertools.product(_REMAT.value, _KERNEL.value):
     with sharding.use(common.MESHES[_MESH.value], common.RULES) as mesh:
-      tokens, rate, flops = measure(remat, kernel, mesh)
+      rate, tokens, flops = measure(remat, kernel, mesh)
+    ours.append(1 / rate)
     used = f'{100 * flops / (limit * count):.1f}%'
-    print(f'{remat:<8}{kernel:<8}{tokens:>12,.0f}{1e3 / rate:>12.1f}{used:>14}', flush=True)
+    print(f'{f"{remat}, {kernel}":<16}{1e3 / rate:>12.1f}{tokens:>12,.0f}{used:>14}', flush=True)
+  for compiled in (False, True) if _PEER.value else ():
+    from benchmarks import torch_peer
+
+    rows = _BATCH.value * (FRAMES if _STORY.value else 1)
+    peer = torch_peer.step_seconds(sizes.model(_SIZE.value), rows, compiled, _STORY.value)
+    name = 'torch.compile' if compiled else 'torch'
+    print(f'{name:<16}{1e3 * peer:>12.1f}{tokens / rate / peer:>12,.0f}{"":>14}{peer / min(ours):>7.2f}x', flush=True)
 
 
 if __name__ == '__main__':

@@ -8,9 +8,12 @@ from ml_collections import ConfigDict
 
 # Sizes of the mesh axes; -1 takes the devices that are left.
 MESHES = {
-  'data': dict(data=-1, fsdp=1, tensor=1),  # a copy of the model on every device
-  'fsdp': dict(data=1, fsdp=-1, tensor=1),  # parameters split over all devices, gathered layer by layer
-  'tensor8': dict(data=1, fsdp=-1, tensor=8),  # layers split over the 8 devices of a host, fsdp between hosts
+  'data': dict(data=-1, fsdp=1, tensor=1, sequence=1),  # a copy of the model on every device
+  'fsdp': dict(data=1, fsdp=-1, tensor=1, sequence=1),  # parameters split over all devices, gathered layer by layer
+  'tensor8': dict(
+    data=1, fsdp=-1, tensor=8, sequence=1
+  ),  # layers split over the 8 devices of a host, fsdp between hosts
+  'sequence8': dict(data=1, fsdp=-1, tensor=1, sequence=8),  # streams (the rows of pictures) split over a host
 }
 
 # Logical axis -> mesh axes, in order of precedence; what does not divide is replicated, so is an axis without a rule.
@@ -22,6 +25,8 @@ RULES = (
   ('conv_out', 'tensor'),
   ('embed', 'fsdp'),
   ('conv_in', 'fsdp'),
+  ('seq', 'sequence'),
+  ('height', 'sequence'),
 )
 
 # For train.xla_options: else XLA of jax 0.10 hands all of a small VQGAN to YNNPACK, where a step takes twice as long.

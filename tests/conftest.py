@@ -20,3 +20,4 @@ def pytest_addoption(parser):
   parser.addoption(
     '--parity-dir', default='', help='a folder of other parity folders, for tests/convert/test_parity.py'
   )
+  parser.addoption('--all-meshes', action='store_true', help='tests/objectives/test_sharded.py over every mesh')

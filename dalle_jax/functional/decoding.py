@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 NEVER = -1e30
 
@@ -72,15 +73,37 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
   return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-def compute_params(params: Any, dtype: Any) -> Any:
+@struct.dataclass
+class Int8:
+  """Weights as whole numbers with a `scale` for each output, for those who read them by `astype`."""
+
+  values: jax.Array  # int8
+  scale: jax.Array  # float32, one where `values` are many along what is summed over
+
+  def astype(self, dtype: Any) -> jax.Array:
+    return self.values.astype(dtype) * self.scale.astype(dtype)
+
+
+def to_int8(x: jax.Array, axis: int) -> Int8:
+  """Each output's largest weight becomes 127; `axis` is summed over."""
+  scale = jnp.maximum(jnp.abs(x).max(axis, keepdims=True), 1e-12) / 127
+  return Int8(jnp.round(x / scale).astype(jnp.int8), scale.astype(jnp.float32))
+
+
+def compute_params(params: Any, dtype: Any, int8: bool = False) -> Any:
   """Kernels and heads of a transformer in the type of its computation: the same results, and a step reads half as much.
 
-  Other parameters (norms, biases, embeddings) are used in float32, and stay so.
+  With `int8` what every step reads whole (the blocks with what they look at, the heads) is rounded to eight bits, a
+  quarter of float32. Other parameters (norms, biases, embeddings) are used in float32, and stay so.
   """
 
-  def cast(path: Any, x: jax.Array) -> jax.Array:
+  def cast(path: Any, x: jax.Array) -> Any:
     name = jax.tree_util.keystr(path, simple=True, separator='/')
-    return x.astype(dtype) if name.endswith(('kernel', '_head')) and x.dtype == jnp.float32 else x
+    if not name.endswith(('kernel', '_head')) or x.dtype != jnp.float32:
+      return x
+    if int8 and (name.endswith('_head') or 'blocks/' in name or 'cross/' in name):
+      return to_int8(x, -1 if name.endswith('_head') else 1)  # kernels of layers are [L, in, ...]
+    return x.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(cast, params)
 

@@ -1,17 +1,6 @@
-"""Attention among the tokens of one stream of text and image: masks, the cache of keys and values, the product.
+"""Attention of x over itself, over what a mask lets it see, or over a stream whose keys and values are cached.
 
 Axis legend: L layers, B batch, S stream, T the queries of one call, H heads, K head_dim.
-
-The stream is a prefix of text, then the image tokens in raster order. For a prefix of 2 and 3 x 3 image tokens, with
-queries down and keys across, image queries see (x) under each kind of attention
-
-         full          row          column       conv (3 x 3)
-  text   x........     x........     x........     x........
-         xx.......     xx.......     xx.......     xx.......
-  image  xxx......     xxx......     xxx......     xxx......
-         xxxx.....     xxxx.....     xx.x.....     xxxx.....
-         xxxxx....     xxxxx....     xx..x....     xx.xx....
-         xxxxxx...     xxxxxx...     xxx..x...     xxxx.x...   and so on
 """
 
 import functools
@@ -22,55 +11,26 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from dalle_jax.layers import kernels
 from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init
+from dalle_jax.layers.patterns import Pattern
 
-KERNELS = ('auto', 'xla', 'cudnn')
-KINDS = ('full', 'row', 'column', 'conv', 'wrapped')
 CACHE_AXES = ('layers', 'batch', None, 'heads', None)
 
 
-@functools.lru_cache(maxsize=32)
-def stream_mask(kind: str, prefix: int, grid: tuple[int, int], conv_kernel: int = 11) -> np.ndarray:
-  """Which keys each query sees, bool[S, S] for S = prefix + h * w (DALL-E, appendix B.1, figure 11).
+@struct.dataclass
+class Stream:
+  """That x is a stream of text and image tokens, whose layers see by `patterns`, which differ in kind alone.
 
-  Everything is causal and sees all text before it. Among image tokens a query sees, beside itself, with 'full' all
-  earlier ones, with 'row' the w ones before it in raster order, with 'column' those above it, with 'conv' the earlier
-  ones of the conv_kernel x conv_kernel window around it; with 'wrapped' (ru-DALLE) that window goes on at the opposite
-  edges of the picture. Raises ValueError for an unknown kind.
+  Attributes:
+    position: int32[], of the one token that x is, the others being in the cache; None when x is the stream from its
+      first position on.
+    end: nothing from this position on need be read.
   """
-  h, w = grid
-  stream = np.arange(prefix + h * w)
-  q, k = stream[:, None] - prefix, stream[None, :] - prefix  # image indices; negative in the text
-  rows, columns = q // w - k // w, q % w - k % w
-  reach = conv_kernel // 2
-  match kind:
-    case 'full':
-      seen = np.ones((len(stream), len(stream)), bool)
-    case 'row':
-      seen = q - k <= w
-    case 'column':
-      seen = columns == 0
-    case 'conv':
-      seen = (np.abs(rows) <= reach) & (np.abs(columns) <= reach)
-    case 'wrapped':
-      near = lambda distance, size: np.minimum(distance % size, -distance % size) <= reach
-      seen = near(rows, h) & near(columns, w)
-    case _:
-      raise ValueError(f'attention kind {kind!r} is unknown; there are {", ".join(KINDS)}.')
-  return (k <= q) & (seen | (k < 0) | (q < 0))
 
-
-def layer_kinds(pattern: str, depth: int) -> tuple[str, ...]:
-  """The attention kind of every layer, e.g. 'row,column,row,row' repeated; 'paper' is DALL-E's (section 2.2).
-
-  There layer i, from 1, is column when (i - 2) mod 4 = 0, else row, and the last one is conv. Raises ValueError for an
-  unknown kind.
-  """
-  cycle = ('row', 'column', 'row', 'row') if pattern == 'paper' else tuple(p.strip() for p in pattern.split(','))
-  if unknown := sorted(set(cycle) - set(KINDS)):
-    raise ValueError(f'attention {pattern!r} has {", ".join(unknown)}; kinds are {", ".join(KINDS)}, or "paper".')
-  kinds = tuple(cycle[i % len(cycle)] for i in range(depth))
-  return (*kinds[:-1], 'conv') if pattern == 'paper' else kinds
+  patterns: tuple[Pattern, ...] = struct.field(pytree_node=False)
+  position: jax.Array | None = None
+  end: int = struct.field(pytree_node=False, default=0)
 
 
 @struct.dataclass
@@ -99,13 +59,17 @@ class KVCache:
     )[0]
     return take(self.k), take(self.v)
 
+  def take(self, layer: jax.Array | int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """k and v [B, n, H, K] of one layer at int32[n] `positions`."""
+    return tuple(jnp.moveaxis(x[layer, :, positions], 0, 1) for x in (self.k, self.v))
+
   def repeat(self, n: int) -> 'KVCache':
     """Every row n times: candidates that share a prefix."""
     return jax.tree.map(lambda x: constrain(jnp.repeat(x, n, axis=1), CACHE_AXES), self)
 
 
 class Attention(nn.Module):
-  """Multi-head attention of x[B, T, D] over itself, or over a cache that x is written into first."""
+  """Multi-head attention of x[B, T, D]; `kernel` as of `layers.kernels.over_stream`."""
 
   heads: int
   dtype: jnp.dtype = jnp.float32
@@ -118,15 +82,19 @@ class Attention(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    mask: jax.Array | None,
+    mask: jax.Array | None = None,
+    stream: Stream | None = None,
+    kind: jax.Array | int = 0,
     cache: KVCache | None = None,
     layer: jax.Array | int = 0,
-    offset: jax.Array | int = 0,
-    causal: bool = False,
   ) -> tuple[jax.Array, KVCache | None]:
-    """`mask` bool[T, keys] or [B, T, keys] says which of the first `keys` positions count; without it all do.
+    """[B, T, D], and the cache with the keys and values of x, where there is one.
 
-    With `causal`, x is all there is so far and each position sees itself and those before it; `mask` is not read.
+    Args:
+      mask: bool[T, T] or [B, T, T], which positions of x count; all do by default.
+      stream: what x is a part of; `mask` is not read then.
+      kind: the index of this layer's pattern.
+      layer: whose part of the cache is this one's.
     """
     d = x.shape[-1]
     shape, axes = (d, self.heads, d // self.heads), ('embed', 'heads', 'head_dim')
@@ -135,49 +103,49 @@ class Attention(nn.Module):
       Einsum(shape, axes, bias_axes=(1, 2), dtype=self.dtype, kernel_init=init, name=name)('BSD,DHK->BSHK', x)
       for name, init in inits.items()
     )
+    q = constrain(q, ('batch', 'seq', 'heads', None))
+    k, v = (constrain(x, ('batch', None, 'heads', None)) for x in (k, v))  # with 'seq' split, all see all keys
+    if cache is not None:
+      cache = cache.write(layer, 0 if stream.position is None else stream.position, k, v)
+    if stream is None:
+      y = masked(q, k, v, mask, self.kernel)
+    elif stream.position is None:
+      y = by_kind(q, k, v, stream, kind, self.kernel)
+    else:
+      y = look_back(q, cache, layer, stream, kind)
     out = Einsum(
       (*shape[1:], d), (*axes[1:], 'embed'), bias_axes=(2,), dtype=self.dtype, kernel_init=self.out_init, name='out'
     )
-    if cache is not None:
-      cache = cache.write(layer, offset, k, v)
-    if causal:
-      return out('BSHK,HKD->BSD', fused(q, k, v, self.kernel, is_causal=True)), cache
-    if cache is not None:
-      k, v = cache.read(layer, mask.shape[-1])
-    if mask is not None:
-      mask = jnp.asarray(mask)
-      mask = mask[None, None] if mask.ndim == 2 else mask[:, None]  # (B or 1, 1, T, keys)
-      return out('BSHK,HKD->BSD', jax.nn.dot_product_attention(q, k, v, mask=mask)), cache  # softmax in float32
-    return out('BSHK,HKD->BSD', fused(q, k, v, self.kernel)), cache
+    return out('BSHK,HKD->BSD', y), cache
 
 
-@functools.cache
-def has_flash() -> bool:
-  """Whether cuDNN's flash attention runs on this backend."""
-  device = jax.devices()[0]
-  capability = str(getattr(device, 'compute_capability', ''))
-  cuda = device.platform == 'gpu' and 'nvidia' in device.device_kind.lower()
-  return cuda and capability.split('.')[0].isdigit() and int(capability.split('.')[0]) >= 8
+def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, kernel: str) -> jax.Array:
+  """Attention of x over itself, as far as `mask` goes; softmax in float32."""
+  if mask is None:
+    return kernels.fused(q, k, v, kernel)
+  mask = jnp.asarray(mask)
+  mask = mask[None, None] if mask.ndim == 2 else mask[:, None]  # (B or 1, 1, T, T)
+  return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
 
-def fused(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool = False) -> jax.Array:
-  """Attention without a mask of its own, [B, S, H, K], by `kernel`.
+def by_kind(q: jax.Array, k: jax.Array, v: jax.Array, stream: Stream, kind: jax.Array | int, kernel: str) -> jax.Array:
+  """Attention of a stream from its first position on, by the pattern `kind`."""
+  ways = [functools.partial(kernels.over_stream, pattern=p, kernel=kernel) for p in stream.patterns]
+  if isinstance(kind, int):
+    return ways[kind](q, k, v)
+  # Computed again in the backward pass: else every layer would keep room for the scores of every pattern.
+  return jax.lax.switch(kind, [jax.checkpoint(way) for way in ways], q, k, v)
 
-  'cudnn' is the flash attention of NVIDIA's GPUs, 'xla' runs everywhere; 'auto' is the former where it can be. Raises
-  ValueError for an unknown kernel, and for 'cudnn' where it cannot be.
-  """
-  if kernel not in KERNELS:
-    raise ValueError(f'attention kernel {kernel!r} is unknown; there are {", ".join(KERNELS)}.')
-  odd = q.shape[1] % 2  # the kernel takes even lengths alone
-  numbers = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-  fits = numbers and (is_causal or not odd) and has_flash()
-  if kernel == 'cudnn' and not fits:
-    raise ValueError(
-      f'attention kernel "cudnn" does not take {q.dtype}{list(q.shape)} on {jax.devices()[0].device_kind}; it needs '
-      'an NVIDIA GPU (Ampere or later), bfloat16, heads of at most 128; use model.kernel="auto".'
-    )
-  kernel = 'xla' if kernel == 'xla' or not fits else 'cudnn'
-  if odd and kernel == 'cudnn':  # nothing sees what comes after it
-    longer = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    return jax.nn.dot_product_attention(*longer, is_causal=is_causal, implementation=kernel)[:, :-1]
-  return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=kernel)
+
+def look_back(q: jax.Array, cache: KVCache, layer: jax.Array | int, stream: Stream, kind: jax.Array | int) -> jax.Array:
+  """Attention of the one image token q[B, 1, H, K] over what it sees of the cache, and no more of that than needed."""
+  patterns, position = stream.patterns, stream.position
+  if {p.kind for p in patterns} == {'full'}:
+    k, v = cache.read(layer, stream.end)
+    return jax.nn.dot_product_attention(q, k, v, mask=(jnp.arange(stream.end) <= position)[None, None, None])
+  prefix, tables = patterns[0].prefix, [p.seen() for p in patterns]
+  most = max(t.shape[1] for t in tables)
+  tables = np.stack([np.pad(t, ((0, 0), (0, most - t.shape[1])), constant_values=-1) for t in tables])
+  seen = jnp.asarray(tables)[kind, position - prefix]  # of image tokens, int32[most]
+  keys, values = (x[:, None] for x in cache.take(layer, prefix + jnp.maximum(seen, 0)))
+  return kernels.two_parts(q[:, None], keys, values, (seen >= 0)[None, None], *cache.read(layer, prefix))[:, 0]

@@ -5,6 +5,7 @@ Parameters are float32; computation is in `dtype`. The names are turned into mes
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,7 +17,25 @@ Init = Callable[..., jax.Array]
 Axes = tuple[str | None, ...]
 
 normal_init = nn.initializers.normal
-constrain = nn.with_logical_constraint  # a no-op without a mesh
+constrain = nn.with_logical_constraint  # a no-op without a mesh; an axis that does not divide stays whole
+
+
+def platform() -> str:
+  """What the computation is for: the devices of the mesh in use, which may be others than those at hand."""
+  mesh = jax.sharding.get_abstract_mesh()
+  device = None if mesh.empty else mesh.abstract_device
+  return device.platform if device else jax.default_backend()
+
+
+def mesh_axes(name: str) -> tuple[str, ...]:
+  """The axes of the mesh in use over which the rules split a logical axis."""
+  mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
+  return tuple(a for a in rules.get(name) or () if mesh.shape.get(a, 1) > 1)
+
+
+def split(name: str) -> int:
+  """Into how many parts they split it."""
+  return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in mesh_axes(name))
 
 
 def boxed(init: Init, axes: Axes) -> Init:
@@ -44,7 +63,7 @@ def _product_backward(axes, saved, g):
   rows, outer = x.ndim - axes, kernel.ndim - axes
   leading = tuple(range(rows))
   into_x = jax.lax.dot_general(g, kernel, ((tuple(range(rows, g.ndim)), tuple(range(axes, axes + outer))), ((), ())))
-  if jax.default_backend() == 'cpu':
+  if platform() == 'cpu':
     x, g = jax.lax.optimization_barrier((x, g))  # what is transposed is there already
     if x.size > g.size:
       into_kernel = jax.lax.dot_general(g, x, ((leading, leading), ((), ())))
@@ -115,7 +134,7 @@ class Conv(nn.Module):
     kernel = self.param('kernel', boxed(self.kernel_init, (None, None, 'conv_in', 'conv_out')), shape, jnp.float32)
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
     small = x.shape[1] * x.shape[2] <= 16 and self.stride == 1 and self.padding == 'SAME' and self.kernel_size % 2
-    if small and jax.default_backend() == 'cpu':
+    if small and platform() == 'cpu':
       y = conv_as_product(x, kernel)
     else:
       y = jax.lax.conv_general_dilated(

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.layers.attention import Attention, KVCache
-from dalle_jax.layers.basic import Dense, LayerNorm, constrain, normal_init
+from dalle_jax.layers.attention import Attention, KVCache, Stream
+from dalle_jax.layers.basic import Dense, LayerNorm, constrain, normal_init, split
 from dalle_jax.layers.cross import Context, look
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -63,13 +63,13 @@ class Block(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    mask: jax.Array | None,
+    mask: jax.Array | None = None,
+    stream: Stream | None = None,
+    kind: jax.Array | int = 0,
     cache: KVCache | None = None,
     layer: jax.Array | int = 0,
-    offset: jax.Array | int = 0,
     context: Context | None = None,
     looking: jax.Array | None = None,
-    causal: bool = False,
   ) -> tuple[jax.Array, KVCache | None]:
     x = constrain(x, ('batch', 'seq', 'embed'))
     d = x.shape[-1]
@@ -79,7 +79,7 @@ class Block(nn.Module):
 
     def attend(y: jax.Array) -> jax.Array:
       attention = Attention(self.heads, self.dtype, inner, outer, kernel=self.kernel, name='attention')
-      y, new = attention(y, mask, cache, layer, offset, causal)
+      y, new = attention(y, mask, stream, kind, cache, layer)
       caches.append(new)
       return y
 
@@ -96,29 +96,33 @@ class Block(nn.Module):
 
 
 class Period(nn.Module):
-  """The blocks of one turn of the scan: `period` of them, with the fields `block` of each."""
+  """The blocks of one turn of the scan, with the fields `block`.
+
+  Attributes:
+    kinds: of each block, where it is the same in every turn; -1 for one that the turn brings.
+  """
 
   block: tuple[Any, ...]
-  period: int
-  causal: bool
+  kinds: tuple[int, ...]
 
   @nn.compact
   def __call__(
     self,
     carry: tuple[jax.Array, KVCache | None],
     turn: tuple[jax.Array, jax.Array, Context | None],
-    masks: jax.Array | None,
-    offset: jax.Array | int,
+    mask: jax.Array | None,
+    stream: Stream | None,
     looking: jax.Array | None,
   ) -> tuple[tuple[jax.Array, KVCache | None], None]:
     x, cache = carry
     index, kinds, context = turn  # int32[], int32[period], that of the looking layers of this period
-    every = 0 if context is None else self.period // len(context.scale)
-    for i in range(self.period):
+    period = len(self.kinds)
+    every = 0 if context is None else period // len(context.scale)
+    for i, kind in enumerate(self.kinds):
       block = Block(*self.block, name=f'block_{i}')
-      mask = None if masks is None else masks[kinds[i]]
       source = context.layer(i // every) if context is not None and (i + 1) % every == 0 else None
-      x, cache = block(x, mask, cache, index * self.period + i, offset, source, looking, self.causal)
+      kind = kinds[i] if kind < 0 else kind
+      x, cache = block(x, mask, stream, kind, cache, index * period + i, source, looking)
     return (x, cache), None
 
 
@@ -133,7 +137,7 @@ class Stack(nn.Module):
     norms: where the LayerNorms are, see `residual`.
     mlp: the width of the MLP; 0: four times that of x.
     eps: of the LayerNorms.
-    kernel: of attention without masks, see `layers.attention.fused`.
+    kernel: of attention, see `layers.kernels.over_stream`.
   """
 
   depth: int
@@ -152,25 +156,23 @@ class Stack(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    masks: jax.Array | np.ndarray | None = None,
+    mask: jax.Array | np.ndarray | None = None,
+    stream: Stream | None = None,
     kinds: Sequence[int] | None = None,
     cache: KVCache | None = None,
-    offset: jax.Array | int = 0,
     context: Context | None = None,
     looking: jax.Array | np.ndarray | None = None,
-    causal: bool = False,
   ) -> tuple[jax.Array, KVCache | None]:
-    """Runs all blocks; layer l attends by `masks[kinds[l]]`.
+    """Runs all blocks.
 
     Args:
-      x: [B, T, D], the stream or, with a cache, its positions from `offset` on.
-      masks: bool[M, T, keys] or [M, B, T, keys]; None if all see all.
-      kinds: the index in `masks` of each layer; all 0 by default.
-      cache: written at `offset`, then read for the first `keys` positions.
+      x: [B, T, D].
+      mask: bool[T, T] or [B, T or 1, T], which positions of x count in all layers; by default all do.
+      stream: what x is a part of; layer l sees by `stream.patterns[kinds[l]]`, and `mask` is not read.
+      kinds: all 0 by default.
+      cache: of keys and values, for a stream.
       context: of a source that every (depth / L)-th layer looks at.
       looking: bool[T], the positions of x that look.
-      causal: x is all there is so far, and each position sees itself and what is before it: as the mask of the kind
-        'full', without its being read.
 
     Raises ValueError when heads, period, activation, remat or norms do not fit.
     """
@@ -198,11 +200,17 @@ class Stack(nn.Module):
       unroll=min(self.unroll, turns),
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    block = (self.depth, self.heads, self.activation, self.dtype, self.norms, self.mlp, self.eps, self.kernel)
-    blocks = scan(block, self.period, causal, name='blocks')
     which = np.zeros(self.depth, np.int32) if kinds is None else np.asarray(kinds, np.int32)
+    which = which.reshape(turns, self.period)
+    static = tuple(int(kind) if (which[:, i] == kind).all() else -1 for i, kind in enumerate(which[0]))
+    block = (self.depth, self.heads, self.activation, self.dtype, self.norms, self.mlp, self.eps, self.kernel)
     sources = None if context is None else context.turns(turns)
-    turn = (jnp.arange(turns), jnp.asarray(which.reshape(turns, self.period)), sources)
     array = lambda x: None if x is None else jnp.asarray(x)
-    (x, cache), _ = blocks((x, cache), turn, array(masks), jnp.asarray(offset), array(looking))
-    return x, cache
+    n, looking = x.shape[1], array(looking)
+    if stream is not None and cache is None and (short := -n % split('seq')):
+      # Split over devices, the stream is made as long as they need; nothing sees what comes after it.
+      x = jnp.pad(x, ((0, 0), (0, short), (0, 0)))
+      looking = None if looking is None else jnp.pad(looking, (0, short))
+    turn = (jnp.arange(turns), jnp.asarray(which), sources)
+    (x, cache), _ = scan(block, static, name='blocks')((x, cache), turn, array(mask), stream, looking)
+    return x[:, :n], cache

@@ -107,11 +107,11 @@ class TextTower(nn.Module):
     init, shape = boxed(normal_init(0.01), (None, 'embed')), (self.length, self.width)
     positions = self.param('positions', init, shape, jnp.float32)
     x = Embed(self.vocab_size, self.width, dtype=self.dtype, name='embed')(ids) + positions.astype(self.dtype)
-    masks = np.tri(self.length, dtype=bool)[None] if self.causal else None
+    mask = np.tri(self.length, dtype=bool) if self.causal else None
     if seen is not None:
-      masks = (seen[:, None] & (True if masks is None else masks))[None]  # (1, B, N, N)
+      mask = seen[:, None] & (True if mask is None else mask)  # (B, 1 or N, N)
     encoder = stack(self)
-    x, _ = encoder(x, masks)
+    x, _ = encoder(x, mask)
     self.sow('hidden', 'last', x)
     if self.pool == 'last':
       x = x[:, -1]

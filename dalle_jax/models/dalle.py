@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.layers import variants
-from dalle_jax.layers.attention import KVCache, layer_kinds, stream_mask
+from dalle_jax.layers.attention import KVCache, Stream
 from dalle_jax.layers.basic import LayerNorm, boxed, constrain, normal_init
 from dalle_jax.layers.cross import Context
+from dalle_jax.layers.patterns import Pattern, layer_kinds
 from dalle_jax.layers.transformer import Stack
 from dalle_jax.models.image_tokenizer import ImageTokenizer
 
@@ -61,7 +62,7 @@ class Layout:
 
   Attributes:
     start: a vector of its own comes first and predicts the first text token, which is else never predicted.
-    shift: by how much masks take the image tokens to lie further on than they do.
+    shift: by how much patterns take the image tokens to lie further on than they do.
   """
 
   start: bool = True
@@ -83,7 +84,7 @@ class DALLE(nn.Module):
     pad: the id of the padding; -1 where every text position has a padding of its own, the `text_length` highest ids.
     layout: what stands before the image tokens, see `LAYOUTS`.
     grid: rows and columns of image tokens.
-    attention: kinds by layer, see `layers.attention.layer_kinds`.
+    attention: kinds by layer, see `layers.patterns.layer_kinds`.
     image_positions: 'axial', a row and a column embedding each, or 'learned', one a position.
     head: 'linear'; 'tied', the embeddings of text and image; or 'norm', with one LayerNorm more, and biases.
     norms, period, remat, unroll, kernel: see `layers.transformer.Stack`.
@@ -228,11 +229,10 @@ class DALLE(nn.Module):
     """
     x = self._embed_image(token[:, None], index)
     first = cache.k.shape[2] - self.length
-    masks, kinds = self._masks(first, first + self.length)
-    position = first + self.prefix + index
-    keys = first + (self.length if end is None else self.prefix + end)
-    rows = jax.lax.dynamic_slice_in_dim(jnp.asarray(masks)[:, :, :keys], position, 1, axis=1)  # (M, 1, keys)
-    x, cache = self.blocks(x, rows, kinds, cache, position, context, np.ones(1, bool))
+    patterns, kinds = self._patterns(first)
+    end = first + (self.length if end is None else self.prefix + end)
+    stream = Stream(patterns, first + self.prefix + index, end)
+    x, cache = self.blocks(x, None, stream, kinds, cache, context, np.ones(1, bool))
     return self.image_logits(self._read(x[:, 0])), cache
 
   def embed_source(self, tokens: jax.Array) -> jax.Array:
@@ -262,15 +262,9 @@ class DALLE(nn.Module):
     self, x: jax.Array, first: int, cache: KVCache | None, context: Context | None
   ) -> tuple[jax.Array, KVCache | None]:
     """The blocks over the stream from its start, x[B, n, D]."""
-    looking = self._looking(x, first)
-    if set(layer_kinds(self.attention, self.depth)) == {'full'}:
-      return self.blocks(x, cache=cache, context=context, looking=looking, causal=True)
-    masks, kinds = self._masks(first, x.shape[1])
-    return self.blocks(x, masks, kinds, cache, context=context, looking=looking)
-
-  def _looking(self, x: jax.Array, first: int) -> np.ndarray:
-    """The positions of x[B, n, D] that predict image tokens, bool[n]."""
-    return np.arange(x.shape[1]) >= first + self.prefix - 1
+    patterns, kinds = self._patterns(first)
+    looking = np.arange(x.shape[1]) >= first + self.prefix - 1  # what predicts image tokens
+    return self.blocks(x, None, Stream(patterns), kinds, cache, context, looking)
 
   def _embed_text(self, text: jax.Array) -> jax.Array:
     """int32[B, T] -> [B, P, D]."""
@@ -290,13 +284,13 @@ class DALLE(nn.Module):
       where = jnp.take(self.image_position, i, axis=0)
     return (x + where).astype(self.dtype)
 
-  def _masks(self, first: int, n: int) -> tuple[np.ndarray, list[int]]:
-    """bool[M, n, n] for E = `first`, one for each kind that occurs, and the index there of each layer."""
+  def _patterns(self, first: int) -> tuple[tuple[Pattern, ...], list[int]]:
+    """The kinds of attention that occur, for E = `first`, and the index there of each layer."""
     kinds = layer_kinds(self.attention, self.depth)
     present = sorted(set(kinds))
     before = first + self.prefix + LAYOUTS[self.layout].shift
-    masks = np.stack([stream_mask(kind, before, self.grid, self.conv_kernel) for kind in present])
-    return masks[:, :n, :n], [present.index(kind) for kind in kinds]
+    patterns = tuple(Pattern(kind, before, self.grid, self.conv_kernel) for kind in present)
+    return patterns, [present.index(kind) for kind in kinds]
 
   def _read(self, x: jax.Array) -> jax.Array:
     x = self.norm_out(x)

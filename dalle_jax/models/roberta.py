@@ -56,7 +56,7 @@ class RoBERTa(nn.Module):
     texts that are too long.
     """
     seen = text != self.pad if seen is None else seen
-    x, _ = self.encoder(self.embed_text(text), jnp.broadcast_to(seen[None, :, None], (1, *text.shape, text.shape[1])))
+    x, _ = self.encoder(self.embed_text(text), seen[:, None])
     x = x.astype(jnp.float32)
     return x, jnp.tanh(self.pooler(x[:, 0]))
 

@@ -75,7 +75,7 @@ class StoryEncoder(nn.Module):
     y = LayerNorm(dtype=self.dtype, name='norm_1')(x)
     inner = normal_init(self.width**-0.5)
     attention = Attention(self.heads, self.dtype, inner, identity_init, identity_init, name='attention')
-    x = x + attention(y, None)[0]
+    x = x + attention(y)[0]
     y = LayerNorm(dtype=self.dtype, name='norm_2')(x)
     y = Dense(4 * self.width, ('embed', 'mlp'), dtype=self.dtype, kernel_init=inner, name='mlp_in')(y)
     outer = normal_init((8 * self.width) ** -0.5)

@@ -105,7 +105,7 @@ class CaptionEncoder(nn.Module):
     positions = self.param('positions', boxed(normal_init(0.02), (None, 'embed')), shape, jnp.float32)
     x = Embed(self.text_vocab + 1, self.width, dtype=self.dtype, name='embed')(jnp.where(seen, ids, 0))
     x = x + positions[: x.shape[1]].astype(self.dtype)
-    x, _ = Stack(self.layers, self.heads, dtype=self.dtype, name='encoder')(x, seen[None, :, None])
+    x, _ = Stack(self.layers, self.heads, dtype=self.dtype, name='encoder')(x, seen[:, None])
     x = mean_of(LayerNorm(name='norm_out')(x), own)
     return x.reshape(*text.shape[:2], -1)
 

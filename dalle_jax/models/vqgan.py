@@ -11,7 +11,7 @@ from dalle_jax.layers.basic import Conv, GroupNorm, constrain
 from dalle_jax.layers.convnet import AttnBlock, Downsample, ResBlock, Upsample, depth_to_space, space_to_depth
 from dalle_jax.layers.quantize import GumbelQuantizer, NearestQuantizer, Quantized
 
-IMAGE_AXES = ('batch', None, None, None)
+IMAGE_AXES = ('batch', 'height', None, None)
 
 VARIANTS = {
   'test': dict(

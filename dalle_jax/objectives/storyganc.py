@@ -25,6 +25,7 @@ DEFAULTS = dict(
   story_weight=1.0,  # of that by the story discriminator
   other_source=True,  # true frames after the source of another story are wrong for the story discriminator, too
   l1_weight=0.0,  # of the distance to the true frames, which the paper does not have
+  l2_weight=0.0,
   norm_decay=0.9,  # of the running statistics of batch normalisation
 )
 stop = jax.lax.stop_gradient
@@ -84,6 +85,9 @@ class StoryGANcObjective:
     if c.l1_weight:
       metrics['l1'] = jnp.abs(fake - true).mean()
       total += c.l1_weight * metrics['l1']
+    if c.l2_weight:
+      metrics['l2'] = jnp.square(fake - true).mean()
+      total += c.l2_weight * metrics['l2']
     for name, judge, true_ones, fake_ones, about, about_other in judged:
       player, weight = f'{name}_discriminator', c[f'{name}_weight']
       look = lambda p, x, judge=judge: self._features(judge, p, x, ctx.train)

@@ -42,7 +42,7 @@ class DallE(TokenGenerator):
   def __init__(self, run: checkpoint.Run, frozen: dict[str, checkpoint.Run], *layout: Any):
     super().__init__(run, frozen, *layout)
     self.model = dalle.build(**{**self.config['model'], **self.sizes})
-    self.params['dalle'] = decoding.compute_params(self.params['dalle'], self.model.dtype)
+    self.params['dalle'] = self._to_draw_with(self.params['dalle'], self.model.dtype)
     self._draw = jax.jit(self._draw_tokens_and_pixels, static_argnames='sampling')
 
   def sample(

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from dalle_jax.data import ops
 from dalle_jax.data.bpe import text_encoder
+from dalle_jax.functional import decoding
 from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.models import dalle, image_tokenizer
 from dalle_jax.pipelines.rerank import Reranker, in_batches
@@ -38,11 +39,12 @@ class Generator:
     reranker: Reranker | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules = (),
+    int8: bool = False,
   ):
     self.config, self.reranker, self.mesh, self.rules = run.config, reranker, mesh, rules
     self.words = text_encoder(run.tokenizer, self.config['tokenizer'])
     self.image_size = self.config['data']['image_size']
-    self.step, self.params = run.step, dict(run.params)
+    self.step, self.params, self.int8 = run.step, dict(run.params), int8
 
   @classmethod
   def load(
@@ -53,12 +55,14 @@ class Generator:
     mesh: Mesh | None = None,
     rules: sharding.Rules = (),
     step: int | None = None,
+    int8: bool = False,
   ):
     """Loads the run in `path` (its EMA if it has one) and, with `clip`, the run of a CLIP.
 
     Either may be the name of a repository of Hugging Face that holds a run directory (with the extra `hf`).
     Any checkpoint loads onto any mesh: with `mesh` parameters and pictures are split over it by `rules`; without it
-    everything is on one device. Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when
+    everything is on one device. With `int8` a transformer over tokens keeps its weights in eight bits: on an accelerator,
+    where reading them is what a token takes, that is faster, and pictures differ a little. Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when
     a run is of another kind.
     """
     run = checkpoint.load_run(path, mesh=mesh, rules=rules, step=step)
@@ -71,7 +75,7 @@ class Generator:
       raise ValueError(f'{path} has no {" and no ".join(lacking)}, which sampling needs; convert it again with them.')
     frozen = {name: checkpoint.load_run(p, mesh=mesh, rules=rules) for name, p in run.frozen.items()}
     reranker = Reranker.load(clip, mesh=mesh, rules=rules) if clip else None
-    return cls(run, frozen, reranker, mesh, rules)
+    return cls(run, frozen, reranker, mesh, rules, int8)
 
   # --- On the host
 
@@ -137,6 +141,10 @@ class TokenGenerator(Generator):
     """uint8[B, H, W, 3] through the image tokens and back: uint8[B, H, W, 3]."""
     with self._context():
       return in_batches(lambda x: self._decode(self.params, self._encode(self.params, x)), self._checked(images), BATCH)
+
+  def _to_draw_with(self, params: Any, dtype: Any) -> Any:
+    """The parameters of the transformer, as drawing reads them."""
+    return jax.jit(decoding.compute_params, static_argnums=(1, 2))(params, dtype, self.int8)
 
   # --- Under jit
 

@@ -27,7 +27,7 @@ class StoryDallE(StoryTeller, TokenGenerator):
       self.tower = clip.of_run(self._tower(frozen, 'clip').config)
       dim = {'sentence_dim': self.tower.embed_dim}
     self.model = story_dalle.build(**{**self.config['model'], **self.sizes, **dim})
-    self.params |= decoding.compute_params({k: self.params[k] for k in ('dalle', 'story')}, self.model.dalle.dtype)
+    self.params |= self._to_draw_with({k: self.params[k] for k in ('dalle', 'story')}, self.model.dalle.dtype)
 
   def _inputs(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None

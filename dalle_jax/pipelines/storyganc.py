@@ -25,6 +25,10 @@ class StoryGANc(StoryTeller):
 
   def __init__(self, run: checkpoint.Run, frozen: dict[str, checkpoint.Run], *layout: Any):
     super().__init__(run, frozen, *layout)
+    if self.int8:
+      raise ValueError(
+        'StoryGANc draws a frame at once, not token by token, so weights in int8 gain nothing; leave it out.'
+      )
     self.params = {'generator': run.params['generator']}
     self.model, self.tower = storyganc.of_run(self.config, {name: r.config for name, r in frozen.items()})
     if self.tower:

@@ -1,6 +1,7 @@
 """From a mesh in the config and logical axis names on the parameters to arrays laid out over devices.
 
-Mesh axes: `data` (replicas), `fsdp` (replicas that also split the parameters), `tensor` (splits inside a layer).
+Mesh axes: `data` (replicas), `fsdp` (replicas that also split the parameters), `tensor` (splits inside a layer),
+`sequence` (splits the stream of a transformer, the rows of a picture); one that is not named has size 1.
 The batch is split over (data, fsdp). One translator, `partition`, decides for every tensor; what does not divide
 is replicated.
 """
@@ -15,16 +16,18 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+AXES = ('data', 'fsdp', 'tensor', 'sequence')
 BATCH_AXES = ('data', 'fsdp')
 Rules = Sequence[tuple[str, str | Sequence[str] | None]]  # (logical axis, mesh axes), in order of precedence
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-  """A mesh over all devices of all processes; a size of -1 takes the devices that the others leave.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh over `devices`, by default all of all processes; a size of -1 takes those that the others leave.
 
   Raises ValueError when the sizes do not multiply to the number of devices.
   """
-  sizes, count = dict(sizes), jax.device_count()
+  count = jax.device_count() if devices is None else len(devices)
+  sizes = {**dict.fromkeys(AXES, 1), **sizes}
   asked = ', '.join(f'{k}={v}' for k, v in sizes.items())
   free = [k for k, v in sizes.items() if v == -1]
   fixed = math.prod(v for v in sizes.values() if v != -1)
@@ -35,16 +38,16 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
   if math.prod(sizes.values()) != count:
     raise ValueError(f'mesh ({asked}) does not fit {count} devices; set config.mesh so that the product is {count}.')
   # Auto axes: with Explicit ones, the default, Linen's logical constraints raise.
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
 
 
 @contextlib.contextmanager
-def use(sizes: Mapping[str, int], rules: Rules) -> Iterator[Mesh]:
+def use(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Device] | None = None) -> Iterator[Mesh]:
   """Makes the mesh and sets it and the rules while the context lasts, so that `constrain` in the layers sees them.
 
   The rules are no part of jit's cache key: make jitted functions inside. Raises ValueError as `make_mesh`.
   """
-  mesh = make_mesh(sizes)
+  mesh = make_mesh(sizes, devices)
   unknown = sorted({a for _, axes in rules for a in _as_tuple(axes)} - set(mesh.axis_names))
   if unknown:
     raise ValueError(f'config.rules name mesh axes {unknown}; the mesh has {list(mesh.axis_names)}.')

@@ -17,8 +17,8 @@ from dalle_jax.convert.sources.clip import MEAN, STD
 from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional import decoding, gan, losses
 from dalle_jax.layers import variants
-from dalle_jax.layers.attention import stream_mask
 from dalle_jax.layers.cross import CrossAttention
+from dalle_jax.layers.patterns import Pattern
 from dalle_jax.models import clip, dalle, dvae, lpips, patchgan, roberta, story_dalle, vqgan
 
 LEFT_OUT = {  # kind -> arrays that are not compared, with the reason
@@ -242,7 +242,8 @@ def rudalle(folder, arrays):
     loss = (text_loss + 7 * image_loss) / 8
     found |= {f'out_{version}_logits': logits, f'out_{version}_loss': np.array([loss, text_loss, image_loss])}
     for theirs, ours in (('row', 'row'), ('col', 'column'), ('conv', 'wrapped' if version == 'v2' else 'conv')):
-      found[f'out_{version}_{theirs}_mask'] = stream_mask(ours, model.text_length, (side, side)).astype(np.uint8)
+      mask = Pattern(ours, model.text_length, (side, side)).mask(model.text_length + side**2)
+      found[f'out_{version}_{theirs}_mask'] = mask.astype(np.uint8)
     apply = lambda p, model=model: lambda *args, method: model.apply({'params': p}, *args, method=method)
     drawn = jax.jit(lambda p, t: greedy(apply(p), t, codes.shape[1]))(params, text)  # noqa: B023
     found |= {f'out_{version}_greedy': drawn, f'out_{version}_greedy_cached': drawn}

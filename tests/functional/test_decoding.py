@@ -7,6 +7,8 @@ import pytest
 
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling, filter_logits
+from dalle_jax.models import dalle
+from tests import runs
 
 V = 7
 
@@ -91,6 +93,25 @@ def test_guidance():
   cond, uncond = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 4.0]])
   np.testing.assert_allclose(decoding.guide(jnp.concatenate([cond, uncond]), 3.0), [[3.0, -2.0]])
   np.testing.assert_allclose(decoding.guide(jnp.concatenate([cond, uncond]), 0.0), uncond)
+
+
+def test_weights_in_eight_bits_are_off_by_half_a_step_at_most():
+  x = jax.random.normal(jax.random.key(0), (3, 5, 4)) * jnp.arange(1.0, 5)
+  kept = decoding.to_int8(x, 1)
+  assert kept.values.dtype == jnp.int8 and kept.scale.shape == (3, 1, 4)
+  assert (jnp.abs(kept.astype(jnp.float32) - x) <= kept.scale * 0.5001).all()
+
+
+def test_a_model_draws_nearly_the_same_with_them():
+  model = dalle.build('test')
+  text, image = jnp.ones((2, 6), jnp.int32), jnp.ones((2, 16), jnp.int32)
+  params = runs.parameters(model.init, text, image)['params']
+  small = decoding.compute_params(params, jnp.float32, int8=True)
+  kernel = small['blocks']['blocks']['block_0']['mlp_in']['kernel']
+  assert isinstance(kernel, decoding.Int8) and isinstance(small['image_head'], decoding.Int8)
+  run = jax.jit(lambda p: model.apply({'params': p}, text, image[:, :3], method='prefill')[0])
+  full, close = run(params), run(small)
+  assert 0 < jnp.abs(full - close).max() < 0.05 * jnp.abs(full).max()
 
 
 @pytest.mark.parametrize(

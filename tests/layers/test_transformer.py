@@ -1,4 +1,4 @@
-"""The stack: periods and rematerialisation change nothing, layers have their masks, errors."""
+"""The stack: periods and rematerialisation change nothing, layers see by their patterns, errors."""
 
 import flax.linen as nn
 import jax
@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle_jax.layers.attention import Stream
+from dalle_jax.layers.patterns import Pattern
 from dalle_jax.layers.transformer import Stack
 
 X = jax.random.normal(jax.random.key(0), (2, 6, 8))
-CAUSAL, ALL = np.tri(6, dtype=bool), np.ones((6, 6), bool)
+CAUSAL = np.tri(6, dtype=bool)
 
 
 def init(module):
@@ -21,7 +23,7 @@ def test_period_and_remat_change_no_value_and_no_gradient():
   blocks = params['blocks']['block_0']
   halves = {f'block_{i}': jax.tree.map(lambda x, i=i: x[i::2], blocks) for i in range(2)}
   loss = lambda module: jax.jit(
-    jax.value_and_grad(lambda p: jnp.square(module.apply({'params': p}, X, CAUSAL[None])[0]).sum())
+    jax.value_and_grad(lambda p: jnp.square(module.apply({'params': p}, X, CAUSAL)[0]).sum())
   )
   value, grads = loss(Stack(4, 2))(params)
   for module in (Stack(4, 2, remat='full'), Stack(4, 2, remat='dots')):
@@ -32,13 +34,16 @@ def test_period_and_remat_change_no_value_and_no_gradient():
   np.testing.assert_allclose(other, value, rtol=1e-5)
 
 
-def test_each_layer_has_the_mask_of_its_kind():
-  params = init(Stack(2, 2))
-  run = lambda kinds, x=X: Stack(2, 2).apply({'params': params}, x, np.stack([CAUSAL, ALL]), kinds)[0]
-  later = X.at[:, 5].set(-X[:, 5])
-  moved = lambda kinds: bool(jnp.abs(run(kinds, later) - run(kinds))[:, :5].max() > 1e-6)
-  assert not moved([0, 0]) and moved([1, 0]) and moved([0, 1])
-  assert not np.allclose(run([1, 0]), run([0, 1]))
+@pytest.mark.parametrize('period', [1, 2])
+def test_each_layer_sees_by_the_pattern_of_its_kind(period):
+  stream = Stream((Pattern('full', 2, (2, 2)), Pattern('column', 2, (2, 2))))
+  stack = Stack(2, 2, period=period)
+  params = init(stack)
+  run = jax.jit(lambda kinds, x: stack.apply({'params': params}, x, None, stream, kinds)[0], static_argnums=0)
+  other = X.at[:, 2].set(-X[:, 2])  # the token at the left of the last one's row above
+  moved = lambda *kinds: np.abs(run(kinds, other) - run(kinds, X))[:, 5].max() > 1e-6
+  assert moved(0, 0) and moved(0, 1) and moved(1, 0) and not moved(1, 1)
+  assert not np.allclose(run((1, 0), X), run((0, 1), X))
 
 
 @pytest.mark.parametrize(

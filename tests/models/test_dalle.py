@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dalle_jax.functional import decoding
-from dalle_jax.layers.attention import KINDS
+from dalle_jax.layers.patterns import KINDS
 from dalle_jax.models import dalle
 
 TEXT = jax.random.randint(jax.random.key(0), (2, 6), 0, 40)

@@ -1,4 +1,4 @@
-"""The loss of stories by hand, what is frozen, sharded = unsharded."""
+"""The loss of stories by hand, what is frozen."""
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,9 @@ from configs import common
 from dalle_jax.functional import losses
 from dalle_jax.models import clip
 from dalle_jax.objectives import story_dalle
-from dalle_jax.training import optim, sharding
-from dalle_jax.training import state as state_lib
-from dalle_jax.training.loop import make_step
+from dalle_jax.training import sharding
 from dalle_jax.training.state import Context
+from tests.objectives import steps
 
 VQGAN = {'model': {'variant': 'test'}}  # 16 x 16 pixels, 8 x 8 codes of 16
 CLIP = {
@@ -87,42 +86,15 @@ def test_sentences_of_clip_and_of_the_data():
   assert float(a) == pytest.approx(float(b), rel=1e-6) and abs(float(a) - float(c)) > 1e-6
 
 
-def one_step(sizes, groups=()):
-  loss = dict(caption_dropout=0.5, token_noise=0.5)
-  c, objective = config(loss, prompt=2), build(loss, prompt=2)
-  c.optim.groups = dict(groups)
-  with sharding.use(sizes, common.RULES) as mesh:
-    spec = state_lib.batch_spec(BATCH)
-    abstract, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
-    optimizer = optim.build(c.optim, 10, list(abstract))
-    target = state_lib.abstract_state(abstract, mutable, optimizer, False, mesh)
-    state = state_lib.init(objective, target, optimizer, 0, spec)
-    where = jax.tree.map(lambda x: x.sharding, target)
-    run = make_step(objective, optimizer, seed=0, accum=1, ema=0.0, mesh=mesh, shardings=where)
-    before = jax.device_get(state.params)
-    state, metrics, _ = run(state, {}, sharding.put_batch(BATCH, mesh))
-    cross = state.params['story']['cross']['query_kernel']
-    return before, jax.device_get(state), jax.device_get(metrics), cross.sharding.shard_shape(cross.shape)
-
-
-@pytest.mark.parametrize('axes', [dict(data=2, fsdp=2, tensor=2)])
-def test_sharded_equals_unsharded(axes):
-  _, expected, expected_metrics, _ = one_step(dict(data=8, fsdp=1, tensor=1))
-  _, state, metrics, shape = one_step(axes)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4), metrics, expected_metrics)
-  ours, theirs = sharding.flatten(state.params), sharding.flatten(expected.params)
-  for name in ours:
-    if not name.endswith(('key_bias', 'key/bias')):  # no gradient but rounding, which Adam makes as large as any
-      np.testing.assert_allclose(ours[name], theirs[name], atol=5e-5, err_msg=name)
-  assert shape == (4, 16 // axes['fsdp'], 2 // axes['tensor'], 8)  # (layers, embed, heads, head_dim)
-
-
 def test_a_frozen_player_has_no_gradient_and_no_state():
-  before, state, metrics, _ = one_step(dict(data=8, fsdp=1, tensor=1), dict(dalle=dict(frozen=True)))
-  jax.tree.map(np.testing.assert_array_equal, before['dalle'], state.params['dalle'])
-  moved = jax.tree.map(lambda a, b: bool((a != b).any()), before['story'], state.params['story'])
+  c = config(prompt=2)
+  c.optim.groups = dict(dalle=dict(frozen=True))
+  states, metrics, target = steps.take(build(prompt=2), c, BATCH, count=1)
+  before, after = (s.params for s in states)
+  jax.tree.map(np.testing.assert_array_equal, before['dalle'], after['dalle'])
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), before['story'], after['story'])
   assert moved['prompt']['embedding'] and moved['cross']['out_kernel']
-  assert not any('dalle' in k for k in sharding.flatten(state.opt_state)) and 'grad_norm/dalle' not in metrics
+  assert not any('dalle' in k for k in sharding.flatten(target.opt_state)) and 'grad_norm/dalle' not in metrics[0]
 
 
 def test_errors():

@@ -1,4 +1,4 @@
-"""Who learns from what, and that many devices learn as one."""
+"""Who learns from what."""
 
 import functools
 
@@ -10,11 +10,10 @@ from ml_collections import ConfigDict
 
 from configs import common
 from dalle_jax.objectives import storyganc
-from dalle_jax.training import optim, sharding
-from dalle_jax.training import state as state_lib
-from dalle_jax.training.loop import make_step
+from dalle_jax.training import sharding
 from dalle_jax.training.state import Context
 from tests import runs
+from tests.objectives import steps
 
 RNG = np.random.default_rng(0)
 BATCH = {
@@ -91,42 +90,9 @@ def test_the_loss_is_the_sum_of_its_terms():
   jax.tree.map(np.testing.assert_array_equal, kept, mutable)
 
 
-def steps(sizes, count=2):
-  c, objective = config(labels=5), build(labels=5)
-  with sharding.use(sizes, common.RULES) as mesh:
-    spec = state_lib.batch_spec(BATCH)
-    abstract, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
-    optimizer = optim.build(c.optim, 10, list(abstract))
-    target = state_lib.abstract_state(abstract, mutable, optimizer, True, mesh)
-    state = state_lib.init(objective, target, optimizer, 0, spec)
-    where = jax.tree.map(lambda x: x.sharding, target)
-    run = make_step(objective, optimizer, seed=0, accum=1, ema=0.9, mesh=mesh, shardings=where)
-    states, found = [jax.device_get(state.params)], []
-    for _ in range(count):
-      state, metrics, _ = run(state, {}, sharding.put_batch(BATCH, mesh))
-      states.append(jax.device_get(state.params))
-      found.append(jax.device_get(metrics))
-  return states, found
-
-
-@pytest.fixture(scope='module')
-def sharded():
-  return steps(dict(data=2, fsdp=2, tensor=2))
-
-
-def test_eight_devices_have_the_losses_of_one(sharded):
-  """Batch statistics are those of the global batch, with stories and parameters split over devices."""
-  objective, mutable = build(labels=5), start(5)[1]
-  plain = jax.jit(lambda p, rng: objective.loss(p, Context({}, mutable, rng, jnp.int32(0), train=True), BATCH))
-  for step, (params, found) in enumerate(zip(sharded[0], sharded[1], strict=False)):
-    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), step)
-    loss, (metrics, _) = plain(params, rng)
-    for name, value in {'loss': loss, **metrics}.items():
-      np.testing.assert_allclose(found[name], value, rtol=2e-4, atol=1e-5, err_msg=f'{name} at step {step}')
-
-
-def test_discriminators_are_updated_every_second_step_and_statistics_follow(sharded):
-  (first, second, third), _ = sharded
+def test_discriminators_are_updated_every_second_step_and_statistics_follow():
+  states, _, _ = steps.take(build(labels=5), config(labels=5), BATCH, count=2)
+  first, second, third = (s.params for s in states)
   same = lambda a, b, player, kind: all(
     (x == y).all()
     for (k, x), y in zip(sharding.flatten(a[player]).items(), sharding.flatten(b[player]).values(), strict=True)

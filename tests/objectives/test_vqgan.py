@@ -16,12 +16,16 @@ from dalle_jax.training.state import Context
 BATCH = {'image': jax.random.randint(jax.random.key(0), (4, 16, 16, 3), 0, 256).astype(jnp.uint8)}
 
 
-def build(steps=100, model=(), **loss):
+def config(steps=100, model=(), **loss):
   c = common.base()
   c.model = ConfigDict(dict(variant='test', **dict(model)))
   c.loss = ConfigDict(dict(disc_variant='test', l2_weight=1.0, **loss))
   c.data.image_size, c.train.steps = 16, steps
-  return vqgan.from_config(c, {})
+  return c
+
+
+def build(*args, **kwargs):
+  return vqgan.from_config(config(*args, **kwargs), {})
 
 
 def start(objective):

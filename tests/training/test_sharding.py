@@ -17,7 +17,7 @@ RULES = common.RULES
     (('embed', 'heads', 'head_dim'), (8, 3, 4), P('fsdp', None, None)),  # 3 heads do not divide by 2
     (('layers', 'embed', 'mlp'), (3, 8, 16), P(None, 'fsdp', 'tensor')),
     (('vocab', 'embed'), (7, 7), P(None, None)),
-    (('batch', 'seq', 'embed'), (4, 3, 8), P(('data', 'fsdp'), None, None)),  # fsdp is taken by the batch
+    (('batch', 'seq', 'embed'), (4, 3, 8), P(('data', 'fsdp'), 'sequence', None)),  # fsdp is taken by the batch
     (('mlp', 'mlp'), (4, 4), P('tensor', None)),
     ((None, None, 'conv_in', 'conv_out'), (3, 3, 4, 4), P(None, None, 'fsdp', 'tensor')),
   ],

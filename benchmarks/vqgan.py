@@ -1,0 +1,63 @@
+"""Seconds of encoding, decoding and training a VQGAN: `python -m benchmarks.vqgan --peer=torch`.
+
+The published f16 network at 256 x 256 pixels, the f8 one in training at 128 x 128 (reconstruction alone: neither LPIPS nor
+a discriminator), four pictures each.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from absl import app, flags
+
+from benchmarks import limits, sizes
+from dalle_jax.models import vqgan
+
+_BATCH = flags.DEFINE_integer('batch_size', 4, 'pictures')
+_PEER = flags.DEFINE_enum('peer', '', ['', 'torch'], 'also plain PyTorch')
+SIZES = {  # name -> variant, changes, pixels, what is measured
+  'f16': ('f16_16384', {}, 256, ('encode', 'decode')),
+  'f8': ('f8_8192', dict(quantizer='nearest'), 128, ('train',)),
+}
+
+
+def measure(model: vqgan.VQGAN, size: int, names: tuple[str, ...]) -> dict[str, float]:
+  """Seconds of each."""
+  x = jax.random.uniform(jax.random.key(0), (_BATCH.value, size, size, 3), minval=-1)
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(1), x)['params'])
+  apply = lambda method: jax.jit(lambda p, x: model.apply({'params': p}, x, method=method))
+  codes, optimizer = apply('encode')(params, x), optax.adam(1e-4)
+
+  def loss(params):
+    out = model.apply({'params': params}, x)
+    return jnp.abs(out.recon - x).mean() + sum(out.quantized.losses.values())
+
+  @jax.jit
+  def train(params, state):
+    updates, state = optimizer.update(jax.grad(loss)(params), state)
+    return optax.apply_updates(params, updates), state
+
+  calls = {
+    'encode': lambda: limits.seconds(apply('encode'), params, x, repeats=2),
+    'decode': lambda: limits.seconds(apply('decode_codes'), params, codes, repeats=2),
+    'train': lambda: limits.seconds(train, params, optimizer.init(params), repeats=2),
+  }
+  return {name: calls[name]() for name in names}
+
+
+def main(_):
+  print(f'{jax.devices()[0].device_kind}, {limits.matmul() / 1e12:.2f} TFLOP/s measured; {_BATCH.value} pictures')
+  for size, (variant, changes, pixels, names) in SIZES.items():
+    model = vqgan.build(variant, **changes, dtype=sizes.dtype())
+    ours, peer = measure(model, pixels, names), {}
+    if _PEER.value:
+      from benchmarks import torch_peer
+
+      peer = torch_peer.vqgan_seconds(model, pixels, _BATCH.value, names)
+    for name, value in ours.items():
+      ratio = f'; torch {peer[name]:.3f} s, {peer[name] / value:.2f} times as long' if peer else ''
+      print(f'{size} {name} at {pixels} x {pixels}: {value:.3f} s{ratio}', flush=True)
+
+
+if __name__ == '__main__':
+  app.run(main)

@@ -1,0 +1,192 @@
+"""How attention is computed, [B, S, H, K] each: by XLA anywhere, in blocks where a pattern is sparse, by the kernels of
+cuDNN on NVIDIA's GPUs and of Pallas ("splash") on TPUs.
+
+Axis legend: B batch, S stream, H heads, K head_dim, P prefix; R blocks of Q queries that see the same T keys of the
+picture.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dalle_jax.layers.basic import mesh_axes, platform, split
+from dalle_jax.layers.patterns import Pattern
+
+KERNELS = ('auto', 'xla', 'cudnn', 'splash')
+LANES = 128  # of a TPU: the smallest block of a mask
+NEVER = -1e30
+
+
+def over_stream(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, kernel: str = 'auto') -> jax.Array:
+  """The attention of a stream, from its first position on, by a pattern: [B, S, H, K].
+
+  'auto' takes splash on a TPU, cuDNN for the pattern 'full' where it can be, and else XLA: sparse patterns cost less
+  than 'full' with each of them. Raises ValueError for a kernel that is unknown, or cannot run.
+  """
+  if kernel == 'splash' and platform() != 'tpu':
+    raise ValueError(f'attention kernel "splash" is for TPUs, this is {platform()}; use model.kernel="auto".')
+  if platform() == 'tpu' and kernel in ('auto', 'splash'):
+    return splash(q, k, v, pattern)
+  if pattern.kind == 'full' or q.shape[1] <= pattern.prefix:
+    return fused(q, k, v, kernel, is_causal=True)
+  if pattern.kind == 'wrapped':
+    return jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(pattern.mask(q.shape[1]))[None, None])
+  return in_blocks(q, k, v, pattern)
+
+
+# --- XLA, cuDNN
+
+
+def has_flash() -> bool:
+  """Whether cuDNN's flash attention runs on this backend."""
+  device = jax.devices()[0]
+  capability = str(getattr(device, 'compute_capability', ''))
+  cuda = platform() == 'gpu' and 'nvidia' in device.device_kind.lower()
+  return cuda and capability.split('.')[0].isdigit() and int(capability.split('.')[0]) >= 8
+
+
+def fused(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool = False) -> jax.Array:
+  """Attention without a mask of its own by `kernel`.
+
+  'cudnn' is the flash attention of NVIDIA's GPUs, 'xla' runs everywhere; 'auto' is the former where it can be. Raises
+  ValueError for an unknown kernel, and for 'cudnn' where it cannot be.
+  """
+  if kernel not in KERNELS:
+    raise ValueError(f'attention kernel {kernel!r} is unknown; there are {", ".join(KERNELS)}.')
+  odd = q.shape[1] % 2  # the kernel takes even lengths alone
+  numbers = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+  fits = numbers and (is_causal or not odd) and has_flash()
+  if kernel == 'cudnn' and not fits:
+    raise ValueError(
+      f'attention kernel "cudnn" does not take {q.dtype}{list(q.shape)} on {jax.devices()[0].device_kind}; it needs '
+      'an NVIDIA GPU (Ampere or later), bfloat16, heads of at most 128; use model.kernel="auto".'
+    )
+  kernel = 'cudnn' if fits and kernel != 'xla' else 'xla'
+  if odd and kernel == 'cudnn':  # nothing sees what comes after it
+    longer = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    return jax.nn.dot_product_attention(*longer, is_causal=is_causal, implementation=kernel)[:, :-1]
+  return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=kernel)
+
+
+# --- Blocks of a picture
+
+
+def two_parts(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, text_k: jax.Array, text_v: jax.Array
+) -> jax.Array:
+  """Attention of q[B, R, Q, H, K] over a whole text [B, P, H, K] and, by bool[R, Q, T] `mask`, k, v[B, R, T, H, K]."""
+  scale, dtype = q.shape[-1] ** -0.5, q.dtype
+  scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  near = jnp.where(mask, scores('brqhk,brthk->bhrqt', q, k) * scale, NEVER)
+  text = scores('brqhk,bphk->bhrqp', q, text_k) * scale
+  top = jax.lax.stop_gradient(jnp.maximum(near.max(-1), text.max(-1)))[..., None]
+  near, text = jnp.exp(near - top), jnp.exp(text - top)
+  total = (near.sum(-1) + text.sum(-1)).transpose(0, 2, 3, 1)[..., None]  # (B, R, Q, H, 1)
+  sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  out = sums('bhrqt,brthk->brqhk', near.astype(dtype), v) + sums('bhrqp,bphk->brqhk', text.astype(dtype), text_v)
+  return (out / total).astype(dtype)
+
+
+@functools.lru_cache(maxsize=32)
+def _block_mask(pattern: Pattern, rows: int, reach: int) -> np.ndarray:
+  """Which of the tokens of a block's `reach` + 1 rows its tokens see; a block is a row, with 'column' a column."""
+  w = pattern.grid[1]
+  mask = Pattern(pattern.kind, 0, (rows, w), pattern.conv_kernel).mask(rows * w).reshape(rows, w, rows, w)
+  if pattern.kind == 'column':
+    return np.stack([mask[:, c, :, c] for c in range(w)])
+  mask = np.pad(mask, ((0, 0), (0, 0), (reach, 0), (0, 0)))
+  return np.stack([mask[r, :, r : r + reach + 1].reshape(w, -1) for r in range(rows)])
+
+
+def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern) -> jax.Array:
+  """The patterns 'row', 'column' and 'conv': each row (column) of image tokens over the text and the rows it sees."""
+  b, n, heads, head_dim = q.shape
+  prefix, w = pattern.prefix, pattern.grid[1]
+  rows = -(-(n - prefix) // w)
+  reach = min({'row': 1, 'column': 0, 'conv': pattern.conv_kernel // 2}[pattern.kind], rows - 1)
+
+  def picture(x):
+    x = jnp.pad(x[:, prefix:], ((0, 0), (0, prefix + rows * w - n), (0, 0), (0, 0)))
+    x = x.reshape(b, rows, w, heads, head_dim)
+    return x.swapaxes(1, 2) if pattern.kind == 'column' else x
+
+  def with_rows_above(x):
+    if not reach:
+      return x
+    x = jnp.pad(x, ((0, 0), (reach, 0), (0, 0), (0, 0), (0, 0)))
+    return jnp.concatenate([x[:, i : i + rows] for i in range(reach + 1)], axis=2)
+
+  text = [x[:, :prefix] for x in (q, k, v)]
+  keys, values = with_rows_above(picture(k)), with_rows_above(picture(v))
+  drawn = two_parts(picture(q), keys, values, jnp.asarray(_block_mask(pattern, rows, reach)), *text[1:])
+  drawn = drawn.swapaxes(1, 2) if pattern.kind == 'column' else drawn
+  drawn = drawn.reshape(b, rows * w, heads, head_dim)[:, : n - prefix]
+  return jnp.concatenate([fused(*text, 'xla', is_causal=True), drawn], axis=1)
+
+
+# --- TPU
+
+
+@functools.lru_cache(maxsize=32)
+def _order(pattern: Pattern, n: int) -> np.ndarray | None:
+  """The stream with its picture column by column, so that what a column sees lies together; None to leave it alone."""
+  if pattern.kind != 'column' or n <= pattern.prefix:
+    return None
+  image = np.arange(n - pattern.prefix)
+  by_column = image[np.lexsort((image // pattern.grid[1], image % pattern.grid[1]))]
+  return np.concatenate([np.arange(pattern.prefix), pattern.prefix + by_column])
+
+
+@functools.lru_cache(maxsize=32)
+def _tiles(pattern: Pattern, n: int, length: int) -> splash_attention_mask.Mask:
+  """The mask of a stream of `length` >= n positions in the order of `_order`; what is beyond n sees itself."""
+  if pattern.kind == 'full':
+    return splash_attention_mask.CausalMask((length, length))
+  mask, order = np.eye(length, dtype=bool), _order(pattern, n)
+  seen = pattern.mask(n)
+  mask[:n, :n] = seen if order is None else seen[np.ix_(order, order)]
+  return splash_attention_mask.NumpyMask(mask)
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, interpret: bool = False) -> jax.Array:
+  """By blocks of the mask: one that nothing in it is seen of is not computed. Split over heads, batch and sequence."""
+  n, heads = q.shape[1], q.shape[2]
+  mesh = jax.sharding.get_abstract_mesh()
+  # Of the batch and the heads an axis that does not divide stays whole; the sequence is made longer.
+  batch, of_heads = (
+    mesh_axes(name) if size % split(name) == 0 else () for name, size in (('batch', len(q)), ('heads', heads))
+  )
+  seq = mesh_axes('seq')
+  head_parts, parts = split('heads') if of_heads else 1, split('seq')
+  unit = LANES * parts
+  length = -(-n // unit) * unit
+  block = next(b for b in (512, 384, 256, LANES) if length // parts % b == 0) if pattern.kind == 'full' else LANES
+  names = ('block_q', 'block_kv', 'block_kv_compute', 'block_q_dkv', 'block_kv_dkv', 'block_kv_dkv_compute')
+  sizes = splash_attention_kernel.BlockSizes(**dict.fromkeys((*names, 'block_q_dq', 'block_kv_dq'), block))
+  run = splash_attention_kernel.make_splash_mha(
+    splash_attention_mask.MultiHeadMask([_tiles(pattern, n, length)] * heads),
+    block_sizes=sizes,
+    head_shards=head_parts,
+    q_seq_shards=parts,
+    interpret=interpret,
+  )
+  order = _order(pattern, n)
+
+  def arrange(x):
+    x = x if order is None else x[:, order]
+    return jnp.pad(x, ((0, 0), (0, length - n), (0, 0), (0, 0))).swapaxes(1, 2)  # (B, H, length, K)
+
+  q, k, v = arrange(q * q.shape[-1] ** -0.5), arrange(k), arrange(v)
+  call = lambda run, q, k, v: jax.vmap(run)(q, k, v)
+  if not mesh.empty:
+    spec = lambda sequence: PartitionSpec(batch or None, of_heads or None, sequence or None, None)
+    where = run.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(of_heads or None, seq or None)))
+    call = jax.shard_map(
+      call, mesh=mesh, in_specs=(where, spec(seq), spec(()), spec(())), out_specs=spec(seq), check_vma=False
+    )
+  out = call(run, q, k, v).swapaxes(1, 2)[:, :n]
+  return out if order is None else out[:, np.argsort(order)]

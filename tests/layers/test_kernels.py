@@ -1,0 +1,86 @@
+"""Every way to compute attention is attention by the mask: in blocks, by cuDNN (faked), by splash (interpreted)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import common
+from dalle_jax.layers import kernels
+from dalle_jax.layers.patterns import KINDS, Pattern
+from dalle_jax.training import sharding
+
+
+def qkv(n, heads=2, dtype=jnp.float32, batch=2):
+  return jax.random.normal(jax.random.key(0), (3, batch, n, heads, 8), dtype)
+
+
+def by_mask(q, k, v, pattern):
+  return jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(pattern.mask(q.shape[1]))[None, None])
+
+
+def both(run, pattern, n, **kwargs):
+  """Values and gradients of `run` and of attention by the mask."""
+  q, k, v = qkv(n, **kwargs)
+  weigh = jax.random.normal(jax.random.key(1), q.shape)
+  of = lambda f: jax.jit(jax.value_and_grad(lambda x: ((y := f(*x, pattern)) * weigh).sum() + 0 * y.sum()))((q, k, v))
+  return of(run), of(by_mask)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('n', [3, 4, 9, 14, 15])  # the text alone, a token, parts of rows, all but the last token, all
+def test_a_stream_is_attended_by_the_mask_of_its_pattern(kind, n):
+  ours, expected = both(kernels.over_stream, Pattern(kind, 3, (4, 3), 3), n)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), ours, expected)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_splash_equals_the_mask(kind):
+  run = functools.partial(kernels.splash, interpret=True)
+  ours, expected = both(run, Pattern(kind, 5, (13, 10), 3), 134, batch=1, heads=1)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-4), ours, expected)
+
+
+def test_splash_is_split_over_batch_heads_and_sequence():
+  pattern = Pattern('column', 5, (14, 10), 3)
+  q, k, v = qkv(144)
+  with sharding.use(dict(data=2, tensor=2, sequence=2), common.RULES):
+    drawn = jax.jit(functools.partial(kernels.splash, pattern=pattern, interpret=True))(q, k, v)
+  np.testing.assert_allclose(drawn, by_mask(q, k, v, pattern), atol=2e-5)
+
+
+def test_sparse_patterns_cost_less():
+  """FLOPs that the compiler counts, at the sizes of the paper."""
+  shape = jax.ShapeDtypeStruct((1, 1280, 2, 64), jnp.float32)
+
+  def flops(kind):
+    run = functools.partial(kernels.over_stream, pattern=Pattern(kind, 257, (32, 32)))
+    return jax.jit(run).lower(shape, shape, shape).cost_analysis()['flops']
+
+  full = flops('full')
+  assert flops('row') < full / 3 and flops('column') < full / 3 and flops('conv') < full / 2
+
+
+def test_the_flash_kernel_gets_even_lengths_and_its_absence_is_one_line(monkeypatch):
+  q, k, v = qkv(5, dtype=jnp.bfloat16)
+  plain = kernels.fused(q, k, v, 'auto', is_causal=True)
+  with pytest.raises(ValueError, match='kernel "cudnn" does not take bfloat16'):
+    kernels.fused(q, k, v, 'cudnn', is_causal=True)
+  with pytest.raises(ValueError, match="kernel 'flash' is unknown"):
+    kernels.fused(q, k, v, 'flash')
+  with pytest.raises(ValueError, match='kernel "splash" is for TPUs, this is cpu'):
+    kernels.over_stream(q, k, v, Pattern('full', 2, (2, 2)), 'splash')
+  asked, own = [], jax.nn.dot_product_attention
+
+  def fake(q, k, v, is_causal, implementation):
+    asked.append((q.shape[1], implementation))
+    return own(q, k, v, is_causal=is_causal)
+
+  monkeypatch.setattr(kernels, 'has_flash', lambda: True)
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', fake)
+  np.testing.assert_array_equal(kernels.fused(q, k, v, 'auto', is_causal=True), plain)
+  kernels.fused(q, k, v, 'auto')  # without a mask the padding would be seen
+  kernels.fused(*(x.astype(jnp.float32) for x in (q, k, v)), 'auto', is_causal=True)
+  assert asked == [(6, 'cudnn'), (5, 'xla'), (5, 'xla')]

@@ -1,0 +1,31 @@
+"""The training step of an objective without data, files or loop."""
+
+import jax
+
+from configs import common
+from dalle_jax.training import optim, sharding
+from dalle_jax.training import state as state_lib
+from dalle_jax.training.loop import make_step
+
+
+def take(objective, c, batch, sizes=None, *, count, frozen=None, ema=0.0):
+  """`count` steps on the same batch, over a mesh of these sizes or on one device.
+
+  Returns the states (the first is that before training), the metrics of each step, and the shapes with shardings of a
+  state.
+  """
+  devices = jax.devices()[:1] if sizes is None else None
+  with sharding.use(sizes or {}, common.RULES, devices) as mesh:
+    spec = state_lib.batch_spec(batch)
+    abstract, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
+    optimizer = optim.build(c.optim, 10, list(abstract))
+    target = state_lib.abstract_state(abstract, mutable, optimizer, ema > 0, mesh)
+    state = state_lib.init(objective, target, optimizer, 0, spec)
+    where = jax.tree.map(lambda x: x.sharding, target)
+    run = make_step(objective, optimizer, seed=0, accum=1, ema=ema, mesh=mesh, shardings=where)
+    states, metrics, batch = [jax.device_get(state)], [], sharding.put_batch(batch, mesh)
+    for _ in range(count):
+      state, found, _ = run(state, frozen or {}, batch)
+      states.append(jax.device_get(state))
+      metrics.append(jax.device_get(found))
+  return states, metrics, target

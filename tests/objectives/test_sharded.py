@@ -1,0 +1,70 @@
+"""Every mesh trains as one device does: by default one that splits all that can be split, all with --all-meshes."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.functional.pixels import to_float
+from dalle_jax.models import vqgan
+from tests import runs
+from tests.objectives import steps, test_dalle, test_story_dalle, test_storyganc, test_vqgan
+
+LOSS = dict(caption_dropout=0.5, token_noise=0.5)
+MESHES = [
+  dict(fsdp=2, tensor=2, sequence=2),
+  dict(data=8),
+  dict(fsdp=8),
+  dict(data=4, tensor=2),
+  dict(data=4, sequence=2),
+  dict(data=2, fsdp=2, tensor=2),
+]
+
+
+def dalle():
+  frozen = {'vqgan': runs.parameters(vqgan.build('test').init, to_float(test_dalle.BATCH['image'][:1]))['params']}
+  return test_dalle.build(**LOSS), test_dalle.config(**LOSS), test_dalle.BATCH, frozen
+
+
+def story_dalle():
+  fields = dict(prompt=2, attention='row,column,conv,row')
+  return test_story_dalle.build(LOSS, **fields), test_story_dalle.config(LOSS, **fields), test_story_dalle.BATCH, {}
+
+
+def vqgan_():
+  batch = {'image': jnp.concatenate([test_vqgan.BATCH['image'], 255 - test_vqgan.BATCH['image']])}
+  return test_vqgan.build(disc_weight=0.8), test_vqgan.config(disc_weight=0.8), batch, {}
+
+
+def storyganc():
+  return test_storyganc.build(labels=5), test_storyganc.config(labels=5), test_storyganc.BATCH, {}
+
+
+def pytest_generate_tests(metafunc):
+  meshes = MESHES if metafunc.config.getoption('--all-meshes') else MESHES[:1]
+  metafunc.parametrize('sizes', meshes, ids=lambda sizes: '-'.join(f'{k}{v}' for k, v in sizes.items()))
+
+
+def learn(what, sizes=None):
+  objective, c, batch, frozen = what()
+  return steps.take(objective, c, batch, sizes, count=5, frozen=frozen)
+
+
+alone = functools.cache(learn)
+
+
+@pytest.mark.parametrize('what', [dalle, story_dalle, vqgan_, storyganc])
+def test_losses_are_those_of_one_device(what, sizes):
+  _, expected, _ = alone(what)
+  _, metrics, target = learn(what, sizes)
+  for step, (ours, theirs) in enumerate(zip(metrics, expected, strict=True)):
+    for name in ours:
+      np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6, err_msg=f'{name} at step {step}')
+  for split in (target.params, target.opt_state):  # no device holds all of it
+    held = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(split))
+    whole = sum(math.prod(x.shape) for x in jax.tree.leaves(split))
+    parts = sizes.get('fsdp', 1) * sizes.get('tensor', 1)
+    assert held < whole * 1.6 / parts
