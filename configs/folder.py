@@ -3,6 +3,7 @@
   python train.py --config configs/folder.py --config.data.path=PICTURES --config.root=runs/mine   # on a CPU
   python train.py --config configs/folder.py:size=256,batch=32,steps=100000 --config.data.path=PICTURES  # on a GPU
   python sample.py --run runs/mine/dalle --clip runs/mine/clip --prompt "..." --n 8
+WebDataset tars instead: `--config.data.source=tars --config.data.path='DIR/shard-{000..099}.tar'`.
 Three stages: VQGAN, CLIP (for reranking), DALL-E; `:vqgan`, `:clip`, `:dalle` run one. With size=256 the networks
 are those of the paper's layout (f = 8: 32 x 32 codes), else small ones.
 A few hundred pictures are learnt by heart, no more.

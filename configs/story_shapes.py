@@ -4,6 +4,8 @@
   python train.py --config configs/story_shapes.py:prompt    # the DALL-E frozen, what is added trained
 Also `:no_retro` (no cross-attention) and `:no_story_encoder` (no story token): what each part is good for. `make
 ablations` trains and scores all four.
+
+  python -m dalle_jax.sweep --config configs/story_shapes.py --config.train.steps=400    # learning rates
 """
 
 from configs import common
@@ -21,6 +23,11 @@ def get_config(arg: str = ''):
   c.data.update(source='story_shapes', image_size=36, source_args=dict(image_size=36))
   story(c, arg.variant, arg.steps)
   return c
+
+
+def sweep(add):
+  for lr in (5e-4, 1e-3, 2e-3):
+    add(**{'optim.lr': lr})
 
 
 def story(c, variant: str = 'full', steps: int = 1_500):

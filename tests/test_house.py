@@ -26,6 +26,7 @@ MAY_IMPORT = {  # room -> rooms (or one file of a room)
   'convert': {'convert', 'models', 'training', 'data.restricted'},
   'evals': {'evals', 'models', 'functional', 'training', 'data.sources'},
   'pipelines': {'pipelines', 'models', 'functional', 'training', 'data'},
+  'sweep.py': {'training'},
 }
 OBJECTIVES = sorted(p.stem for p in (ROOT / 'dalle_jax' / 'objectives').glob('*.py') if p.stem != '__init__')
 CONFIGS = sorted(p.stem for p in (ROOT / 'configs').glob('*.py') if p.stem not in ('__init__', 'common'))

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Collection
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MAX_PIXELS = 80_000_000  # a larger picture is refused before it is decoded: a few bytes can claim to be gigabytes
 AUGMENTS = ('center_crop', 'random_crop', 'flip')
@@ -47,13 +47,15 @@ def to_rgb(image: bytes | Image.Image | np.ndarray, least: int = 0) -> Image.Ima
     raise ValueError(f'a picture of {width} x {height} pixels is over the limit of {MAX_PIXELS:,}.')
   if least:
     image.draft(None, (least, least))
-  image = ImageOps.exif_transpose(image)
+  image.load()  # a PNG may have its EXIF behind the pixels
+  if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else exif_transpose would copy the picture
+    image = ImageOps.exif_transpose(image)
   if image.mode.startswith('I;16') or image.mode in ('I', 'F'):
     return _from_deep(np.asarray(image)).convert('RGB')
   if image.has_transparency_data:
     image = image.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-  return image.convert('RGB')
+  return image if image.mode == 'RGB' else image.convert('RGB')
 
 
 def _from_array(image: np.ndarray) -> Image.Image:

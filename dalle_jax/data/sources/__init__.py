@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 SPLITS = ('train', 'val', 'test')
 
 
@@ -44,22 +46,30 @@ def divide(names: Sequence[str], split: str, val_fraction: float, test_fraction:
   their fraction is positive, as in folders of a few pictures, each gets the one of train with the lowest hash. Raises
   ValueError for an unknown split, fractions that leave nothing to train on, or too few names.
   """
+  return choose(np.array([share(n) for n in names]), split, val_fraction, test_fraction).tolist()
+
+
+def share(name: str) -> float:
+  """Where the hash of a name lies between 0 and 1."""
+  return int.from_bytes(hashlib.sha256(name.encode('utf-8', 'surrogateescape')).digest()[:8]) / 2**64
+
+
+def choose(shares: np.ndarray, split: str, val_fraction: float, test_fraction: float) -> np.ndarray:
+  """`divide` as int64 indices, for float64 shares of names that were hashed before."""
   if split not in SPLITS:
     raise ValueError(f'config.data has the split {split!r}; expected one of {", ".join(SPLITS)}.')
   if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
     raise ValueError(f'val_fraction {val_fraction} and test_fraction {test_fraction} must leave some for train.')
-  hashes = [int.from_bytes(hashlib.sha256(n.encode('utf-8', 'surrogateescape')).digest()[:8]) for n in names]
-  share = [h / 2**64 for h in hashes]
-  parts: dict[str, list[int]] = {s: [] for s in SPLITS}
-  for i, u in enumerate(share):
-    parts['val' if u < val_fraction else 'test' if u < val_fraction + test_fraction else 'train'].append(i)
-  for part, fraction in (('val', val_fraction), ('test', test_fraction)):
-    if fraction and not parts[part] and len(parts['train']) > 1:
-      parts[part].append(min(parts['train'], key=lambda i: share[i]))
-      parts['train'].remove(parts[part][0])
-  if not parts[split]:
+  train, val, test = range(3)
+  part = np.where(shares < val_fraction, val, np.where(shares < val_fraction + test_fraction, test, train))
+  for wanted, fraction in ((val, val_fraction), (test, test_fraction)):
+    left = np.flatnonzero(part == train)
+    if fraction and wanted not in part and len(left) > 1:
+      part[left[shares[left].argmin()]] = wanted
+  chosen = np.flatnonzero(part == SPLITS.index(split))
+  if not len(chosen):
     raise ValueError(
-      f'the split {split!r} of {len(names)} pictures is empty (val_fraction {val_fraction}, test_fraction '
+      f'the split {split!r} of {len(shares)} pictures is empty (val_fraction {val_fraction}, test_fraction '
       f'{test_fraction}); add pictures, change the fractions, or set config.data.val_split="" to train without it.'
     )
-  return parts[split]
+  return chosen

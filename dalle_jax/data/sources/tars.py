@@ -1,0 +1,274 @@
+"""WebDataset tars by random access, uncompressed: NAME.jpg (jpeg, png, webp), its caption in NAME.txt or NAME.json.
+
+PATH is a pattern (DIR/shard-{000..099}.tar, DIR/*.tar), a folder of tars, or one. Members of a tar belong together that
+share a key: all up to the first dot of the last part of their name. So a picture is `a/b.jpg`, not `a/b.seg.jpg`.
+
+What lies where is read once from the headers of a tar and kept beside it in NAME.tar.index, where that cannot be
+written in ~/.cache/dalle_jax, else in memory; again when the size or the time of the tar has changed.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import uuid
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from dalle_jax.data import sources
+from dalle_jax.data.sources.folder import SUFFIXES
+
+ROW = np.dtype(  # a sample: where its picture and its caption begin in the tar, and the picture's name in Index.names
+  [('image', '<u8'), ('image_size', '<u4'), ('text', '<u8'), ('text_size', '<u4'), ('json', '?'), ('name', '<u4')]
+)
+FORMAT = 1  # of index files
+LARGEST = 2**32 - 1  # bytes of a member
+MEMBER = re.compile(r'((?:.*/)?[^/.]+)(\.[^/]+)', re.DOTALL)  # key, suffix
+TARS = re.compile(r'.*\.(tar|tar\.(gz|bz2|xz|zst)|tgz)')
+COMPRESSED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'(\xb5/\xfd': 'zstd'}
+EXPECTED = f'expected tars of NAME{"|".join(SUFFIXES)} with the caption in NAME.txt or NAME.json'
+NOTES = {  # what is wrong with a tar -> its line in the report
+  'cut': '{count} tars are cut off or damaged, only what stands before that is used; the first is {first}',
+  'none': '{count} tars have no pictures; the first is {first}',
+  'alone': '{count} samples have no picture and are left out; the first is {first}',
+  'dots': '{count} pictures are left out, as the name of a sample ends at its first dot; the first is {first}',
+  'again': '{count} members are not the first of their kind in a sample and are left out; the first is {first}',
+}
+Note = tuple[str, int, str]  # a name of NOTES, how often, the first
+OPEN = 256  # tars that a process holds open
+READERS = 8  # of headers at the same time, for file systems that answer late
+NEAR = 2**16  # bytes: picture and caption with less between them are read at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Index:
+  """Of one tar: ROW[n] of its samples, float64[n] shares of their keys, names that end in NUL, and what is wrong."""
+
+  rows: np.ndarray
+  shares: np.ndarray
+  names: bytes
+  notes: Sequence[Note]
+
+
+class Tars:
+  """Random-access source: `{'image': bytes of the file, 'caption': first line or '', 'captions': all lines}`."""
+
+  def __init__(self, shards: Sequence[str], ends: np.ndarray, rows: np.ndarray, lines: Sequence[str]):
+    """`rows` ROW[n] of all shards, one after the other; those of shard k end before ends[k]; `lines` of the report."""
+    self.shards, self.ends, self.rows, self.lines = shards, ends, rows, lines
+    self._open = functools.lru_cache(OPEN)(io.FileIO)  # which closes itself when nobody uses it
+
+  def __reduce__(self):
+    return Tars, (self.shards, self.ends, self.rows, self.lines)
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def shard(self, index: int) -> str:
+    return self.shards[int(np.searchsorted(self.ends, range(len(self))[index], 'right'))]
+
+  def name(self, index: int) -> str:
+    shard, start = self.shard(index), int(self.rows['name'][index])
+    names = index_of(shard).names
+    return f'{shard}:{names[start : names.find(0, start)].decode("utf-8", "surrogateescape")}'
+
+  def __getitem__(self, index: int) -> dict:
+    image, image_size, text, text_size, is_json, _ = self.rows[index].item()
+    picture, caption = self._read(index, (image, image_size), (text, text_size))
+    captions = _captions(caption, is_json)
+    return {'image': picture, 'caption': captions[0] if captions else '', 'captions': captions}
+
+  def captions(self, index: int) -> list[str]:
+    _, _, text, text_size, is_json, _ = self.rows[index].item()
+    return _captions(*self._read(index, (text, text_size)), is_json)
+
+  def report(self) -> list[str]:
+    silent = int((self.rows['text_size'] == 0).sum())
+    lines = [f'{len(self):,} pictures in {len(self.shards):,} tars', *self.lines]
+    return [*lines, f'{silent} of them have no caption'] if silent else lines
+
+  def _read(self, index: int, *spans: tuple[int, int]) -> list[bytes]:
+    """The bytes of (start, size) each, by one call where they are near each other."""
+    file = self._open(self.shard(index))
+    there = [s for s in spans if s[1]]
+    start, end = min((s for s, _ in there), default=0), max((s + n for s, n in there), default=0)
+    if end - start > sum(n for _, n in there) + NEAR:
+      return [os.pread(file.fileno(), n, s) for s, n in spans]
+    whole = os.pread(file.fileno(), end - start, start)
+    return [whole[s - start : s - start + n] if n else b'' for s, n in spans]
+
+
+def _captions(text: bytes, is_json: bool) -> list[str]:
+  if not is_json:
+    lines = text.decode('utf-8-sig').splitlines()
+  else:
+    try:
+      found = json.loads(text).get('caption') or ''
+    except (ValueError, AttributeError) as e:
+      raise ValueError(f'its NAME.json is no JSON object with a "caption" ({e})') from e
+    lines = list(map(str, found)) if isinstance(found, list) else [str(found)]
+  return [line.strip() for line in lines if line.strip()]
+
+
+def load(split: str, *, path: str, val_fraction: float = 0.05, test_fraction: float = 0.0) -> Tars:
+  """The pictures of a split, which a hash of each sample's key decides (see `sources.divide`): tars may be cut anew.
+
+  Pictures without a caption stay in: they serve a model that needs none, and are skipped by one that does. `report`
+  counts what cannot be used. Raises FileNotFoundError when there is no tar or one of a range is missing; ValueError
+  for one that is compressed or no tar, or when there is no picture, or none in the split.
+  """
+  shards = find(path)
+  with ThreadPoolExecutor(READERS) as pool:
+    indices = list(tqdm(pool.map(index_of, shards), 'reading headers', len(shards), unit='tars', delay=5.0))
+  known = zip(shards, indices, strict=True)
+  notes = _tally((what, count, f'{shard}{first}') for shard, index in known for what, count, first in index.notes)
+  lines = [NOTES[what].format(count=f'{count:,}', first=first) for what, count, first in notes]
+  shares = np.concatenate([i.shares for i in indices])
+  if not len(shares):
+    raise ValueError(f'config.data.path {path!r} has no pictures; {EXPECTED}. {"; ".join(lines)}.')
+  chosen = sources.choose(shares, split, val_fraction, test_fraction)
+  ends = np.searchsorted(chosen, np.cumsum([len(i.rows) for i in indices]))
+  return Tars(shards, ends, np.concatenate([i.rows for i in indices])[chosen], lines)
+
+
+def find(path: str) -> list[str]:
+  """The tars of a path, in the order of the pattern, else sorted. Raises FileNotFoundError of one line."""
+  known = []
+  for name in _range(os.path.expanduser(path)):
+    if os.path.isdir(name):
+      known += sorted(os.path.join(d, f) for d, _, files in os.walk(name) for f in files if TARS.fullmatch(f))
+    elif os.path.exists(name) or not glob.has_magic(name):
+      known.append(name)
+    else:
+      known += sorted(f for f in glob.glob(name, recursive=True) if TARS.fullmatch(f))
+  missing = [name for name in known if not os.path.isfile(name)]
+  if missing or not known:
+    which = f'{len(missing)} of {len(known)} tars are missing, the first is {missing[0]}' if missing else 'has no tars'
+    raise FileNotFoundError(f'config.data.path {path!r}: {which}; {EXPECTED}: DIR/shard-{{000..099}}.tar, or a folder.')
+  return known
+
+
+def _range(pattern: str) -> list[str]:
+  """'a{08..10}' -> a08, a09, a10; several ranges count as the digits of a number."""
+  found = re.search(r'\{(\d+)\.\.(\d+)\}', pattern)
+  if not found:
+    return [pattern]
+  first, last = found.groups()
+  numbers = (f'{i:0{len(first)}d}' for i in range(int(first), int(last) + 1))
+  return [f'{pattern[: found.start()]}{i}{rest}' for i in numbers for rest in _range(pattern[found.end() :])]
+
+
+# --- Index
+
+
+def index_of(path: str) -> Index:
+  """The index of a tar as it is now. Raises ValueError for what is no tar or compressed, or OSError."""
+  stat = os.stat(path)
+  return _index(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(4)
+def _index(path: str, size: int, time: int) -> Index:
+  place = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
+  cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'dalle_jax'
+  files, stamp = [Path(f'{path}.index'), cache / f'{place}.tar.index'], [FORMAT, size, time]
+  if found := next(filter(None, (_stored(f, stamp) for f in files)), None):
+    return found
+  index = scan(path)
+  head = {'of': stamp, 'rows': len(index.rows), 'notes': index.notes}
+  whole = b''.join((json.dumps(head).encode(), b'\n', index.rows.tobytes(), index.shares.tobytes(), index.names))
+  for file in files:
+    partial = file.with_name(f'{file.name}.{uuid.uuid4().hex[:8]}.tmp')  # other processes may be writing theirs
+    with contextlib.suppress(OSError):
+      file.parent.mkdir(parents=True, exist_ok=True)
+      partial.write_bytes(whole)
+      os.replace(partial, file)
+      break
+    with contextlib.suppress(OSError):
+      partial.unlink()
+  return index
+
+
+def _stored(file: Path, stamp: Sequence[int]) -> Index | None:
+  """What an index file holds, or None when there is none, or it is of another tar or torn."""
+  try:
+    head, _, rest = file.read_bytes().partition(b'\n')
+    meta = json.loads(head)
+    if meta['of'] != stamp:
+      return None
+    count = meta['rows']
+    rows, shares = np.frombuffer(rest, ROW, count), np.frombuffer(rest, '<f8', count, count * ROW.itemsize)
+    names = rest[count * (ROW.itemsize + 8) :]
+    return Index(rows, shares, names, meta['notes']) if names.count(0) == count else None
+  except (OSError, ValueError, KeyError, TypeError):
+    return None
+
+
+def scan(path: str) -> Index:
+  """Reads the headers of a tar. Raises ValueError for what is no tar or compressed, or OSError."""
+  size = os.path.getsize(path)
+  samples: dict[str, dict[str, tuple[str, int, int]]] = {}  # key -> part -> member, start, size
+  notes: list[Note] = []
+  # A damaged header ends the archive for tarfile, without a word.
+  with _opened(path) as tar, contextlib.suppress(tarfile.ReadError):
+    for member in tar:
+      if member.offset_data + member.size > size:
+        break
+      match = MEMBER.fullmatch(member.name.removeprefix('./'))
+      if not match or not member.isreg() or member.sparse:
+        continue
+      key, suffix = match[1], match[2].lower()
+      part = 'image' if suffix in SUFFIXES else suffix if suffix in ('.txt', '.json') else ''
+      if part and part not in samples.setdefault(key, {}):
+        samples[key][part] = member.name, member.offset_data, min(member.size, LARGEST)
+      elif part or suffix.endswith(SUFFIXES):
+        notes.append(('again' if part else 'dots', 1, f':{member.name}'))
+  with open(path, 'rb') as file:
+    file.seek(tar.offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # zeros are the end of a tar
+      notes.append(('cut', 1, f' at byte {min(tar.offset, size):,}'))
+  names, rows, shares, start = [], [], [], 0
+  for key, parts in samples.items():
+    if 'image' not in parts:
+      notes.append(('alone', 1, f':{next(iter(parts.values()))[0]}'))
+      continue
+    name, image, length = parts['image']
+    told = next((p for p in ('.txt', '.json') if p in parts), '')
+    _, text, text_length = parts.get(told, ('', 0, 0))
+    rows.append((image, length, text, text_length, told == '.json', start))
+    shares.append(sources.share(key))
+    names.append(name.encode('utf-8', 'surrogateescape') + b'\0')
+    start += len(names[-1])
+  if not rows:
+    notes.append(('none', 1, ''))
+  return Index(np.array(rows, ROW), np.array(shares, '<f8'), b''.join(names), _tally(notes))
+
+
+def _opened(path: str) -> tarfile.TarFile:
+  with open(path, 'rb') as file:
+    start = file.read(8)
+  if kind := next((kind for magic, kind in COMPRESSED.items() if start.startswith(magic)), None):
+    raise ValueError(f'{path} is compressed ({kind}); unpack it to a plain tar, out of which samples can be picked.')
+  try:
+    return tarfile.open(path, 'r:', encoding='utf-8', errors='surrogateescape')
+  except tarfile.TarError as e:
+    raise ValueError(f'{path} is no tar ({e}); {EXPECTED}.') from e
+
+
+def _tally(notes: Iterable[Note]) -> list[Note]:
+  """One note of each kind."""
+  found: dict[str, Note] = {}
+  for what, count, first in notes:
+    _, before, earliest = found.get(what, (what, 0, first))
+    found[what] = what, before + count, earliest
+  return list(found.values())

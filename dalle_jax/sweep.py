@@ -1,0 +1,224 @@
+"""Runs train.py once for each setting that a config's `sweep` adds, here or on Slurm, and puts the results in a table.
+
+  python -m dalle_jax.sweep --config configs/story_shapes.py --root runs/sweep --parallel 2
+  python -m dalle_jax.sweep --config configs/NAME.py:ARGUMENT --executor slurm --slurm gpus_per_node=8 \\
+    --slurm timeout_min=720 --slurm slurm_partition=gpu --config.train.steps=2000
+In the config file, `def sweep(add)` calls `add(**{'optim.lr': 1e-3, 'seed': 1})` for each run. That one is in
+ROOT/optim.lr=0.001,seed=1, what it says in train.log there. Other `--config.NAME=VALUE` are for all runs. One that
+fails stops no other; the same command goes on with what is not finished. ROOT/sweep.md and sweep.json have a row a
+run, written whenever one has ended.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from dalle_jax.training import checkpoint, errors, metrics
+from dalle_jax.training import config as config_lib
+
+TRAIN = Path(__file__).resolve().parents[1] / 'train.py'
+STOPPED = 143
+ENDS = {0: 'finished', 1: 'diverged', STOPPED: 'stopped'}  # exit status of train.py; others have failed
+POLL = 0.2  # seconds
+# Metrics that the table leaves out.
+UNTOLD = re.compile(r'(steps_per_second|tokens_per_second|utilisation|lr|grad_norm)(/.*)?')
+FLAGS = flags.FlagValues()
+flags.DEFINE_string('config', '', 'file.py:argument with a function `sweep`', flag_values=FLAGS)
+flags.DEFINE_enum('executor', 'local', ['local', 'slurm'], 'where the runs are', flag_values=FLAGS)
+flags.DEFINE_string('root', '', 'directory of the run directories; runs/sweeps/NAME without it', flag_values=FLAGS)
+flags.DEFINE_integer('parallel', 1, 'runs at the same time', 1, flag_values=FLAGS)
+flags.DEFINE_multi_string('slurm', [], 'NAME=VALUE, a parameter of submitit, such as mem_gb', flag_values=FLAGS)
+flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
+
+
+@dataclasses.dataclass
+class Run:
+  """One setting: its run directory, the command that trains it, the steps it is to have, and how it ended."""
+
+  path: Path
+  overrides: Mapping[str, Any]
+  command: Sequence[str]
+  steps: int
+  status: str = 'waiting'
+
+  @property
+  def log(self) -> str:
+    return str(self.path / 'train.log')
+
+  def finished(self) -> bool:
+    return next(iter(checkpoint.steps(self.path)), 0) >= self.steps
+
+  def results(self) -> dict[str, float]:
+    """The last value of every metric."""
+    return {k: v for line in metrics.read(self.path / 'metrics.jsonl') for k, v in line.items()}
+
+
+def settings(config: str) -> list[dict[str, Any]]:
+  """What `sweep` of a config file adds, field -> value each. Raises ValueError of one line."""
+  path = Path(config.partition(':')[0])
+  if not path.is_file():
+    raise FileNotFoundError(f'there is no config {path}; give --config configs/NAME.py of one with a `sweep`.')
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, 'sweep'):
+    raise ValueError(f'{path} has no `sweep`; give it one, which calls add(**{{"optim.lr": 1e-3}}) for each run.')
+  added: list[dict[str, Any]] = []
+  module.sweep(lambda **overrides: added.append(overrides))
+  if not added:
+    raise ValueError(f'`sweep` of {path} adds no run; call add(**{{"optim.lr": 1e-3}}) for each.')
+  names = list(map(name, added))
+  if again := [n for n in names if names.count(n) > 1]:
+    raise ValueError(f'`sweep` of {path} adds {again[0]} more than once; every run needs overrides of its own.')
+  return added
+
+
+def name(overrides: Mapping[str, Any]) -> str:
+  """{'optim.lr': 1e-3, 'seed': 1} -> 'optim.lr=0.001,seed=1', fit for a directory; 'base' without overrides."""
+  return re.sub(r'[^\w.=,+-]+', '_', ','.join(f'{k}={v}' for k, v in overrides.items())) or 'base'
+
+
+def plan(config: str, root: Path, common: Sequence[str]) -> list[Run]:
+  """The runs of a sweep, each with a config that was read once. Raises ValueError or OSError of one line."""
+  runs = []
+  for overrides in settings(config):
+    path = root / name(overrides)
+    given = [*common, *(f'--config.{k}={v}' for k, v in overrides.items()), f'--config.run_dir={path}']
+    command = [sys.executable, str(TRAIN), f'--config={config}', *given]
+    read = config_lib.parse(command[1:])
+    if read.stages:
+      raise ValueError(f'{config} has the stages {", ".join(read.stages)}; sweep one of them: --config {config}:STAGE.')
+    runs.append(Run(path, overrides, command, read.train.steps))
+  return runs
+
+
+Ended = Iterator[tuple[Run, int | str]]  # with the exit status, or what has become of it
+
+
+def start(command: Sequence[str], log: str) -> subprocess.Popen:
+  """Trains in a process with its output in `log`, which a Ctrl-C does not reach."""
+  with open(log, 'ab') as output:
+    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def execute(command: Sequence[str], log: str) -> int:
+  return start(command, log).wait()
+
+
+def locally(runs: Sequence[Run], parallel: int) -> Ended:
+  """Trains `parallel` runs at a time on this machine; whatever ends this program lets them save and stop."""
+  waiting, running = list(runs), {}
+  try:
+    while waiting or running:
+      for run in waiting[: parallel - len(running)]:
+        running[start(run.command, run.log)] = run
+        waiting.remove(run)
+      for child in [c for c in running if c.poll() is not None]:
+        yield running.pop(child), child.returncode
+      time.sleep(POLL)
+  finally:
+    for child in running:
+      child.terminate()
+    for child in running:
+      child.wait()
+
+
+def on_slurm(runs: Sequence[Run], parallel: int, folder: Path, options: Mapping[str, Any]) -> Ended:
+  """Submits the runs as one job array and waits for them; whatever ends this program cancels what is left of them."""
+  if not runs:
+    return
+  try:
+    import submitit
+  except ImportError as e:
+    raise ValueError(f'--executor slurm needs a package: pip install "dalle_jax[launch]" ({e}).') from e
+  executor = submitit.AutoExecutor(folder=folder, cluster='slurm')
+  executor.update_parameters(**{'name': 'sweep', 'slurm_array_parallelism': parallel, **options})
+  jobs = executor.map_array(execute, [r.command for r in runs], [r.log for r in runs])
+  waiting = dict(zip(jobs, runs, strict=True))
+  try:
+    for job in submitit.helpers.as_completed(jobs):
+      if lost := job.exception():  # out of memory or time, or cancelled by others
+        yield waiting.pop(job), f'failed ({job.state}: {" ".join(str(lost).split())[:200]})'
+      else:
+        yield waiting.pop(job), job.result()
+  finally:
+    for job in waiting:
+      job.cancel()
+
+
+def write(root: Path, runs: Sequence[Run]) -> str:
+  """ROOT/sweep.json, with all there is, and ROOT/sweep.md; returns the latter."""
+  rows = [{'run': r.path.name, 'overrides': dict(r.overrides), 'status': r.status, **r.results()} for r in runs]
+  fields = dict.fromkeys(k for r in runs for k in r.overrides)
+  told = [k for k in dict.fromkeys(k for r in runs for k in r.results()) if not UNTOLD.fullmatch(k)]
+  lines = [['run', *fields, 'status', *told]]
+  lines += [['---'] * len(lines[0])]
+  for row in rows:
+    values = [f'{row[k]:.6g}' if k in row else '' for k in told]
+    lines.append([row['run'], *(str(row['overrides'].get(k, '')) for k in fields), row['status'], *values])
+  table = ''.join(f'| {" | ".join(cell.replace("|", " ") for cell in line)} |\n' for line in lines)
+  for file, text in (('sweep.json', json.dumps(rows, indent=2, default=str) + '\n'), ('sweep.md', table)):
+    partial = root / f'{file}.tmp'
+    partial.write_text(text)
+    os.replace(partial, root / file)
+  return table
+
+
+def sweep(runs: Sequence[Run], root: Path, executor: Callable[[Sequence[Run]], Ended]) -> None:
+  """Runs what is not finished and keeps the table up to date. Raises ValueError when some have not finished then."""
+  for run in runs:
+    run.path.mkdir(parents=True, exist_ok=True)
+    run.status = 'finished' if run.finished() else 'waiting'
+  left = [r for r in runs if r.status == 'waiting']
+  print(f'{len(left)} of {len(runs)} runs to do in {root}', flush=True)
+  write(root, runs)
+  with contextlib.closing(executor(left)) as ended:
+    for run, code in ended:
+      run.status = code if isinstance(code, str) else ENDS.get(code, f'failed (exit {code})')
+      print(f'{run.path.name}: {run.status}', flush=True)
+      write(root, runs)
+  print(write(root, runs))
+  if failed := [r for r in runs if r.status != 'finished']:
+    raise ValueError(f'{len(failed)} of {len(runs)} runs have not finished; the first is told of in {failed[0].log}.')
+
+
+def run(common: Sequence[str]) -> None:
+  if not FLAGS.config:
+    raise ValueError('give --config configs/NAME.py, a config with a function `sweep`.')
+  stem = re.sub(r'\W+', '_', FLAGS.config.removeprefix('configs/').replace('.py', ''))
+  root = Path(FLAGS.root or f'runs/sweeps/{stem}').expanduser()
+  if wrong := [o for o in FLAGS.slurm if '=' not in o]:
+    raise ValueError(f'--slurm {wrong[0]} is not understood; expected NAME=VALUE, such as timeout_min=60.')
+  options = {k: int(v) if v.isdigit() else v for k, v in (o.split('=', 1) for o in FLAGS.slurm)}
+  where = {
+    'local': lambda left: locally(left, FLAGS.parallel),
+    'slurm': lambda left: on_slurm(left, FLAGS.parallel, root / 'slurm', options),
+  }
+  sweep(plan(FLAGS.config, root, common), root, where[FLAGS.executor])
+
+
+def main(argv: list[str]) -> int:
+  common = [a for a in argv if re.match('--?config[.]', a)]
+  signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
+  own = [a for a in argv if a not in common]
+  try:
+    return errors.command(own, FLAGS, lambda: run(common), __doc__, 'the config needs --config.')
+  except KeyboardInterrupt:
+    print('stopped; the same command goes on.', file=sys.stderr)
+    return STOPPED
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))
