@@ -2,8 +2,8 @@
 
 python -m benchmarks.sampler --size=t_base --batch_size=4 --peer=torch
 python -m benchmarks.sampler --size=mindalle --batch_size=1                      (1.3B, on a GPU)
-Weights are those of blocks and head, which every step reads whole, in the type of computation. With --story it draws the
-four frames of stories with cross-attention to their source.
+Weights are those of blocks and head, which every step reads whole, in the type of computation. With --story it draws
+the four frames of stories with cross-attention to their source.
 """
 
 import functools

@@ -2,8 +2,8 @@
 
 python -m benchmarks.step --size=t_base --batch_size=4 --peer=torch
 python -m benchmarks.step --size=mindalle --batch_size=64 --remat=dots          (1.3B, on a GPU)
-Utilisation is against the rate of a large matrix product that is measured in the same run (`benchmarks/limits.py`). With
---story the batch is stories of four frames with cross-attention to their source.
+Utilisation is against the rate of a large matrix product that is measured in the same run (`benchmarks/limits.py`).
+With --story the batch is stories of four frames with cross-attention to their source.
 """
 
 import itertools

@@ -1,8 +1,8 @@
 """The transformers of `benchmarks/sizes.py` in plain PyTorch, written as public code of this family is; needs torch.
 
 Eager by default. Attention is one linear layer each for queries, keys and values, scores, a mask, softmax; sparse kinds
-are computed over rows, columns and windows of the picture as DALLE-pytorch computes them; sampling keeps keys and values
-in a list that grows by concatenation, and where attention is sparse runs the whole stream again for every token.
+are computed over rows, columns and windows of the picture as DALLE-pytorch computes them; sampling keeps keys and
+values in a list that grows by concatenation, and where attention is sparse runs the whole stream again for every token.
 """
 
 import time

@@ -1,7 +1,7 @@
 """Seconds of encoding, decoding and training a VQGAN: `python -m benchmarks.vqgan --peer=torch`.
 
-The published f16 network at 256 x 256 pixels, the f8 one in training at 128 x 128 (reconstruction alone: neither LPIPS nor
-a discriminator), four pictures each.
+The published f16 network at 256 x 256 pixels, the f8 one in training at 128 x 128 (reconstruction alone: neither LPIPS
+nor a discriminator), four pictures each.
 """
 
 import flax.linen as nn

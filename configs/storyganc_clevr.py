@@ -10,11 +10,11 @@ from configs import common
 
 
 def get_config(arg: str = ''):
-  arg = common.parse_arg(arg, variant='small', steps=3_000, batch=8, l1=10.0)
+  arg = common.parse_arg(arg, variant='small', steps=3_000, batch=8, l2=30.0)
   c = common.base()
   c.objective = 'storyganc'
   c.model = dict(variant=arg.variant, frames=3, labels=24)
-  c.loss = dict(l1_weight=arg.l1)  # the paper has no such term, and many more steps
+  c.loss = dict(l2_weight=arg.l2)  # the paper has no such term, and many more steps
   c.tokenizer.update(vocab_size=512, length=16, dropout=0.0)
   c.data.update(source='clevr_sv', image_size=64, batch_size=arg.batch, source_args=dict(val_stories=6))
   c.optim.update(common.gan_optimizer(2e-4), schedule='constant')

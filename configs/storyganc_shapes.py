@@ -10,17 +10,17 @@ from configs import common
 
 
 def get_config(arg: str = ''):
-  arg = common.parse_arg(arg, no_attention=False, variant='quickstart', size=36, steps=2_000, batch=16, l1=10.0)
+  arg = common.parse_arg(arg, no_attention=False, variant='quickstart', size=36, steps=2_000, batch=16, l2=30.0)
   c = common.base()
   c.objective = 'storyganc'
   c.root = 'runs/quickstart'
   c.run_dir = c.get_ref('root') + ('/storyganc_no_attention' if arg.no_attention else '/storyganc')
   c.model = dict(variant=arg.variant, attention=not arg.no_attention)
-  c.loss = dict(l1_weight=arg.l1)  # the paper has no such term, and many more steps
+  c.loss = dict(l2_weight=arg.l2)  # the paper has no such term, and many more steps
   c.tokenizer.update(vocab_size=512, length=24, dropout=0.0)
   c.data.update(source='story_shapes', image_size=arg.size, batch_size=arg.batch)
   c.data.source_args = dict(image_size=arg.size)
-  c.optim.update(common.gan_optimizer(4e-4), schedule='constant')
+  c.optim.update(common.gan_optimizer(1e-3), schedule='constant')
   c.optim.groups = common.gan_groups(2e-4)
   c.train.update(steps=arg.steps, ema=0.99, log_every=50, checkpoint_every=500, eval_every=500, pictures=4)
   c.train.xla_options = common.CONVOLUTIONS_ON_CPU

@@ -57,7 +57,7 @@ class Oracle:
     return images.astype(np.float32).reshape(n, side, f, side, f, 3).mean((2, 4)) / 255
 
   def read(self, images: np.ndarray) -> list[Scene | None]:
-    """Reads uint8[N, S, S, 3]; None where a cell is unreadable or no object is found."""
+    """Reads uint8[N, S, S, 3]; None where a cell is unreadable."""
     expected = (self.image_size, self.image_size, 3)
     if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8:
       raise ValueError(f'oracle: expected uint8 pictures [N, {expected}], got {images.dtype}{list(images.shape)}')
@@ -76,7 +76,7 @@ class Oracle:
       b = int(errors.sum(1).argmin())
       objects = tuple(Object(p, *self._contents[c]) for p, c in enumerate(contents[b]) if c)
       readable = bool((errors[b] < _READABLE**2).all())
-      scenes.append(Scene(backgrounds[b], objects) if readable and objects else None)
+      scenes.append(Scene(backgrounds[b], objects) if readable else None)
     return scenes
 
   def score(self, images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
@@ -92,7 +92,7 @@ class Oracle:
 
 
 def _compare(seen: Scene | None, true: Scene) -> dict[str, bool]:
-  if seen is None:
+  if seen is None or not seen.objects:  # a picture of nothing
     return dict.fromkeys(ATTRIBUTES, False)
   same_count = len(seen.objects) == len(true.objects)
   if len(seen.objects) < len(true.objects):
@@ -115,7 +115,7 @@ def score_moments(oracle: Oracle, images: np.ndarray, moments: Sequence[Moment])
 
   'caption': all that the caption tells, the hero's place, the other object and no third one, size and setting if told.
   'hero': shape, colour and accessory of the object at the hero's place (if that is empty, of any that was not told).
-  'setting': that of the source or of the last change. 'size': the hero's, as the story has left it.
+  'setting': that of the source or of the last change, be there a hero or not. 'size': the hero's, as the story has left it.
   """
   rows = [_judge(seen, moment) for seen, moment in zip(oracle.read(images), moments, strict=True)]
   return {name: np.array([row[name] for row in rows], bool) for name in COLUMNS}

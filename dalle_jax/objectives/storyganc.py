@@ -24,8 +24,7 @@ DEFAULTS = dict(
   image_weight=1.0,  # of the generator's loss by the image discriminator
   story_weight=1.0,  # of that by the story discriminator
   other_source=True,  # true frames after the source of another story are wrong for the story discriminator, too
-  l1_weight=0.0,  # of the distance to the true frames, which the paper does not have
-  l2_weight=0.0,
+  l2_weight=0.0,  # of the squared distance to the true frames, which the paper does not have
   norm_decay=0.9,  # of the running statistics of batch normalisation
 )
 stop = jax.lax.stop_gradient
@@ -82,9 +81,6 @@ class StoryGANcObjective:
       ('story', self.story_judge, story(true), story(fake), of_story, other(of_story)),
     )
     total, metrics = c.kl_weight * drawn.kl, {'kl': drawn.kl}
-    if c.l1_weight:
-      metrics['l1'] = jnp.abs(fake - true).mean()
-      total += c.l1_weight * metrics['l1']
     if c.l2_weight:
       metrics['l2'] = jnp.square(fake - true).mean()
       total += c.l2_weight * metrics['l2']

@@ -61,9 +61,9 @@ class Generator:
 
     Either may be the name of a repository of Hugging Face that holds a run directory (with the extra `hf`).
     Any checkpoint loads onto any mesh: with `mesh` parameters and pictures are split over it by `rules`; without it
-    everything is on one device. With `int8` a transformer over tokens keeps its weights in eight bits: on an accelerator,
-    where reading them is what a token takes, that is faster, and pictures differ a little. Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when
-    a run is of another kind.
+    everything is on one device. With `int8` a transformer over tokens keeps its weights in eight bits: on an
+    accelerator, where reading them is what a token takes, that is faster, and pictures differ a little. Raises
+    FileNotFoundError when there is no checkpoint (of that `step`), ValueError when a run is of another kind.
     """
     run = checkpoint.load_run(path, mesh=mesh, rules=rules, step=step)
     if run.config.get('objective') != cls.OBJECTIVE:

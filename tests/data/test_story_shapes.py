@@ -107,6 +107,7 @@ def test_each_mistake_costs_its_own_column(oracle):
   assert judged(oracle, alone, elsewhere(alone)) == {'setting'}
   assert judged(oracle, changing, elsewhere(changing)) == {'setting', 'caption'}
   assert judged(oracle, meeting, dataclasses.replace(meeting.scene, objects=(meeting.hero,))) == {'caption'}
+  assert judged(oracle, alone, dataclasses.replace(alone.scene, objects=())) == {'caption', 'hero', 'size'}
   twins = tuple(sorted((alone.hero, dataclasses.replace(alone.hero, position=(alone.hero.position + 1) % 9))))
   assert judged(oracle, alone, dataclasses.replace(alone.scene, objects=twins)) == {'caption'}
   assert judged(oracle, meeting, dataclasses.replace(meeting.scene, objects=(meeting.met,))) == {

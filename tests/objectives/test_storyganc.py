@@ -46,7 +46,7 @@ def start(labels=0):
 
 
 OWNERS = {
-  **dict.fromkeys(('kl', 'l1', 'image_generator_loss', 'story_generator_loss', 'generator_label_loss'), 'generator'),
+  **dict.fromkeys(('kl', 'l2', 'image_generator_loss', 'story_generator_loss', 'generator_label_loss'), 'generator'),
   **dict.fromkeys(('image_discriminator_loss', 'label_loss'), 'image_discriminator'),
   'story_discriminator_loss': 'story_discriminator',
 }
@@ -55,7 +55,7 @@ OWNERS = {
 @pytest.fixture(scope='module')
 def gradients():
   """name of a parameter -> float32[1 + 8], the size of the gradients of the loss and of each of its terms."""
-  objective, (params, mutable) = build(dict(l1_weight=1.0), labels=5), start(5)
+  objective, (params, mutable) = build(dict(l2_weight=1.0), labels=5), start(5)
   context = Context({}, mutable, jax.random.key(1), jnp.int32(0), train=True)
 
   def terms(params):
@@ -79,11 +79,11 @@ def test_each_player_learns_from_its_own_loss_alone(gradients):
 
 
 def test_the_loss_is_the_sum_of_its_terms():
-  objective, (params, mutable) = build(dict(kl_weight=2.0, l1_weight=3.0), labels=5), start(5)
+  objective, (params, mutable) = build(dict(kl_weight=2.0, l2_weight=3.0), labels=5), start(5)
   context = Context({}, mutable, jax.random.key(1), jnp.int32(0), train=False)
   loss, (m, kept) = jax.jit(objective.loss)(params, context, BATCH)
   terms = [m[f'{who}_{what}'] for who in ('image', 'story') for what in ('generator_loss', 'discriminator_loss')]
-  total = sum(terms) + 2 * m['kl'] + 3 * m['l1'] + m['label_loss'] + m['generator_label_loss']
+  total = sum(terms) + 2 * m['kl'] + 3 * m['l2'] + m['label_loss'] + m['generator_label_loss']
   assert float(loss) == pytest.approx(float(total), rel=1e-5)
   # Fresh discriminators know nothing: log 2 for real ones, half of that for each of the others.
   assert float(m['image_discriminator_loss']) == pytest.approx(2 * np.log(2), rel=0.05)

@@ -55,7 +55,7 @@ def model(root):
 def test_the_log_has_losses_accuracies_norms_and_storyboards(root):
   lines = [json.loads(line) for line in (root / 'storyganc' / 'metrics.jsonl').read_text().splitlines()]
   found = {k for line in lines for k in line}
-  assert {'kl', 'l1', 'image_accuracy_real', 'story_accuracy_wrong', 'image_generator_loss'} <= found
+  assert {'kl', 'l2', 'image_accuracy_real', 'story_accuracy_wrong', 'image_generator_loss'} <= found
   assert {f'grad_norm/{p}' for p in ('generator', 'image_discriminator', 'story_discriminator')} <= found
   assert (Image.open(root / 'storyganc' / 'pictures' / 'samples_0000003.png').width - 2) % (5 * 24 + 2) == 0
   params = checkpoint.load_run(root / 'storyganc').params
