@@ -30,7 +30,7 @@ chmod 755 "$work"
 dd if=/dev/urandom of="$work/munge.key" bs=1024 count=1 status=none
 chmod 400 "$work/munge.key"
 munged --foreground --force --key-file="$work/munge.key" --socket="$work/munge.socket" --pid-file="$work/munged.pid" \
-  --log-file="$work/munged.log" --seed-file="$work/munged.seed" & daemons+=($!)
+  --seed-file="$work/munged.seed" > "$work/munged.log" 2>&1 & daemons+=($!)
 host=$(hostname -s)
 cat > "$work/slurm.conf" << CONF
 ClusterName=test
@@ -40,7 +40,7 @@ SlurmdPort=17818
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$work/munge.socket,cred_expire=3
+AuthInfo=socket=$work/munge.socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$work/state
 SlurmdSpoolDir=$work/spool
@@ -87,7 +87,7 @@ logged() { # waits for a line in the log of the job
 PATH=$(cd "$(dirname "$PYTHON")" && pwd):$PATH
 export PATH JAX_PLATFORMS=cpu PYTHONPATH=$PWD
 job=$(sbatch --parsable --nodes=1 --ntasks-per-node=2 --gpus-per-node=0 --cpus-per-task=1 --time=20 \
-  --output="$work/job.log" launch/slurm.sh --config=configs/quickstart.py:clip --config.run_dir="$run" \
+  --output="$work/job.log" launch/slurm.sh --silence=5 --config=configs/quickstart.py:clip --config.run_dir="$run" \
   --config.model.variant=test --config.data.batch_size=16 --config.data.source_args.count=64 --config.train.steps=3000 \
   --config.train.log_every=1 --config.train.eval_every=0 --config.train.checkpoint_every=50)
 echo "job $job: two tasks"

@@ -149,17 +149,17 @@ def end(status: int, reason: str) -> None:
     return
   _ending.acquire()
   with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first
-    _us().client.key_value_set(f'{PREFIX}failed', f'{who()}{reason}')
+    _us().client.key_value_set(f'{PREFIX}failed', f'{status} {who()}{reason}')
   time.sleep(HEARD)
   _exit(status)
 
 
-def lost(why: str) -> NoReturn:
-  """Ends this process with a line about the loss of others."""
+def lost(why: str, status: int = LOST) -> NoReturn:
+  """Ends this process with a line about the loss of others, with the `status` of one that has told why."""
   _ending.acquire()
-  text = f'{who()}{" ".join(why.split())[:400]}; {_kept()}. Start all processes again to go on from there.'
-  print(f'error: {text}', file=sys.stderr)
-  _exit(LOST)
+  again = ' Start all processes again to go on from there.' if status == LOST else ''
+  print(f'error: {who()}{" ".join(why.split())[:400]}; {_kept()}.{again}', file=sys.stderr)
+  _exit(status)
 
 
 def is_loss(e: BaseException) -> bool:
@@ -193,11 +193,11 @@ def _excepthook(kind: type[BaseException], e: BaseException, trace: Any) -> None
 
 def _await_failure() -> None:
   try:
-    reason = _us().client.blocking_key_value_get(f'{PREFIX}failed', FOREVER)
+    status, _, reason = _us().client.blocking_key_value_get(f'{PREFIX}failed', FOREVER).partition(' ')
   except jax.errors.JaxRuntimeError as e:
-    reason = f'process 0 is gone ({e})'
+    status, reason = LOST, f'process 0 is gone ({e})'
   if not _left.wait(0.1):
-    lost(reason)
+    lost(reason, int(status))
 
 
 @ctypes.CFUNCTYPE(None, ctypes.c_int)

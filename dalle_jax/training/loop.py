@@ -309,7 +309,7 @@ def train(
     checkpoint.finish(saves)
     where = checkpoint.kept(run_dir)
     raise Diverged(f'{e}; stopped, {where}. Lower optim.lr, or set optim.clip and optim.warmup.') from None
-  except Exception as e:
+  except (Exception, KeyboardInterrupt) as e:
     if distributed.joined():  # to close what is open waits for the others, and they wait for this process
       errors.report(e, debug=False)
     raise

@@ -12,6 +12,7 @@ import time
 import jax
 from absl import flags
 
+from configs import common
 from dalle_jax.training import distributed, errors
 from tests.training import toy
 
@@ -35,10 +36,12 @@ def main(argv):
   values = flags.FlagValues()
   distributed.define_flags(values)
   flags.DEFINE_string('event', '', '', flag_values=values)
+  flags.DEFINE_string('mesh', 'data', '', flag_values=values)
   _, run_dir, steps = values(argv)
   try:
     distributed.join(values)
     c = toy.config(run_dir, steps=int(steps), log_every=1)
+    c.mesh.update(common.MESHES[values.mesh])
     state = toy.run(c, batches=lambda start: batches(start, values.event))
   except errors.EXPECTED as e:
     return errors.report(e, debug=False)
