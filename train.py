@@ -2,7 +2,8 @@
 
   python train.py --config configs/quickstart.py:vqgan
   python train.py --config configs/NAME.py:ARGUMENT --config.run_dir=runs/mine --config.optim.lr=3e-4
-  python train.py --config configs/NAME.py --distributed     # one process a host (Slurm, TPU pods: found by itself)
+  python train.py --config configs/NAME.py --distributed     # one of several processes, as Slurm or a TPU pod says
+  python train.py --config configs/NAME.py --coordinator=HOST:PORT --processes=2 --process=0     # and 1 elsewhere
 `--debug` shows the traceback of an error that is otherwise one line.
 """
 
@@ -19,7 +20,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from dalle_jax.data import bpe, pipeline, sources
-from dalle_jax.training import checkpoint, errors, host, loop, sharding
+from dalle_jax.training import checkpoint, distributed, errors, host, loop, sharding
 from dalle_jax.training import config as config_lib
 from dalle_jax.training.state import TrainState
 
@@ -144,6 +145,7 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
   room = by_name('objectives', config.objective, 'config.objective')
   builders = [by_name('evals', name, 'config.train.evals').build for name in config.train.evals]
   run_dir.mkdir(parents=True, exist_ok=True)
+  distributed.check_shared(run_dir)
   before = checkpoint.read_meta(run_dir)
 
   # Records, words, networks
@@ -167,6 +169,14 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
 
   # What the run directory and its checkpoints remember
   now = config_lib.to_json(config)
+  distributed.check_same(
+    {
+      'config': str(now),
+      'tokenizer': words.to_json() if words else '',
+      'checkpoints': str(checkpoint.steps(run_dir)),
+      'records': str({split: len(source) for split, source in records.items()}),
+    }
+  )
   if before and (changed := config_lib.changes(before['config'], now)):
     print(f'config changed since the last checkpoint: {"; ".join(changed)}', flush=True)
   checkpoint.write_json(run_dir / 'config.json', now)
@@ -188,8 +198,8 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
       seed=data.seed,
       shuffle=training,
       start_step=start,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      process_index=jax.process_index() if training else 0,
+      process_count=jax.process_count() if training else 1,
     )
 
   objective = room.from_config(config, {name: r.config for name, r in frozen.items()})
@@ -213,7 +223,7 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
 def own_flags() -> flags.FlagValues:
   options = flags.FlagValues()
   flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=options)
-  flags.DEFINE_bool('distributed', False, 'join the other processes first', flag_values=options)
+  distributed.define_flags(options)
   return options
 
 
@@ -224,8 +234,7 @@ def main(argv: list[str]) -> int:
   options = own_flags()
   try:
     config = config_lib.parse(argv, options)
-    if options.distributed:
-      jax.distributed.initialize()
+    distributed.join(options)
     if config.stages and config.run_dir:
       raise ValueError(
         f'config.run_dir is for one run, not for {", ".join(config.stages)}; pass --config.root=DIRECTORY.'

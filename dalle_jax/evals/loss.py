@@ -18,10 +18,11 @@ def build(
 ) -> Evaluator:
   """Means over the first `config.train.eval_batches` of `batches()`, as val_loss and val_METRIC.
 
+  Every process reads all rows of a batch, so that the figures do not depend on how many processes there are.
   Repeats that fill up the last batch (`Loader.fresh`) are left out as far as the mesh allows: they would count twice,
   and for a contrastive loss as wrong answers.
   """
-  shards, processes = sharding.batch_shards(mesh), jax.process_count()
+  shards = sharding.batch_shards(mesh)
 
   @jax.jit
   def metrics(params: Params, context: Context, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -31,12 +32,12 @@ def build(
   def evaluate(params: Params, context: Context) -> dict[str, Any]:
     loader, results = batches(), []
     for _, batch in zip(range(config.train.eval_batches), loader, strict=False):
-      whole = len(next(iter(batch.values()))) * processes
+      whole = len(next(iter(batch.values())))
       fresh = getattr(loader, 'fresh', whole) // shards * shards
       if fresh < whole and results:
         break
-      rows = (fresh or whole) // processes
-      results.append(metrics(params, context, sharding.put_batch({k: v[:rows] for k, v in batch.items()}, mesh)))
+      batch = {k: v[: fresh or whole] for k, v in batch.items()}
+      results.append(metrics(params, context, sharding.put_whole(batch, mesh)))
     if not results:
       raise ValueError(f'data.val_split {config.data.val_split!r} gives no batch; set data.val_split="" for none.')
     results = jax.device_get(results)

@@ -35,14 +35,14 @@ def build(
   sample = jax.jit(objective.sample, out_shardings=NamedSharding(mesh, PartitionSpec()))
   if config.train.pictures < 1:
     raise ValueError(f'train.pictures is {config.train.pictures}; expected 1 or more, or train.evals without pictures.')
-  shards, processes = sharding.batch_shards(mesh), jax.process_count()
-  rows = math.ceil(config.train.pictures / shards) * shards // processes  # of this process; every device has its share
+  shards = sharding.batch_shards(mesh)
+  rows = math.ceil(config.train.pictures / shards) * shards  # every device has its share
   batch: dict[str, jax.Array] = {}
 
   def evaluate(params: Params, context: Context) -> dict[str, Any]:
     if not batch:
       first = next(batches())
-      batch.update(sharding.put_batch({k: v[:rows] for k, v in first.items()}, mesh))
+      batch.update(sharding.put_whole({k: v[:rows] for k, v in first.items()}, mesh))
     return {'samples': grid(np.asarray(sample(params, context, batch)))}
 
   return evaluate

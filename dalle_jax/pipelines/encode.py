@@ -63,8 +63,7 @@ def encode_dataset(
     flat = to_float(images.reshape(-1, *images.shape[-3:]))  # frames of a story are pictures
     return model.apply({'params': params}, flat, method='encode').reshape(images.shape[0], -1)
 
-  index, count = jax.process_index(), jax.process_count()
-  writer = _Writer(Path(out_dir), identity) if index == 0 else None
+  writer = _Writer(Path(out_dir), identity) if jax.process_index() == 0 else None
   # Where to begin, -1 when there is nothing to do: process 0 knows, as it alone writes.
   done = int(multihost_utils.broadcast_one_to_all(np.int64(writer.done if writer else 0)))
   if done >= 0:
@@ -78,15 +77,15 @@ def encode_dataset(
       shuffle=False,
       start_step=done // batch_size,
     )
-    part = slice(index * batch_size // count, (index + 1) * batch_size // count)
-    bar = tqdm(total=len(source), initial=done, unit='pictures', desc='encoding', disable=index > 0, mininterval=5.0)
-    for start in range(done // batch_size * batch_size, len(source), batch_size):
+    total, quiet = len(source), writer is None
+    bar = tqdm(total=total, initial=done, unit='pictures', desc='encoding', disable=quiet, mininterval=5.0)
+    for start in range(done // batch_size * batch_size, total, batch_size):
       whole = next(loader)
-      batch = {'image': whole['image'][part]}
-      codes = np.asarray(encode(params, (sharding.put_batch(batch, mesh) if mesh else batch)['image']))
+      batch = {'image': whole['image']}
+      codes = np.asarray(encode(params, (sharding.put_whole(batch, mesh) if mesh else batch)['image']))
       if writer:
-        writer.append(start, codes, loader.rows[: len(source) - start], whole.get('vectors'))
-      bar.update(min(start + batch_size, len(source)) - bar.n)
+        writer.append(start, codes, loader.rows[: total - start], whole.get('vectors'))
+      bar.update(min(start + batch_size, total) - bar.n)
     bar.close()
     loader.close()
     if writer:

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from dalle_jax.training import hub, sharding
+from dalle_jax.training import distributed, hub, sharding
 
 Params = Any
 # Orbax tells of every step it takes; what goes wrong reaches us as an exception.
@@ -68,7 +68,7 @@ def save(target: ocp.CheckpointManager, step: int, state: Any, meta: Mapping[str
     target.wait_until_finished()
     target.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta))))
   except Exception as e:
-    raise _save_error(target, e) from e
+    _raise_save_error(target, e)
 
 
 def finish(target: ocp.CheckpointManager) -> None:
@@ -76,11 +76,14 @@ def finish(target: ocp.CheckpointManager) -> None:
   try:
     target.wait_until_finished()
   except Exception as e:
-    raise _save_error(target, e) from e
+    _raise_save_error(target, e)
 
 
-def _save_error(target: ocp.CheckpointManager, e: Exception) -> OSError:
-  return OSError(f'saving to {target.directory} failed: {_one_line(e)}; make room or mend it, then run the same again.')
+def _raise_save_error(target: ocp.CheckpointManager, e: Exception) -> NoReturn:
+  if distributed.is_loss(e):
+    raise e
+  text = f'saving to {target.directory} failed: {_one_line(e)}; make room or mend it, then run the same again.'
+  raise OSError(text) from e
 
 
 def _one_line(e: Exception) -> str:
@@ -133,6 +136,12 @@ def steps(run_dir: str | Path) -> list[int]:
   path = Path(run_dir) / 'checkpoints'
   names = [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
   return sorted((int(n) for n in names if n.isdigit()), reverse=True)
+
+
+def kept(run_dir: str | Path) -> str:
+  """Of what a run goes on, for messages."""
+  found = steps(run_dir)
+  return f'the checkpoint of step {found[0]} is kept' if found else 'there is no checkpoint yet'
 
 
 def read_meta(run_dir: str | Path, step: int | None = None) -> dict | None:
@@ -204,6 +213,10 @@ def _newest_whole(run_dir: Path, read: Any) -> tuple[int, Any]:
     except _Mismatch:
       raise
     except Exception as e:
+      if jax.process_count() > 1:  # maybe another process can read its part: they must not go on from two steps
+        raise OSError(
+          f'checkpoint {step} of {run_dir} is damaged; remove it to go on from the one before ({_one_line(e)})'
+        ) from e
       print(f'warning: checkpoint {step} of {run_dir} is damaged, trying the one before ({_one_line(e)})', flush=True)
   raise FileNotFoundError(f'{run_dir} has no checkpoint that can be read; give the directory of a trained run.')
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from absl import flags
 
+from dalle_jax.training import distributed
 from dalle_jax.training.metrics import Diverged
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,14 +17,19 @@ EXPECTED = (ValueError, OSError, flags.Error, Diverged)  # what a script catches
 def report(e: Exception, debug: bool) -> int:
   """Prints one line (with `debug` the traceback, too) and returns the exit status: 1 diverged, 2 all else.
 
-  Errors that our own code raises are for the user; those from inside a library are bugs and keep their traceback.
+  Errors that our own code raises are for the user; those from inside a library are bugs and keep their traceback. One
+  of several processes ends here, with that status or `distributed.LOST`.
   """
+  if distributed.is_loss(e):
+    distributed.lost(str(e))
   file = traceback.extract_tb(e.__traceback__)[-1].filename
   ours = isinstance(e, (OSError, flags.Error)) or (str(ROOT) in file and 'site-packages' not in file)
   if debug or not ours:
     traceback.print_exception(e)
-  print(f'error: {" ".join(str(e).split())}', file=sys.stderr, flush=True)
-  return 1 if isinstance(e, Diverged) else 2
+  text, status = ' '.join(str(e).split()), 1 if isinstance(e, Diverged) else 2
+  print(f'error: {distributed.who()}{text}', file=sys.stderr, flush=True)
+  distributed.end(status, text)
+  return status
 
 
 def command(argv: Sequence[str], values: flags.FlagValues, run: Callable[[], None], text: str, hint: str) -> int:

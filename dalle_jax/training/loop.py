@@ -17,11 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dalle_jax.training import checkpoint, host, optim, sharding
+from dalle_jax.training import checkpoint, distributed, errors, host, optim, sharding
 from dalle_jax.training import metrics as metrics_lib
 from dalle_jax.training import state as state_lib
 from dalle_jax.training.metrics import Diverged
@@ -105,7 +104,7 @@ class StopSignal:
   """Notes SIGTERM and the first Ctrl-C; a second one acts as usual. With several processes, one stops all."""
 
   def __enter__(self):
-    self.seen, self.old = False, {}
+    self.seen, self.asked, self.old = False, False, {}
     if threading.current_thread() is threading.main_thread():
       self.old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
     return self
@@ -118,10 +117,14 @@ class StopSignal:
     for number, handler in self.old.items():
       signal.signal(number, handler)
 
-  def agreed(self, ask: bool) -> bool:
-    if jax.process_count() == 1:
+  def agreed(self) -> bool:
+    """Whether to stop now, at the same step in all processes."""
+    if not distributed.joined():
       return self.seen
-    return ask and bool(multihost_utils.process_allgather(np.asarray(self.seen)).any())
+    if self.seen and not self.asked:
+      self.asked = True
+      distributed.ask_to_stop()
+    return distributed.reached_stop()
 
 
 @jax.jit
@@ -211,6 +214,7 @@ def train(
   if start >= c.steps:
     say(f'{run_dir} is complete: {start} of {c.steps} steps; raise train.steps to go on.')
     return state
+  distributed.keeps(lambda: checkpoint.kept(run_dir))
   say(f'resuming at step {start}' if start else f'starting in {run_dir}')
   if start:
     stream = batches(start)
@@ -282,7 +286,7 @@ def train(
           progress.say(f'first step after {time.monotonic() - started:.1f} s (compilation included)')
           last[:] = [step, time.monotonic()] if c.log_every > 1 else last
         log.read()  # what became due one step ago
-        stopping = stop.agreed(step % c.log_every == 0)
+        stopping = stop.agreed()
         values: dict[str, float] = {}
         if evals and c.eval_every and step % c.eval_every == 0 and not stopping:
           log.check()
@@ -303,9 +307,12 @@ def train(
       checkpoint.finish(saves)
   except Diverged as e:
     checkpoint.finish(saves)
-    kept = checkpoint.steps(run_dir)
-    where = f'the checkpoint of step {kept[0]} is kept' if kept else 'there is no checkpoint yet'
+    where = checkpoint.kept(run_dir)
     raise Diverged(f'{e}; stopped, {where}. Lower optim.lr, or set optim.clip and optim.warmup.') from None
+  except (Exception, KeyboardInterrupt) as e:
+    if distributed.joined():  # to close what is open waits for the others, and they wait for this process
+      errors.report(e, debug=False)
+    raise
   finally:
     progress.close()
     writer.close()

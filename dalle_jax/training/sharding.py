@@ -137,3 +137,9 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arra
   """This process's rows of a batch as global arrays split over (data, fsdp)."""
   sharding = batch_sharding(mesh)
   return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
+
+
+def put_whole(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+  """A batch of which every process holds all rows as global arrays split over (data, fsdp)."""
+  put = lambda x: jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
+  return {k: put(np.asarray(v)) for k, v in batch.items()}

@@ -1,0 +1,284 @@
+"""Several processes as one run: how they find each other, agree where to stop, and end together.
+
+`jax.distributed` has a store of names and values on process 0. Two names matter here: 'stop', by which one process asks
+all to stop at the same step, and 'failed', by which one that ends early tells the others why. One that is killed tells
+nothing; the others notice by a broken connection, or by its silence.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import hashlib
+import itertools
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from absl import flags
+from jax._src import distributed as runtime  # JAX has no public name for the store
+from jax.experimental import multihost_utils
+
+LOST = 75  # exit status when others are gone: to be started again
+HEARD = 0.5  # seconds in which the others hear why this process ends, and then say so
+FOREVER = 2**31 - 1  # milliseconds
+PREFIX = 'dalle_jax/'
+_ending = threading.Lock()  # whoever ends this process never gives it back, so that one line is the last
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """What `join` reads."""
+  flags.DEFINE_bool('distributed', False, 'join the processes of Slurm, a TPU pod, Open MPI', flag_values=values)
+  flags.DEFINE_string('coordinator', '', 'HOST:PORT of process 0, with --processes and --process', flag_values=values)
+  flags.DEFINE_integer('processes', 0, 'how many there are', 0, flag_values=values)
+  flags.DEFINE_integer('process', -1, 'which of them this is, from 0 on', -1, flag_values=values)
+  flags.DEFINE_integer('join_timeout', 300, 'seconds in which all have to be there', 1, flag_values=values)
+  flags.DEFINE_integer('silence', 60, 'seconds after which a silent process counts as lost', 1, flag_values=values)
+
+
+def _us() -> Any:
+  return runtime.global_state
+
+
+def joined() -> bool:
+  """Whether `join` has made this process one of several."""
+  return jax.distributed.is_initialized()
+
+
+def who() -> str:
+  """'process 1 of 2: ' for messages, '' alone."""
+  return f'process {_us().process_id} of {_us().num_processes}: ' if joined() else ''
+
+
+def join(options: Any) -> None:
+  """Joins the other processes if the flags say that there are some; only process 0 prints from then on.
+
+  Raises ValueError for flags that do not go together or a place where nothing says who the others are, OSError when
+  process 0 cannot be reached in `join_timeout` seconds. When it can but others do not come, the process ends.
+  """
+  explicit = {'coordinator': options.coordinator, 'processes': options.processes, 'process': options.process >= 0}
+  if not (options.distributed or any(explicit.values())):
+    return
+  given: dict[str, Any] = {}
+  if any(explicit.values()):
+    if lacking := [f'--{name}' for name, value in explicit.items() if not value]:
+      raise ValueError(
+        f'{" and ".join(lacking)} is missing; give --coordinator=HOST:PORT, --processes=N and --process=I together.'
+      )
+    host, _, port = options.coordinator.rpartition(':')
+    if not host or not port.isdigit():
+      raise ValueError(
+        f'--coordinator {options.coordinator!r} is no HOST:PORT; give that of process 0, say node1:7733.'
+      )
+    if options.process >= options.processes:
+      raise ValueError(f'--process {options.process} is not one of {options.processes}; they count from 0.')
+    given = dict(coordinator_address=options.coordinator, num_processes=options.processes, process_id=options.process)
+    given['cluster_detection_method'] = 'deactivate'
+    if options.process:
+      _reach(host, int(port), options.join_timeout)
+  jax.config.update('jax_enable_preemption_service', False)  # it would keep SIGTERM to itself, and hear only that
+  _on_abort(
+    f'the others are gone, have been silent for {options.silence} s, or did not come within {options.join_timeout} s'
+  )
+  try:
+    jax.distributed.initialize(
+      **given,
+      initialization_timeout=options.join_timeout,
+      heartbeat_timeout_seconds=options.silence,
+      shutdown_timeout_seconds=options.silence,
+    )
+  except ValueError as e:
+    raise ValueError(
+      '--distributed finds neither Slurm nor a TPU pod nor Open MPI around it that says which processes there are; '
+      f'give --coordinator=HOST:PORT --processes=N --process=I ({e}).'
+    ) from e
+  except jax.errors.JaxRuntimeError as e:
+    raise OSError(f'the processes cannot be joined: {" ".join(str(e).split())[:400]}') from e
+  if _us().process_id:
+    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115 (for as long as the process lives)
+  sys.excepthook = _excepthook
+  listeners = [threading.Thread(target=target, daemon=True) for target in (_await_failure, _await_stop)]
+  for listener in listeners:
+    listener.start()
+  atexit.register(_leave, listeners)
+
+
+def _reach(host: str, port: int, seconds: float) -> None:
+  """Waits for process 0, as the runtime would end the process with a page of its own. Raises OSError."""
+  end = time.monotonic() + seconds
+  while True:
+    try:
+      socket.create_connection((host, port), timeout=max(end - time.monotonic(), 0.1)).close()
+      return
+    except OSError as e:
+      if time.monotonic() >= end:
+        raise OSError(
+          f'process 0 does not answer at {host}:{port} within {seconds} s ({e}); start it with the same flags and '
+          '--process=0, or correct --coordinator.'
+        ) from e
+      time.sleep(0.2)
+
+
+# --- The end
+
+
+_kept: Callable[[], str] = lambda: 'nothing is saved yet'
+_left = threading.Event()  # shutting down in order: what the threads below then hear is no failure
+
+
+def keeps(describe: Callable[[], str]) -> None:
+  """Registers what is left of the run when others are lost, for the message."""
+  global _kept
+  _kept = describe
+
+
+def end(status: int, reason: str) -> None:
+  """Ends this process at once, telling the others why; does nothing alone. For whoever has said what is wrong.
+
+  At once, because what an orderly end would close waits for the others, and they wait for this process.
+  """
+  if not joined():
+    return
+  _ending.acquire()
+  with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one was first
+    _us().client.key_value_set(f'{PREFIX}failed', f'{status} {who()}{reason}')
+  time.sleep(HEARD)
+  _exit(status)
+
+
+def lost(why: str, status: int = LOST) -> NoReturn:
+  """Ends this process with a line about the loss of others, with the `status` of one that has told why."""
+  _ending.acquire()
+  again = ' Start all processes again to go on from there.' if status == LOST else ''
+  print(f'error: {who()}{" ".join(why.split())[:400]}; {_kept()}.{again}', file=sys.stderr)
+  _exit(status)
+
+
+def is_loss(e: BaseException) -> bool:
+  """Whether this is how the loss of another process shows in the middle of what they do together."""
+  return joined() and isinstance(e, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(e)
+
+
+def _exit(status: int) -> NoReturn:
+  if _us().process_id == 0:  # with it goes the store, at which the runtime of the others would abort
+    time.sleep(2 * HEARD)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
+
+
+def _leave(listeners: Sequence[threading.Thread]) -> None:
+  """Waits for the others to come to the end of the program, too, and ends what still listens to them."""
+  _left.set()
+  jax.distributed.shutdown()
+  for listener in listeners:
+    listener.join()
+  signal.signal(signal.SIGABRT, signal.SIG_DFL)
+
+
+def _excepthook(kind: type[BaseException], e: BaseException, trace: Any) -> None:
+  if is_loss(e):
+    lost(str(e))
+  traceback.print_exception(kind, e, trace)
+  end(1, f'{kind.__name__}: {e}')
+
+
+def _await_failure() -> None:
+  try:
+    status, _, reason = _us().client.blocking_key_value_get(f'{PREFIX}failed', FOREVER).partition(' ')
+  except jax.errors.JaxRuntimeError as e:
+    status, reason = LOST, f'process 0 is gone ({e})'
+  if not _left.wait(0.1):
+    lost(reason, int(status))
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(number: int) -> None:
+  lost(_abort_reason)
+
+
+_abort_reason = ''
+
+
+def _on_abort(reason: str) -> None:
+  """The runtime gives up by abort(), from a thread of its own and without a way to be asked; this has the last word."""
+  global _abort_reason
+  _abort_reason = reason
+  ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
+
+
+# --- Stopping at the same step
+
+_step_lock = threading.Lock()
+_steps, _step, _stop_at = itertools.count(1), 0, 0
+
+
+def ask_to_stop() -> None:
+  """All processes will stop at a step that none of them has begun."""
+  _us().client.key_value_set(f'{PREFIX}stop', 'now', allow_overwrite=True)
+
+
+def reached_stop() -> bool:
+  """Whether to stop at this step; every process calls it once a step. No word goes over the network for it."""
+  global _step
+  with _step_lock:
+    _step = next(_steps)
+    return _step == _stop_at
+
+
+def _await_stop() -> None:
+  """When asked, all say how far they are while none goes on; they stop one step after the farthest."""
+  global _stop_at
+  client, index, count = _us().client, _us().process_id, _us().num_processes
+  try:
+    client.blocking_key_value_get(f'{PREFIX}stop', FOREVER)
+    with _step_lock:
+      client.key_value_set(f'{PREFIX}at/{index}', str(_step))
+      others = (client.blocking_key_value_get(f'{PREFIX}at/{i}', FOREVER) for i in range(count))
+      _stop_at = max(map(int, others)) + 1
+  except jax.errors.JaxRuntimeError:
+    return  # the end of the run, or a failure that the other thread hears of
+
+
+# --- Agreement
+
+
+def check_same(facts: Mapping[str, str]) -> None:
+  """Raises ValueError naming those of `facts` in which the processes differ."""
+  if joined():
+    sums = np.array([int(hashlib.sha256(v.encode()).hexdigest()[:8], 16) for v in facts.values()], np.uint32)
+    everyone = multihost_utils.process_allgather(sums).reshape(-1, len(facts))
+    if differing := [name for name, column in zip(facts, everyone.T, strict=True) if len(set(column.tolist())) > 1]:
+      raise ValueError(
+        f'the processes differ in {", ".join(differing)}; start all of them with the same flags, code and data.'
+      )
+
+
+def check_shared(directory: Path, seconds: float = 10.0) -> None:
+  """Raises OSError unless all processes see the same `directory`, maybe with a delay."""
+  if not joined():
+    return
+  mark = int(multihost_utils.broadcast_one_to_all(np.int32(time.time() % 2**31)))
+  path = directory / f'.shared_{mark}'
+  if jax.process_index() == 0:
+    path.touch()
+  multihost_utils.sync_global_devices('marked')
+  end = time.monotonic() + seconds
+  while not path.exists() and time.monotonic() < end:
+    time.sleep(0.1)
+  seen = path.exists()
+  multihost_utils.sync_global_devices('seen')
+  if jax.process_index() == 0:
+    path.unlink()
+  if not seen:
+    raise OSError(
+      f'{directory.absolute()} is not the one of process 0; it must be on storage that all processes share.'
+    )

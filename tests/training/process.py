@@ -1,0 +1,52 @@
+"""One process of a toy run, for test_processes.py: `python -m tests.training.process RUN_DIR STEPS [FLAGS]`.
+
+`--event=KIND:PROCESS:STEP` makes that process fail ('bad'), kill itself ('KILL'), stop itself ('STOP') or ask to end
+('TERM') when it reads the batch of that step.
+"""
+
+import os
+import signal
+import sys
+import time
+
+import jax
+from absl import flags
+
+from configs import common
+from dalle_jax.training import distributed, errors
+from tests.training import toy
+
+STEP = 0.04  # seconds, so that a word gets round before the run is over
+
+
+def batches(start, event):
+  kind, process, at = event.split(':') if event else ('', -1, -1)
+  rows = toy.BATCH // jax.process_count()
+  mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+  for step, batch in enumerate(toy.batches(start), start + 1):
+    time.sleep(STEP)
+    if (jax.process_index(), step) == (int(process), int(at)):
+      if kind == 'bad':
+        raise ValueError('the data of this process are bad')
+      os.kill(os.getpid(), getattr(signal, f'SIG{kind}'))
+    yield {k: v[mine] for k, v in batch.items()}
+
+
+def main(argv):
+  values = flags.FlagValues()
+  distributed.define_flags(values)
+  flags.DEFINE_string('event', '', '', flag_values=values)
+  flags.DEFINE_string('mesh', 'data', '', flag_values=values)
+  _, run_dir, steps = values(argv)
+  try:
+    distributed.join(values)
+    c = toy.config(run_dir, steps=int(steps), log_every=1)
+    c.mesh.update(common.MESHES[values.mesh])
+    state = toy.run(c, batches=lambda start: batches(start, values.event))
+  except errors.EXPECTED as e:
+    return errors.report(e, debug=False)
+  return 0 if int(state.step) == c.train.steps else 143
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))

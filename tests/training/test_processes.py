@@ -1,0 +1,157 @@
+"""Two processes do what one does, go down together, and leave a checkpoint that any number of them goes on from."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import train
+from dalle_jax.training import checkpoint, metrics, sharding
+from tests.runs import ROOT
+from tests.training import toy
+
+STEPS = 20
+PATIENCE = 60  # seconds, in which everything here has to be over
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    return s.getsockname()[1]
+
+
+def start(*command, count=2):
+  """`count` processes of `command` on two devices each."""
+  env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+  port, pipe = free_port(), subprocess.PIPE
+  explicit = [f'--coordinator=localhost:{port}', f'--processes={count}']
+  return [
+    subprocess.Popen(
+      [sys.executable, *command, *explicit, f'--process={i}'], cwd=ROOT, env=env, text=True, stdout=pipe, stderr=pipe
+    )
+    for i in range(count)
+  ]
+
+
+def ends(processes):
+  """(exit status, standard output, last line of the standard error, all of it) of each; none outlives the test."""
+  try:
+    texts = [p.communicate(timeout=PATIENCE) for p in processes]
+  finally:
+    for p in processes:
+      p.kill()
+  return [
+    (p.returncode, out, (err.splitlines() or [''])[-1], err) for p, (out, err) in zip(processes, texts, strict=True)
+  ]
+
+
+def toys(path, event='', *flags):
+  return start('-m', 'tests.training.process', str(path), str(STEPS), f'--event={event}', *flags)
+
+
+def same(a, b, atol=1e-6):
+  a, b = sharding.flatten(a), sharding.flatten(b)
+  assert a.keys() == b.keys()
+  for k in a:
+    np.testing.assert_allclose(np.asarray(a[k]), np.asarray(b[k]), atol=atol, rtol=0, err_msg=k)
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  """The last state of one process, uninterrupted."""
+  return toy.run(toy.config(tmp_path_factory.mktemp('straight'), steps=STEPS))
+
+
+def params(path):
+  return checkpoint.load_run(path, ema=False).params
+
+
+def test_two_processes_equal_one(tmp_path, straight):
+  first, second = ends(toys(tmp_path))
+  assert (first[0], second[0]) == (0, 0), first[3] + second[3]
+  assert 'devices: 4 x cpu' in first[1] and 'step' not in second[1]  # process 0 speaks for both
+  same(params(tmp_path), straight.params)
+  same(checkpoint.load_run(tmp_path).params, straight.ema)
+  assert [m['step'] for m in metrics.read(tmp_path / 'metrics.jsonl')] == list(range(1, STEPS + 1))
+
+
+def test_a_run_that_loses_processes_again_and_again_equals_one_left_alone(tmp_path, straight):
+  """One process, two with an error, two with a kill, two with a SIGTERM, one again."""
+
+  def four(start):
+    for step, batch in zip(range(start, 99), toy.batches(start), strict=False):
+      if step == 6:
+        raise KeyboardInterrupt
+      yield batch
+
+  with pytest.raises(KeyboardInterrupt):
+    toy.run(toy.config(tmp_path, steps=STEPS), batches=four)
+  assert checkpoint.steps(tmp_path) == [4]
+
+  first, second = ends(toys(tmp_path, 'bad:1:7', '--mesh=fsdp'))
+  assert (first[0], second[0]) == (2, 2), first[3] + second[3]
+  assert second[2] == 'error: process 1 of 2: the data of this process are bad'
+  assert first[2].startswith(
+    'error: process 0 of 2: process 1 of 2: the data of this process are bad; the checkpoint of'
+  )
+  assert 'resuming at step 4' in first[1] and checkpoint.steps(tmp_path) == [4]
+
+  first, second = ends(toys(tmp_path, 'KILL:0:7'))  # with it goes what the other is joined by
+  assert (first[0], second[0]) == (-9, 75), first[3] + second[3]
+  assert 'process 1 of 2: ' in second[2] and 'the checkpoint of step 4 is kept. Start all' in second[2]
+
+  first, second = ends(toys(tmp_path, 'TERM:1:10', '--mesh=fsdp'))
+  assert (first[0], second[0]) == (143, 143), first[3] + second[3]
+  stopped = checkpoint.steps(tmp_path)[0]
+  assert f'stopped at step {stopped} and saved' in first[1] and 10 <= stopped < STEPS
+
+  same(toy.run(toy.config(tmp_path, steps=STEPS)).params, straight.params)
+
+
+def test_a_killed_process_ends_the_others_after_some_silence(tmp_path):
+  begun = time.monotonic()
+  first, second = ends(toys(tmp_path, 'KILL:1:7', '--silence=3'))
+  assert (first[0], second[0]) == (75, -9), first[3] + second[3]
+  assert first[2].startswith('error: process 0 of 2: the others are gone')
+  assert f'{checkpoint.kept(tmp_path)}. Start all' in first[2]
+  assert time.monotonic() - begun < 45
+
+
+@pytest.mark.parametrize(
+  'flags, message',
+  [
+    (['--processes=2', '--process=0'], '--coordinator is missing; give --coordinator=HOST:PORT, --processes=N and'),
+    (['--coordinator=here', '--processes=2', '--process=0'], "--coordinator 'here' is no HOST:PORT"),
+    (['--coordinator=here:1', '--processes=2', '--process=2'], '--process 2 is not one of 2'),
+    ([f'--coordinator=localhost:{free_port()}', '--processes=2', '--process=1', '--join_timeout=1'], 'within 1 s'),
+  ],
+)
+def test_flags_that_join_nobody_are_one_line(tmp_path, capsys, flags, message):
+  config = f'--config={ROOT}/configs/folder.py:vqgan'
+  assert train.main(['train.py', config, f'--config.run_dir={tmp_path}', *flags]) == 2
+  error = capsys.readouterr().err
+  assert message in error and error.count('\n') == 1
+
+
+def test_train_with_an_objective_evaluation_and_pictures(tmp_path):
+  """The CLIP of the quickstart: words, data, evaluation and checkpoints of two processes are those of one."""
+  command = ['train.py', '--config=configs/quickstart.py:clip']
+  model, data = (
+    {'variant': 'test', 'patch': 9, 'layers': 1, 'text_layers': 1},
+    {'batch_size': 16, 'source_args.count': 64},
+  )
+  often = {'steps': 2, 'log_every': 1, 'eval_every': 2, 'eval_batches': 2}
+  small = {f'{k}.{name}': v for k, d in dict(model=model, data=data, train=often).items() for name, v in d.items()}
+  options = [f'--config.{k}={v}' for k, v in small.items()]
+  running = start(*command, *options, f'--config.root={tmp_path}/two')
+  assert train.main([*command, *options, f'--config.root={tmp_path}/one']) == 0
+  first, second = ends(running)
+  assert (first[0], second[0]) == (0, 0), first[3] + second[3]
+  one, two = (metrics.read(tmp_path / n / 'clip' / 'metrics.jsonl') for n in ('one', 'two'))
+  assert [m['step'] for m in one] == [m['step'] for m in two] == [1, 2] and 'val_loss' in two[1]
+  for a, b in zip(one, two, strict=True):
+    assert {k: b[k] for k in a if 'loss' in k} == pytest.approx({k: a[k] for k in a if 'loss' in k}, rel=1e-4)
