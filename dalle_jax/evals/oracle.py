@@ -115,7 +115,8 @@ def score_moments(oracle: Oracle, images: np.ndarray, moments: Sequence[Moment])
 
   'caption': all that the caption tells, the hero's place, the other object and no third one, size and setting if told.
   'hero': shape, colour and accessory of the object at the hero's place (if that is empty, of any that was not told).
-  'setting': that of the source or of the last change, be there a hero or not. 'size': the hero's, as the story has left it.
+  'setting': that of the source or of the last change, be there a hero or not. 'size': the hero's, as the story has
+  left it.
   """
   rows = [_judge(seen, moment) for seen, moment in zip(oracle.read(images), moments, strict=True)]
   return {name: np.array([row[name] for row in rows], bool) for name in COLUMNS}
