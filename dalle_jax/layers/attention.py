@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init
+from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init, platform
 
 KERNELS = ('auto', 'xla', 'cudnn')
 KINDS = ('full', 'row', 'column', 'conv', 'wrapped')
@@ -170,7 +170,7 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool
     raise ValueError(f'attention kernel {kernel!r} is unknown; there are {", ".join(KERNELS)}.')
   odd = q.shape[1] % 2  # the kernel takes even lengths alone
   numbers = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-  fits = numbers and (is_causal or not odd) and has_flash()
+  fits = numbers and (is_causal or not odd) and platform() == 'gpu' and has_flash()
   if kernel == 'cudnn' and not fits:
     raise ValueError(
       f'attention kernel "cudnn" does not take {q.dtype}{list(q.shape)} on {jax.devices()[0].device_kind}; it needs '

@@ -19,6 +19,15 @@ normal_init = nn.initializers.normal
 constrain = nn.with_logical_constraint  # a no-op without a mesh
 
 
+def platform() -> str:
+  """What is compiled for, 'cpu', 'gpu' or 'tpu': the devices of the mesh in use, else those of this process.
+
+  The two differ when a machine without a TPU compiles for one (`dalle_jax.aot`).
+  """
+  target = jax.sharding.get_abstract_mesh().abstract_device
+  return target.platform if target else jax.default_backend()
+
+
 def boxed(init: Init, axes: Axes) -> Init:
   """Wraps an initialiser so that the parameter carries its logical axes."""
   return nn.with_logical_partitioning(init, axes)
@@ -44,7 +53,7 @@ def _product_backward(axes, saved, g):
   rows, outer = x.ndim - axes, kernel.ndim - axes
   leading = tuple(range(rows))
   into_x = jax.lax.dot_general(g, kernel, ((tuple(range(rows, g.ndim)), tuple(range(axes, axes + outer))), ((), ())))
-  if jax.default_backend() == 'cpu':
+  if platform() == 'cpu':
     x, g = jax.lax.optimization_barrier((x, g))  # what is transposed is there already
     if x.size > g.size:
       into_kernel = jax.lax.dot_general(g, x, ((leading, leading), ((), ())))
@@ -115,7 +124,7 @@ class Conv(nn.Module):
     kernel = self.param('kernel', boxed(self.kernel_init, (None, None, 'conv_in', 'conv_out')), shape, jnp.float32)
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
     small = x.shape[1] * x.shape[2] <= 16 and self.stride == 1 and self.padding == 'SAME' and self.kernel_size % 2
-    if small and jax.default_backend() == 'cpu':
+    if small and platform() == 'cpu':
       y = conv_as_product(x, kernel)
     else:
       y = jax.lax.conv_general_dilated(

@@ -19,12 +19,13 @@ BATCH_AXES = ('data', 'fsdp')
 Rules = Sequence[tuple[str, str | Sequence[str] | None]]  # (logical axis, mesh axes), in order of precedence
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh:
-  """A mesh over all devices of all processes; a size of -1 takes the devices that the others leave.
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh over `devices`, by default all of all processes; a size of -1 takes those that the others leave.
 
   Raises ValueError when the sizes do not multiply to the number of devices.
   """
-  sizes, count = dict(sizes), jax.device_count()
+  devices = jax.devices() if devices is None else devices
+  sizes, count = dict(sizes), len(devices)
   asked = ', '.join(f'{k}={v}' for k, v in sizes.items())
   free = [k for k, v in sizes.items() if v == -1]
   fixed = math.prod(v for v in sizes.values() if v != -1)
@@ -35,16 +36,16 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh:
   if math.prod(sizes.values()) != count:
     raise ValueError(f'mesh ({asked}) does not fit {count} devices; set config.mesh so that the product is {count}.')
   # Auto axes: with Explicit ones, the default, Linen's logical constraints raise.
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)
 
 
 @contextlib.contextmanager
-def use(sizes: Mapping[str, int], rules: Rules) -> Iterator[Mesh]:
+def use(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Device] | None = None) -> Iterator[Mesh]:
   """Makes the mesh and sets it and the rules while the context lasts, so that `constrain` in the layers sees them.
 
   The rules are no part of jit's cache key: make jitted functions inside. Raises ValueError as `make_mesh`.
   """
-  mesh = make_mesh(sizes)
+  mesh = make_mesh(sizes, devices)
   unknown = sorted({a for _, axes in rules for a in _as_tuple(axes)} - set(mesh.axis_names))
   if unknown:
     raise ValueError(f'config.rules name mesh axes {unknown}; the mesh has {list(mesh.axis_names)}.')
