@@ -24,17 +24,8 @@ from dalle_jax.training import checkpoint, distributed, errors, host, loop, shar
 from dalle_jax.training import config as config_lib
 from dalle_jax.training.state import TrainState
 
-HERE = Path(__file__).resolve().parent
 STOPPED = 143  # exit status after SIGTERM or Ctrl-C: saved, and to be gone on with
 CAPTIONS = 100_000  # of the training set, from which the tokenizer is learnt
-
-
-def by_name(room: str, name: str, field: str):
-  """dalle_jax/ROOM/NAME.py; a one-line error that lists the files when there is none."""
-  known = sorted(p.stem for p in (HERE / 'dalle_jax' / room).glob('*.py') if p.stem != '__init__')
-  if name not in known:
-    raise ValueError(f'{field} {name!r} is unknown; dalle_jax/{room} has {", ".join(known)}.')
-  return importlib.import_module(f'dalle_jax.{room}.{name}')
 
 
 def tokenizer(config: ConfigDict, meta: dict | None, initial: checkpoint.Run | None, source) -> bpe.BPE | None:
@@ -142,8 +133,8 @@ def run(config: ConfigDict) -> TrainState:
 
 
 def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainState:
-  room = by_name('objectives', config.objective, 'config.objective')
-  builders = [by_name('evals', name, 'config.train.evals').build for name in config.train.evals]
+  room = config_lib.by_name('objectives', config.objective, 'config.objective')
+  builders = [config_lib.by_name('evals', name, 'config.train.evals').build for name in config.train.evals]
   run_dir.mkdir(parents=True, exist_ok=True)
   distributed.check_shared(run_dir)
   before = checkpoint.read_meta(run_dir)

@@ -2,20 +2,23 @@
 
   python train.py --config configs/dalle_paper.py:12b --config.run_dir=runs/12b --config.data.path=PICTURES \\
     --config.frozen.vqgan=runs/f8                                    # a TPU pod: add --distributed
+  python train.py --config configs/dalle_paper.py:1.3b,accum=8 ...   # 16 TPU v5e
   python train.py --config configs/dalle_paper.py:300m,batch=64 ...  # one GPU of 80 GB
   python train.py --config configs/dalle_paper.py:smoke              # both stages at a tiny width, one step each, CPU
-Variants: small (117M parameters), 300m, 1.3b, 12b. Pictures are encoded to tokens once, before training.
+Variants: small (117M parameters), 300m, 1.3b, 12b. Pictures are encoded to tokens once, before training. What fits on
+which TPUs is in docs/scaling.md.
 """
 
 from configs import common
 
 
 def get_config(arg: str = ''):
-  arg = common.parse_arg(arg, variant='12b', source='folder', batch=1024, steps=430_000, smoke=False)
+  arg = common.parse_arg(arg, variant='12b', source='folder', batch=1024, accum=1, steps=430_000, smoke=False)
   if arg.smoke:
     return smoke(stage='' if arg.variant == '12b' else arg.variant)
   c = common.base()
   c.data.update(source=arg.source, image_size=256, batch_size=arg.batch, workers=8)
+  c.train.accum = arg.accum
   return dalle(c, arg.variant, arg.steps)
 
 

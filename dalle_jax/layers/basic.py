@@ -20,13 +20,6 @@ normal_init = nn.initializers.normal
 constrain = nn.with_logical_constraint  # a no-op without a mesh; an axis that does not divide stays whole
 
 
-def platform() -> str:
-  """What the computation is for: the devices of the mesh in use, which may be others than those at hand."""
-  mesh = jax.sharding.get_abstract_mesh()
-  device = None if mesh.empty else mesh.abstract_device
-  return device.platform if device else jax.default_backend()
-
-
 def mesh_axes(name: str) -> tuple[str, ...]:
   """The axes of the mesh in use over which the rules split a logical axis."""
   mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
@@ -36,6 +29,15 @@ def mesh_axes(name: str) -> tuple[str, ...]:
 def split(name: str) -> int:
   """Into how many parts they split it."""
   return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in mesh_axes(name))
+
+
+def platform() -> str:
+  """What is compiled for, 'cpu', 'gpu' or 'tpu': the devices of the mesh in use, else those of this process.
+
+  The two differ when a machine without a TPU compiles for one (`dalle_jax.aot`).
+  """
+  target = jax.sharding.get_abstract_mesh().abstract_device
+  return target.platform if target else jax.default_backend()
 
 
 def boxed(init: Init, axes: Axes) -> Init:

@@ -11,8 +11,8 @@ import numpy as np
 
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
-from dalle_jax.models import dalle
-from dalle_jax.pipelines.generator import TokenGenerator, check_numbers, request_keys
+from dalle_jax.models import dalle, image_tokenizer
+from dalle_jax.pipelines.generator import TokenGenerator, check_numbers, decode_codes, request_keys
 from dalle_jax.training import checkpoint, sharding
 
 
@@ -43,7 +43,7 @@ class DallE(TokenGenerator):
     super().__init__(run, frozen, *layout)
     self.model = dalle.build(**{**self.config['model'], **self.sizes})
     self.params['dalle'] = self._to_draw_with(self.params['dalle'], self.model.dtype)
-    self._draw = jax.jit(self._draw_tokens_and_pixels, static_argnames='sampling')
+    self._draw = jax.jit(functools.partial(draw, self.model, self.vqgan), static_argnames='sampling')
 
   def sample(
     self,
@@ -104,26 +104,6 @@ class DallE(TokenGenerator):
       results.append(Sample(prompt, images[i, order], tokens[i, order], order, ranked))
     return results
 
-  # --- Under jit
-
-  def _draw_tokens_and_pixels(
-    self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, numbers: jax.Array, *, sampling: Sampling
-  ) -> tuple[jax.Array, jax.Array]:
-    """uint8[B, n, H, W, 3] and int32[B, n, I] for the candidates with these numbers."""
-    tokens = decoding.sample(
-      functools.partial(self.model.apply, {'params': params['dalle']}),
-      batch['text'],
-      batch['image'],
-      request_keys(seed, batch['name'], numbers),
-      empty=self.model.padding,
-      length=self.model.image_length,
-      n=len(numbers),
-      sampling=sampling,
-    )
-    images = self._decode_codes(params, tokens)
-    n = len(numbers)
-    return images.reshape(-1, n, *images.shape[1:]), tokens.reshape(-1, n, tokens.shape[-1])
-
   # --- On the host
 
   def _given(self, init_image: Any, keep_rows: int) -> np.ndarray:
@@ -134,6 +114,35 @@ class DallE(TokenGenerator):
     if init_image is None or not 0 < keep_rows < h:
       raise ValueError(f'keep_rows is {keep_rows}; with an init_image it must be 1 to {h - 1} rows of {h}, else 0.')
     return self.encode(self._picture(init_image, 'init_image')[None])[:, : keep_rows * w]
+
+
+def draw(
+  model: dalle.DALLE,
+  vqgan: image_tokenizer.ImageTokenizer,
+  params: Any,
+  batch: dict[str, jax.Array],
+  seed: jax.Array,
+  numbers: jax.Array,
+  *,
+  sampling: Sampling,
+) -> tuple[jax.Array, jax.Array]:
+  """uint8[B, n, H, W, 3] and int32[B, n, I] for the candidates with these numbers; under jit.
+
+  `params` has 'dalle' and 'vqgan', `batch` text int32[B, T], image int32[B, k] and name uint32[B].
+  """
+  tokens = decoding.sample(
+    functools.partial(model.apply, {'params': params['dalle']}),
+    batch['text'],
+    batch['image'],
+    request_keys(seed, batch['name'], numbers),
+    empty=model.padding,
+    length=model.image_length,
+    n=len(numbers),
+    sampling=sampling,
+  )
+  images = decode_codes(vqgan, params['vqgan'], tokens, model.grid)
+  n = len(numbers)
+  return images.reshape(-1, n, *images.shape[1:]), tokens.reshape(-1, n, tokens.shape[-1])
 
 
 load = DallE.load

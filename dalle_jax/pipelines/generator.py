@@ -149,12 +149,18 @@ class TokenGenerator(Generator):
   # --- Under jit
 
   def _decode_codes(self, params: Any, tokens: jax.Array) -> jax.Array:
-    codes = tokens.reshape(-1, *self.grid)
-    return to_uint8(self.vqgan.apply({'params': params['vqgan']}, codes, method='decode_codes'))
+    return decode_codes(self.vqgan, params['vqgan'], tokens, self.grid)
 
   def _encode_images(self, params: Any, images: jax.Array) -> jax.Array:
     codes = self.vqgan.apply({'params': params['vqgan']}, to_float(images), method='encode')
     return codes.reshape(len(images), -1)
+
+
+def decode_codes(
+  vqgan: image_tokenizer.ImageTokenizer, params: Any, tokens: jax.Array, grid: tuple[int, int]
+) -> jax.Array:
+  """The pictures uint8[B, H, W, 3] of image tokens int32[B, I]."""
+  return to_uint8(vqgan.apply({'params': params}, tokens.reshape(-1, *grid), method='decode_codes'))
 
 
 def check_numbers(n: int, batch_size: int, seed: int) -> None:

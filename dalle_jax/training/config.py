@@ -1,8 +1,11 @@
 """Reading a config from the command line so that a mistake is one clear line, and comparing two of them."""
 
 import difflib
+import importlib
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from absl import flags
@@ -70,6 +73,14 @@ def _check_fields(argv: Sequence[str]) -> None:
       close += difflib.get_close_matches(name, known, 3) + difflib.get_close_matches(leaf, known, 3)
       hint = f'close: {", ".join(dict.fromkeys(close))}' if close else f'there are {", ".join(holder.value)}'
       raise ValueError(f'the config has no field {name!r}; {hint}.')
+
+
+def by_name(room: str, name: str, field: str) -> ModuleType:
+  """dalle_jax/ROOM/NAME.py, which `field` asks for. Raises ValueError that lists the files when there is none."""
+  known = sorted(p.stem for p in (Path(__file__).parents[1] / room).glob('*.py') if p.stem != '__init__')
+  if name not in known:
+    raise ValueError(f'{field} {name!r} is unknown; dalle_jax/{room} has {", ".join(known)}.')
+  return importlib.import_module(f'dalle_jax.{room}.{name}')
 
 
 def to_json(config: Any) -> Any:

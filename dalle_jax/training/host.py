@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -2, -3, -4, -8  # of glibc's malloc.h
 
@@ -30,12 +32,12 @@ def _mallopt(options: Mapping[int, int]) -> None:
       ctypes.CDLL(None).mallopt(option, value)
 
 
-def known_options(options: Mapping[str, Any]) -> dict[str, Any]:
-  """Those of `options` that this XLA knows; others are named, as names of options come and go with versions."""
-  known = {}
+def known_options(options: Mapping[str, Any], where: Sharding) -> dict[str, Any]:
+  """Those of `options` that the compiler for the devices of `where` knows; others are named, as they come and go."""
+  known, number = {}, jax.ShapeDtypeStruct((), jnp.float32, sharding=where)
   for name, value in options.items():
     try:
-      jax.jit(lambda x: x, compiler_options={name: value}).lower(0.0).compile()
+      jax.jit(lambda x: x, compiler_options={name: value}).lower(number).compile()
       known[name] = value
     except Exception as e:  # XLA has no common class
       print(f'config.train.xla_options.{name} is left out: {" ".join(str(e).split())[:200]}', flush=True)

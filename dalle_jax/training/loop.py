@@ -96,7 +96,7 @@ def make_step(
     finite = jnp.isfinite(jnp.stack([jnp.asarray(m, jnp.float32) for m in metrics.values()])).all()
     return TrainState(state.step + 1, params, opt_state, average, mutable), metrics, finite
 
-  options = host.known_options(xla_options or {})
+  options = host.known_options(xla_options or {}, NamedSharding(mesh, PartitionSpec()))
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None), compiler_options=options)
 
 

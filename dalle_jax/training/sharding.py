@@ -26,8 +26,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 
   Raises ValueError when the sizes do not multiply to the number of devices.
   """
-  count = jax.device_count() if devices is None else len(devices)
-  sizes = {**dict.fromkeys(AXES, 1), **sizes}
+  devices = jax.devices() if devices is None else devices
+  sizes, count = {**dict.fromkeys(AXES, 1), **sizes}, len(devices)
   asked = ', '.join(f'{k}={v}' for k, v in sizes.items())
   free = [k for k, v in sizes.items() if v == -1]
   fixed = math.prod(v for v in sizes.values() if v != -1)
@@ -38,7 +38,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   if math.prod(sizes.values()) != count:
     raise ValueError(f'mesh ({asked}) does not fit {count} devices; set config.mesh so that the product is {count}.')
   # Auto axes: with Explicit ones, the default, Linen's logical constraints raise.
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes), devices=devices)
+  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)
 
 
 @contextlib.contextmanager

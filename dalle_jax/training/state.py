@@ -52,7 +52,7 @@ def abstract(
   objective: Objective, spec: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, rules: sharding.Rules
 ) -> tuple[Params, Any, dict[str, list[str | None]]]:
   """Shapes with shardings of (params, mutable), and the parameters' logical axes; nothing is computed."""
-  boxed, mutable = jax.eval_shape(objective.init, jax.random.key(0), spec)
+  boxed, mutable = jax.eval_shape(lambda batch: objective.init(jax.random.key(0), batch), spec)
   axes = sharding.logical_axes(boxed)
   params, extra = sharding.unbox(boxed), sharding.unbox(mutable)
   place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)

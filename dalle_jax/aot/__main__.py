@@ -1,0 +1,137 @@
+"""Compiles training step and sampler of a config for TPUs that are not there: do they fit, how fast can they be?
+
+  python -m dalle_jax.aot --config configs/dalle_paper.py:12b --topology v5p:8x8x4
+  python -m dalle_jax.aot --config configs/dalle_paper.py:1.3b --topology v5e:4x4 --batch_per_chip 8 \\
+    --config.mesh.tensor=2
+Needs libtpu (pip install 'dalle_jax[aot]'), and exits with 1 when a program does not fit. docs/scaling.md says what the
+estimates are worth. `--debug` shows the traceback of an error that is otherwise one line.
+"""
+
+import importlib.util
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+from jax.experimental import topologies
+
+from dalle_jax.aot import roofline
+from dalle_jax.aot.program import Plan, Program
+from dalle_jax.training import config as config_lib
+from dalle_jax.training import errors, metrics, sharding
+
+GB = 1e9
+EXAMPLES = 'v5e:4x4, v6e:16x16, v5p:8x8x4'
+
+
+def own_flags() -> flags.FlagValues:
+  found = flags.FlagValues()
+  flags.DEFINE_string('topology', '', f'generation and chips of the torus: {EXAMPLES}', flag_values=found)
+  flags.DEFINE_integer('batch_per_chip', 0, "data.batch_size / chips; 0: the config's batch", 0, flag_values=found)
+  flags.DEFINE_string('vqgan', 'f8_8192', 'variant of the frozen VQGAN', flag_values=found)
+  flags.DEFINE_integer('sampler', 1, 'pictures a chip to sample at once; 0: training alone', 0, flag_values=found)
+  flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=found)
+  return found
+
+
+def devices_of(topology: str) -> list[jax.Device]:
+  """Devices to compile for. Raises ValueError without libtpu or for a topology that it does not know."""
+  if importlib.util.find_spec('libtpu') is None and 'TPU_LIBRARY_PATH' not in os.environ:
+    raise ValueError("the TPU's compiler, libtpu, is not installed; pip install 'dalle_jax[aot]'.")
+  if not topology:
+    raise ValueError(f'give --topology, such as {EXAMPLES}.')
+  try:
+    return list(topologies.get_topology_desc(topology, 'tpu').devices)
+  except Exception as e:  # what libtpu raises has no common class
+    reason = ' '.join(str(e).split())[:300]
+    raise ValueError(
+      f'--topology {topology!r} is unknown ({reason}); expected e.g. v5e:4x4, v6e:16x16, v5p:8x8x4.'
+    ) from e
+
+
+def check(config, devices: Sequence[jax.Device], *, vqgan: str, batch_per_chip: int = 0, pictures: int = 1) -> bool:
+  """Compiles, prints, and returns whether all of it fits."""
+  with sharding.use(config.mesh, config.rules, devices) as mesh:
+    plan = Plan(config, mesh, vqgan=vqgan, batch_per_chip=batch_per_chip)
+    shape = ', '.join(f'{k} {v}' for k, v in mesh.shape.items())
+    print(f'{mesh.size} x {devices[0].device_kind}, mesh {shape}')
+    for name, count in plan.parameters.items():
+      frozen = ' (frozen)' if name in plan.optimizer.frozen else ''
+      print(f'{name}: {count:,} parameters{frozen}')
+    size = next(iter(plan.batch.values())).shape[0]
+    ahead = ', tokens encoded ahead, so the step runs no VQGAN' if 'tokens' in plan.batch else ''
+    print(f'batch {size:,}, {size / mesh.size:g} a chip{ahead}', flush=True)
+    fits = report(plan, plan.step(), mesh)
+    if pictures and config.objective == 'dalle':
+      fits &= report(plan, plan.sampler(pictures), mesh)
+  return fits
+
+
+def report(plan: Plan, program: Program, mesh: jax.sharding.Mesh) -> bool:
+  """Prints what a program needs and, of a chip that the table has, how long it takes; returns whether it fits."""
+  device = mesh.devices.flat[0]
+  chip, peak = roofline.chip(device), metrics.peak_flops(device)
+  print(f'--- {program.name}, compiled in {program.seconds:.0f} s')
+  if program.needs:
+    print(f'does not fit: it needs {program.needs} of the memory of a chip; use more chips, a smaller batch, or remat.')
+    return False
+  fits = chip is None or program.bytes <= chip.hbm
+  parts = f'arguments {program.arguments / GB:.2f}, the rest {(program.bytes - program.arguments) / GB:.2f}'
+  if chip:
+    parts += f'; of {chip.hbm / GB:.1f} ({100 * program.bytes / chip.hbm:.0f}%), {"fits" if fits else "DOES NOT FIT"}'
+  print(f'{"memory a chip":<16}{program.bytes / GB:.2f} GB: {parts}')
+  flops = sum(r.times * r.flops for r in program.regions)
+  model = plan.objective.flops(plan.batch) / mesh.size if program.name == 'step' else 0.0
+  against = f', {flops / model:.2f} x those of the model, {model:.3e}' if model else ''
+  print(f'{"FLOPs a chip":<16}{flops:.3e}{against}')
+  torus = roofline.Torus.of(mesh.devices.flat) if chip else None
+  print_collectives(program, torus)
+  if torus:
+    e = roofline.estimate(program.regions, torus, peak)
+    print(
+      f'{"estimate":<16}{e.total:.3f} s: products {e.compute:.3f}, memory {e.memory:.3f}, network {e.network:.3f} '
+      f'of which {e.exposed:.3f} hidden by nothing'
+    )
+    if model:
+      print(f'{"utilisation":<16}{100 * model / (peak * e.total):.0f}% at most, of {peak / 1e12:.0f} TFLOP/s')
+  return fits
+
+
+def print_collectives(program: Program, torus: roofline.Torus | None) -> None:
+  """One line for each kind, size of group, and whether it can run beside something else."""
+  sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+  for region in program.regions:
+    for c in region.collectives:
+      row = sums[c.kind, len(c.groups[0]), c.hidden]
+      row[0] += region.times
+      row[1] += region.times * c.sent
+      row[2] += region.times * torus.seconds(c) if torus else 0.0
+  for (kind, group, hidden), (count, sent, seconds) in sorted(sums.items(), key=lambda item: -item[1][1]):
+    how = 'asynchronous' if hidden else 'synchronous'
+    took = f', {seconds:.3f} s' if torus else ''
+    print(f'  {kind:<20}{how:<14} of {group:<5} {count:>7,} times {sent / GB:>9.3f} GB sent a chip{took}')
+
+
+def main(argv: list[str]) -> int:
+  options = own_flags()
+  if {'-h', '--help'} & set(argv[1:]):
+    print(f'{__doc__}\n{options.main_module_help()}')
+    return 0
+  jax.config.update('jax_platforms', 'cpu')  # nothing runs, so leave the accelerator of this machine alone
+  try:
+    config = config_lib.parse(argv, options)
+    if config.stages:
+      raise ValueError(f'this config has the stages {", ".join(config.stages)}; choose one: --config FILE.py:STAGE.')
+    devices = devices_of(options.topology)
+    config = config.copy_and_resolve_references()
+    sizes = dict(vqgan=options.vqgan, batch_per_chip=options.batch_per_chip, pictures=options.sampler)
+    fits = check(config, devices, **sizes)
+  except errors.EXPECTED as e:
+    return errors.report(e, '--debug' in argv)
+  return 0 if fits else 1
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))

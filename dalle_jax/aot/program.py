@@ -1,0 +1,163 @@
+"""The training step and the sampler of a config as programs for devices that need not be there."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from dalle_jax.aot import hlo
+from dalle_jax.functional import decoding
+from dalle_jax.models import image_tokenizer
+from dalle_jax.training import config as config_lib
+from dalle_jax.training import loop, optim, sharding
+from dalle_jax.training import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled program: bytes of one device, and what it does in one run.
+
+  `needs` is what its compiler says it needs where it is too large for the device, and then there is nothing else.
+  """
+
+  name: str
+  seconds: float  # of compilation
+  arguments: int = 0
+  temporaries: int = 0
+  code: int = 0
+  regions: tuple[hlo.Region, ...] = ()
+  needs: str = ''
+
+  @property
+  def bytes(self) -> int:
+    return self.arguments + self.temporaries + self.code
+
+
+class Plan:
+  """A config over a mesh: the objective, and the shapes with shardings of all that training and sampling take.
+
+  Attributes:
+    objective: of the config.
+    batch: global shapes.
+    state: that of training.
+    frozen: parameters of the networks that the step takes beside it.
+  """
+
+  def __init__(self, config: ConfigDict, mesh: Mesh, *, vqgan: str, batch_per_chip: int = 0):
+    """`vqgan` is the variant of the frozen one; with a `batch_per_chip` of 0 the batch is that of the config.
+
+    Raises ValueError for a config that needs other frozen networks, or a batch that does not fit the mesh.
+    """
+    if others := sorted(set(config.frozen) - {'vqgan'}):
+      raise ValueError(f'config.frozen has {", ".join(others)}; only a VQGAN can be stood in for by its shapes.')
+    self.config, self.mesh = config, mesh
+    self.known = {name: {'objective': name, 'model': {'variant': vqgan}} for name in config.frozen}
+    room = config_lib.by_name('objectives', config.objective, 'config.objective')
+    self.objective = room.from_config(config, self.known)
+    size = batch_per_chip * mesh.size or config.data.batch_size
+    shards = sharding.batch_shards(mesh) * (config.train.accum * config.data.group if config.train.accum > 1 else 1)
+    if size % shards:
+      raise ValueError(f'a batch of {size} is not divisible by {shards} (mesh data x fsdp, train.accum, data.group).')
+    self.batch = self._put(self._shapes(size))
+    params, mutable, _ = state_lib.abstract(self.objective, self.batch, mesh, config.rules)
+    self.optimizer = optim.build(config.optim, config.train.steps, list(params))
+    self.state = state_lib.abstract_state(params, mutable, self.optimizer, config.train.ema > 0, mesh)
+    self.frozen = {name: self._network(name, run) for name, run in self.known.items()}
+
+  @property
+  def parameters(self) -> dict[str, int]:
+    return {k: sum(math.prod(x.shape) for x in jax.tree.leaves(v)) for k, v in self.state.params.items()}
+
+  def step(self) -> Program:
+    """The update of the training loop, as it is."""
+    c = self.config.train
+    step = loop.make_step(
+      self.objective,
+      self.optimizer,
+      seed=self.config.seed,
+      accum=c.accum,
+      ema=c.ema,
+      mesh=self.mesh,
+      shardings=jax.tree.map(lambda x: x.sharding, self.state),
+      group=self.config.data.group,
+      xla_options=c.get('xla_options'),
+    )
+    return self._compiled('step', step, self.state, self.frozen, self.batch)
+
+  def sampler(self, rows: int) -> Program:
+    """What `sample` of the pipeline runs, a picture each for `rows` captions a device, VQGAN included."""
+    pipeline = config_lib.by_name('pipelines', self.config.objective, 'sampling: config.objective')
+    model, vqgan = self.objective.model, image_tokenizer.of_run(self.known['vqgan'])
+    count = rows * self.mesh.size
+    count -= count % sharding.batch_shards(self.mesh)
+    batch = {
+      'text': jax.ShapeDtypeStruct((count, model.text_length), jnp.int32),
+      'image': jax.ShapeDtypeStruct((count, 0), jnp.int32),
+      'name': jax.ShapeDtypeStruct((count,), jnp.uint32),
+    }
+    stored, everywhere = self.state.params['dalle'], NamedSharding(self.mesh, PartitionSpec())
+    cast = jax.eval_shape(lambda params: decoding.compute_params(params, model.dtype), stored)
+    params = {'dalle': jax.tree.map(lambda x, y: _placed(x, y.sharding), cast, stored), 'vqgan': self.frozen['vqgan']}
+    seed, numbers = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    inputs = params, self._put(batch), _placed(seed, everywhere), _placed(numbers, everywhere)
+    draw = jax.jit(lambda *inputs: pipeline.draw(model, vqgan, *inputs, sampling=decoding.Sampling()))
+    return self._compiled('sampler', draw, *inputs)
+
+  def _shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What the data pipeline gives for this config."""
+    c, story = self.config, self.config.objective.startswith('story')
+    frames = (self.config.model.get('frames', 4),) if story else ()
+    pictures = tuple(t + 1 for t in frames)  # the source, too
+    shapes = {}
+    if c.tokenizer.vocab_size:
+      shapes['text'] = jax.ShapeDtypeStruct((size, *frames, c.tokenizer.length), jnp.int32)
+    if c.encode.enabled or c.data.source == 'tokens':
+      length = math.prod(image_tokenizer.of_run(self.known['vqgan']).grid(c.data.image_size))
+      shapes['tokens'] = jax.ShapeDtypeStruct((size, *pictures, length), jnp.int32)
+    else:
+      shapes['image'] = jax.ShapeDtypeStruct((size, *pictures, c.data.image_size, c.data.image_size, 3), jnp.uint8)
+    return shapes
+
+  def _network(self, name: str, run: Mapping[str, Any]) -> Any:
+    """The parameters of a frozen network, laid out as loading its run would."""
+    model, size = image_tokenizer.of_run(run), self.config.data.image_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    boxed = jax.eval_shape(lambda image: model.init(jax.random.key(0), image)['params'], image)
+    params = sharding.unbox(boxed)
+    where = sharding.shardings(params, sharding.logical_axes(boxed), self.mesh, self.config.rules)
+    return jax.tree.map(_placed, params, where)
+
+  def _put(self, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: _placed(x, sharding.batch_sharding(self.mesh)) for name, x in shapes.items()}
+
+  def _compiled(self, name: str, function: Any, *inputs: Any) -> Program:
+    start = time.monotonic()
+    lowered = function.lower(*inputs)
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+      found = re.search(r'Used (\S+) of (\S+) hbm', str(e))
+      if not found:
+        raise
+      return Program(name, time.monotonic() - start, needs=f'{found[1]} of {found[2]}')
+    seconds = time.monotonic() - start
+    memory = compiled.memory_analysis()
+    return Program(
+      name,
+      seconds,
+      memory.argument_size_in_bytes,
+      memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+      memory.generated_code_size_in_bytes,
+      tuple(hlo.regions(compiled.as_text(), self.mesh.size)),
+    )
+
+
+def _placed(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

@@ -1,0 +1,275 @@
+"""Reading compiled programs, the roofline, and a step compiled for the devices of this machine."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from configs import common
+from dalle_jax.aot import __main__ as command
+from dalle_jax.aot import hlo, roofline
+from dalle_jax.aot.program import Plan
+from dalle_jax.layers import basic
+from dalle_jax.training import sharding
+
+LOOPS = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
+
+%inner (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[], f32[8,4]{1,0:T(8,128)}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[8,4]{1,0:T(8,128)} get-tuple-element(%p), index=1
+  %w = f32[4,4]{1,0} constant({...})
+  %y = f32[8,4]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %sum = f32[8,4]{1,0} all-reduce(%y), channel_id=1, replica_groups={{0,1},{2,3}}, metadata={op_name="a"}
+  ROOT %out = (s32[], f32[8,4]{1,0}) tuple(%i, %sum)
+}
+
+%inner_condition (p: (s32[], f32[8,4])) -> pred[] {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%outer (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %p = (s32[], f32[8,4]{1,0}) parameter(0)
+  %start = (f32[8,4]{1,0}, f32[8,16]{1,0}) all-gather-start(%x), dimensions={1}, replica_groups=[1,4]<=[4]
+  %done = f32[8,16]{1,0} all-gather-done(%start)
+  ROOT %loop = (s32[], /*index=1*/f32[8,4]{1,0}) while(%p), condition=%inner_condition, body=%inner
+  %x = f32[8,4]{1,0} get-tuple-element(%p), index=1
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  %i = s32[] constant(0)
+  %t = (s32[], f32[8,4]{1,0}) tuple(%i, %x)
+  %loop = (s32[], f32[8,4]{1,0}) while(%t), condition=%c, body=%outer, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %out = f32[8,4]{1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+FUSIONS = """HloModule fusions
+
+%sliced (p0: f32[24,128], p1: s32[]) -> f32[1,128] {
+  %p0 = f32[24,128]{1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %s = f32[1,128]{1,0} dynamic-slice(%p0, %p1, %zero), dynamic_slice_sizes={1,128}
+}
+
+%put (p0: f32[24,128], p1: f32[1,128], p2: s32[]) -> f32[24,128] {
+  %p0 = f32[24,128]{1,0} parameter(0)
+  %p1 = f32[1,128]{1,0} parameter(1)
+  %p2 = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %s = f32[24,128]{1,0} dynamic-update-slice(%p0, %p1, %p2, %zero)
+}
+
+ENTRY %main (all: f32[24,128], i: s32[]) -> f32[24,128] {
+  %all = f32[24,128]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %one = f32[1,128]{1,0} fusion(%all, %i), kind=kLoop, calls=%sliced
+  %near = f32[1,128]{1,0:T(8,128)S(1)} copy(%one)
+  ROOT %out = f32[24,128]{1,0} fusion(%all, %near, %i), kind=kLoop, calls=%put
+}
+"""
+
+
+def test_loops_count_as_often_as_they_run():
+  entry, outer, inner = hlo.regions(LOOPS, 4)
+  assert [(r.name, r.times) for r in (entry, outer, inner)] == [('main', 1), ('outer', 3), ('inner', 15)]
+  assert (entry.flops, outer.flops, inner.flops) == (0, 0, 2 * 8 * 4 * 4)
+  (gather,), (reduce,) = outer.collectives, inner.collectives
+  assert gather == hlo.Collective('all-gather', 8 * 16 * 4, ((0, 1, 2, 3),), True)
+  assert reduce == hlo.Collective('all-reduce', 8 * 4 * 4, ((0, 1), (2, 3)), False, 'a')
+  assert (gather.sent, reduce.sent) == (8 * 16 * 4 * 3 / 4, 2 * 8 * 4 * 4 / 2)
+
+
+def test_fusions_move_the_slices_that_they_read_and_write():
+  (entry,) = hlo.regions(FUSIONS, 1)
+  row, index = 128 * 4, 4
+  # read a row and the index, write a row; copy it into the core; write it from there into its place
+  assert entry.bytes == (row + index + row) + row + (index + row)
+
+
+STEPS = """HloModule asynchronous
+
+%start (p: bf16[4]) -> (bf16[4], bf16[16]) {
+  %p = bf16[4]{0} parameter(0)
+  %g = bf16[16]{0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=1,'b'=4] {'b'}
+  ROOT %s = (bf16[4]{0}, bf16[16]{0}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%done (p: bf16[4], q: bf16[16]) -> bf16[16] {
+  %p = bf16[4]{0} parameter(0)
+  %q = bf16[16]{0} parameter(1)
+  %g = bf16[16]{0} all-gather(%p), channel_id=7, replica_groups=mesh['a'=1,'b'=4] {'b'}
+  ROOT %s = bf16[16]{0} custom-call(%p, %q, %g), custom_call_target="AsyncCollectiveDone"
+}
+
+%body (p: (u32[], bf16[4])) -> (u32[], bf16[4]) {
+  %p = (u32[], bf16[4]{0}) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=0
+  %two = u32[] constant(2)
+  %next = u32[] add(%i, %two)
+  %x = bf16[4]{0} get-tuple-element(%p), index=1
+  %f = (bf16[4]{0}, bf16[16]{0}) fusion(%x), kind=kCustom, calls=%start
+  %y = bf16[4]{0} get-tuple-element(%f), index=0
+  ROOT %t = (u32[], bf16[4]{0}) tuple(%next, %y)
+}
+
+%condition (p: (u32[], bf16[4])) -> pred[] {
+  %p = (u32[], bf16[4]{0}) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=0
+  %n = u32[] constant(16)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: bf16[4]) -> bf16[16] {
+  %x = bf16[4]{0} parameter(0)
+  %one = u32[] constant(1)
+  %t = (u32[], bf16[4]{0}) tuple(%one, %x)
+  %loop = (u32[], bf16[4]{0}) while(%t), condition=%condition, body=%body
+  %y = bf16[4]{0} get-tuple-element(%loop), index=1
+  ROOT %d = bf16[16]{0} fusion(%y, %y), kind=kCustom, calls=%done
+}
+"""
+
+
+def test_the_steps_of_an_asynchronous_collective_are_one_and_loops_count_by_their_step():
+  entry, body = hlo.regions(STEPS, 4)
+  assert (body.times, entry.collectives) == (8, [])  # 1, 3, ..., 15
+  assert body.collectives == [hlo.Collective('all-gather', 32, ((0, 1, 2, 3),), True)]
+
+
+@pytest.mark.parametrize(
+  'attributes, groups',
+  [
+    ('replica_groups={{0,2},{1,3}}', ((0, 2), (1, 3))),
+    ('replica_groups=[2,2]<=[4]', ((0, 1), (2, 3))),
+    ('replica_groups=[2,2]<=[2,2]T(1,0)', ((0, 2), (1, 3))),
+    ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
+    ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','c'}", ((0, 1, 2, 3),)),
+    ('source_target_pairs={{1,2},{2,3}}', ((1, 2), (2, 3))),
+    ('replica_groups={}', ((0, 1, 2, 3),)),
+  ],
+)
+def test_groups(attributes, groups):
+  assert hlo._groups(attributes, 4) == groups
+
+
+@pytest.mark.parametrize(
+  'left, right, out, attributes, flops',
+  [
+    ('8,4', '4,6', '8,6', 'dim_labels=bf_io->bf', 2 * 8 * 4 * 6),
+    ('1,5,5,3', '3,3,3,7', '1,3,3,7', 'window={size=3x3}, dim_labels=b01f_01io->b01f', 2 * 9 * 9 * 3 * 7),
+    ('1,3,1', '3,1,1', '1,3,1', 'window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f', 2 * 7),  # two meet padding
+    # 5 products of [8, 4] and [4, 6], as the TPU's compiler writes them
+    ('5,8,4', '5,4,6', '5,8,6', 'window={size=5 stride=4 lhs_dilate=5}, dim_labels=0bf_0io->0bf', 2 * 5 * 8 * 4 * 6),
+  ],
+)
+def test_convolutions(left, right, out, attributes, flops):
+  text = f"""HloModule one
+
+ENTRY %main (a: f32[{left}], b: f32[{right}]) -> f32[{out}] {{
+  %a = f32[{left}] parameter(0)
+  %b = f32[{right}] parameter(1)
+  ROOT %c = f32[{out}] convolution(%a, %b), {attributes}
+}}
+"""
+  assert hlo.regions(text, 1)[0].flops == flops
+
+
+def test_a_text_that_is_no_program():
+  with pytest.raises(ValueError, match='no ENTRY'):
+    hlo.regions('hello', 1)
+
+
+def torus(shape, ring=16):
+  places = tuple((x, y, 0) for x in range(shape[0]) for y in range(shape[1]))
+  return roofline.Torus(roofline.Chip(16, bandwidth=10.0, link=1.0, ring=ring), (*shape, 1), places)
+
+
+def test_the_links_of_a_group():
+  gather = lambda group: hlo.Collective('all-gather', len(group) / (len(group) - 1), (tuple(group),), True)  # sends 1
+  assert torus((16, 16)).seconds(gather(range(256))) == pytest.approx(1 / 4)  # two rings
+  assert torus((16, 16)).seconds(gather(range(16))) == pytest.approx(1 / 2)  # one
+  assert torus((16, 16)).seconds(gather(range(8))) == pytest.approx(1)  # a part of one
+  assert torus((4, 4)).seconds(gather(range(16))) == pytest.approx(1 / 2)  # two lines
+  assert torus((4, 4)).seconds(hlo.Collective('all-gather', 8.0, ((0,),), True)) == 0
+
+
+def test_the_busiest_link_of_a_permutation():
+  shift = tuple((i, (i + 1) % 4) for i in range(4))
+  permute = lambda pairs: hlo.Collective('collective-permute', 1.0, pairs, True)
+  assert torus((1, 4), ring=4).seconds(permute(shift)) == 1  # once around the ring
+  assert torus((1, 4)).seconds(permute(shift)) == 1  # the last goes back over the other direction of the links
+  assert torus((1, 4)).seconds(permute(((0, 2), (1, 3)))) == 2
+
+
+def test_what_is_hidden_and_what_is_waited_for():
+  hidden = hlo.Collective('all-gather', 32.0, ((0, 1, 4, 5),), True)  # 24 bytes over two links of 1 byte/s
+  waiting = hlo.Collective('all-reduce', 4.0, ((0, 1, 4, 5),), False)  # 6 bytes
+  loop = hlo.Region('loop', 10, flops=20.0, bytes=50.0, collectives=[hidden, waiting])
+  e = roofline.estimate([hlo.Region('main', 1, flops=4.0), loop], torus((4, 4)), peak=2.0)
+  assert (e.compute, e.memory, e.network) == (2 + 100, 50, 150)
+  assert e.total == 2 + 10 * (12 + 3) and e.exposed == 10 * (2 + 3)
+
+
+def tiny():
+  c = common.base()
+  c.objective, c.frozen = 'dalle', dict(vqgan='')
+  c.model = dict(variant='test', d_model=32, heads=4, remat='full')
+  c.tokenizer.update(vocab_size=34, length=6)
+  c.data.update(image_size=8, batch_size=16)
+  c.encode.enabled = True
+  c.train.update(ema=0.9, accum=2)
+  c.mesh.update(common.MESHES['fsdp'])
+  return c
+
+
+def test_a_step_and_a_sampler_for_devices_of_this_machine(capsys):
+  config = tiny()
+  with sharding.use(config.mesh, config.rules, jax.devices()[:4]) as mesh:
+    plan = Plan(config, mesh, vqgan='test', batch_per_chip=8)
+    assert plan.batch['text'].shape == (32, 6) and plan.batch['tokens'].shape == (32, 16)
+    step, sampler = plan.step(), plan.sampler(2)
+    assert command.report(plan, step, mesh)
+  state = sum(np.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(plan.state))
+  assert state < step.arguments < state + 8 * (6 + 16) * 4 + 1024 and not step.needs
+  flops = sum(r.times * r.flops for r in step.regions) * 4
+  assert 1.0 < flops / plan.objective.flops(plan.batch) < 1.6  # what the backward pass computes again
+  kinds = {c.kind for r in step.regions for c in r.collectives}
+  assert 'all-gather' in kinds and kinds & {'reduce-scatter', 'all-reduce'}
+  assert sampler.bytes > 0 and any(r.times > 1 for r in sampler.regions)
+  assert 'x those of the model' in capsys.readouterr().out
+
+
+def test_plans_that_cannot_be_made():
+  config = tiny()
+  with sharding.use(config.mesh, config.rules) as mesh:
+    with pytest.raises(ValueError, match='a batch of 8 is not divisible by 16'):
+      Plan(config, mesh, vqgan='test', batch_per_chip=1)
+    config.frozen.clip = ''
+    with pytest.raises(ValueError, match='frozen has clip'):
+      Plan(config, mesh, vqgan='test')
+
+
+@pytest.mark.parametrize(
+  'arguments, error',
+  [
+    (['--config=configs/quickstart.py'], 'choose one: --config FILE.py:STAGE'),
+    (['--config=configs/dalle_paper.py:1.3b'], 'libtpu, is not installed|give --topology'),
+  ],
+)
+def test_a_mistake_is_one_line(arguments, error, capsys):
+  assert command.main(['aot', *arguments]) == 2
+  line = capsys.readouterr().err
+  assert line.count('\n') == 1 and re.search(error, line)
+
+
+def test_layers_are_compiled_for_the_mesh_in_use():
+  with sharding.use(dict(data=-1), ()):
+    assert basic.platform() == jax.devices()[0].platform
+  assert basic.platform() == jax.default_backend()
