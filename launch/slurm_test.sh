@@ -13,6 +13,7 @@ done
 work=$(mktemp -d)
 daemons=()
 finish() {
+  if [ "${state:-}" != COMPLETED ] && [ -n "${job:-}" ]; then scancel "$job" && sleep 6; fi
   for pid in "${daemons[@]}"; do kill "$pid" 2> /dev/null || true; done
   wait 2> /dev/null || true
   rm -rf "$work"
@@ -51,6 +52,7 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=none
 ReturnToService=2
+KillWait=3
 GresTypes=gpu
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU

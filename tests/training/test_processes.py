@@ -24,9 +24,9 @@ def free_port():
     return s.getsockname()[1]
 
 
-def start(*command, count=2):
-  """`count` processes of `command` on two devices each."""
-  env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
+def start(*command, count=2, devices=2):
+  """`count` processes of `command` on so many devices each."""
+  env = os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
   port, pipe = free_port(), subprocess.PIPE
   explicit = [f'--coordinator=localhost:{port}', f'--processes={count}']
   return [
@@ -147,7 +147,7 @@ def test_train_with_an_objective_evaluation_and_pictures(tmp_path):
   often = {'steps': 2, 'log_every': 1, 'eval_every': 2, 'eval_batches': 2}
   small = {f'{k}.{name}': v for k, d in dict(model=model, data=data, train=often).items() for name, v in d.items()}
   options = [f'--config.{k}={v}' for k, v in small.items()]
-  running = start(*command, *options, f'--config.root={tmp_path}/two')
+  running = start(*command, *options, f'--config.root={tmp_path}/two', devices=1)
   assert train.main([*command, *options, f'--config.root={tmp_path}/one']) == 0
   first, second = ends(running)
   assert (first[0], second[0]) == (0, 0), first[3] + second[3]
