@@ -230,7 +230,7 @@ class DALLE(nn.Module):
     x = self._embed_image(token[:, None], index)
     first = cache.k.shape[2] - self.length
     patterns, kinds = self._patterns(first)
-    end = first + (self.length if end is None else self.prefix + end)
+    end = first + (self.length if end is None else min(self.length, self.prefix + end))
     stream = Stream(patterns, first + self.prefix + index, end)
     x, cache = self.blocks(x, None, stream, kinds, cache, context, np.ones(1, bool))
     return self.image_logits(self._read(x[:, 0])), cache

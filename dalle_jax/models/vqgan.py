@@ -7,11 +7,9 @@ from einops import rearrange
 from flax import struct
 
 from dalle_jax.layers import variants
-from dalle_jax.layers.basic import Conv, GroupNorm, constrain
+from dalle_jax.layers.basic import Conv, GroupNorm, constrain, split
 from dalle_jax.layers.convnet import AttnBlock, Downsample, ResBlock, Upsample, depth_to_space, space_to_depth
 from dalle_jax.layers.quantize import GumbelQuantizer, NearestQuantizer, Quantized
-
-IMAGE_AXES = ('batch', 'height', None, None)
 
 VARIANTS = {
   'test': dict(
@@ -70,7 +68,7 @@ class Encoder(nn.Module):
           x = AttnBlock(self.dtype, self.norm_groups, name=f'down_{level}_attn_{i}')(x)
       if level + 1 < len(self.ch_mult):
         x = Downsample(self.dtype, name=f'down_{level}_downsample')(x)
-      x = constrain(x, IMAGE_AXES)
+      x = over_devices(x)
     x = middle(x, self.dtype, self.norm_groups)
     x = jax.nn.swish(GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(x))
     return Conv(self.z_channels, dtype=self.dtype, name='conv_out')(x)
@@ -100,8 +98,13 @@ class Decoder(nn.Module):
           x = AttnBlock(self.dtype, self.norm_groups, name=f'up_{level}_attn_{i}')(x)
       if level:
         x = Upsample(self.dtype, name=f'up_{level}_upsample')(x)
-      x = constrain(x, IMAGE_AXES)
+      x = over_devices(x)
     return jax.nn.swish(GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(x))
+
+
+def over_devices(x: jax.Array) -> jax.Array:
+  """[B, H, W, C] split by pictures, and by rows where channels are not: XLA (jax 0.10) gets both at once wrong."""
+  return constrain(x, ('batch', None if split('conv_out') > 1 else 'height', None, None))
 
 
 def middle(x: jax.Array, dtype: jnp.dtype, groups: int) -> jax.Array:
