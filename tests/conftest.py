@@ -10,10 +10,19 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(Path(__file__).parents[1]
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')  # tests compile far more than they compute
 
+import jax
+import pytest
 from absl import flags
 
 if not flags.FLAGS.is_parsed():
   flags.FLAGS(sys.argv[:1])
+
+
+@pytest.fixture(autouse=True, scope='module')
+def forget():
+  """Programs of one file are of no use to the next, and were gigabytes in the end."""
+  yield
+  jax.clear_caches()
 
 
 def pytest_addoption(parser):
