@@ -22,7 +22,7 @@ from dalle_jax.training import sharding
 _SIZE = flags.DEFINE_string('size', 't_base', 'of benchmarks/sizes.py, or a variant of dalle_jax/models/dalle.py')
 _BATCH = flags.DEFINE_integer('batch_size', 4, 'pictures at once, or stories')
 _STORY = flags.DEFINE_bool('story', False, 'four frames a story, with cross-attention in every block')
-_UNROLL = flags.DEFINE_list('unroll', [''], 'turns of the scan over layers compiled one after the other')
+_UNROLL = flags.DEFINE_list('unroll', ['1'], 'turns of the scan over layers compiled one after the other')
 _TOKENS = flags.DEFINE_integer('tokens', 0, 'only so many; 0: a whole picture')
 _PEER = flags.DEFINE_enum('peer', '', ['', 'torch'], 'also plain PyTorch')
 _PEER_TOKENS = flags.DEFINE_integer('peer_tokens', 0, 'of the peer only so many; 0: a whole picture')
@@ -64,7 +64,7 @@ def setup(changes):
 def main(_):
   rate = limits.bandwidth()
   for unroll in _UNROLL.value:
-    run, params, model, text, count = setup({'unroll': int(unroll)} if unroll else {})
+    run, params, model, text, count = setup({'unroll': int(unroll)})
     flat = sharding.flatten(params)
     read = sum(v.nbytes for k, v in flat.items() if 'blocks/' in k or 'image_head' in k or '/cross/' in k)
     rows = text[..., 0].size

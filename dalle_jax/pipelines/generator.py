@@ -21,6 +21,9 @@ from dalle_jax.training import checkpoint, sharding
 
 logger = logging.getLogger(__name__)
 BATCH = 64  # pictures at once through the VQGAN
+LOOPED = {
+  'unroll': 1
+}  # of transformers that draw: else XLA on the CPU copies the weights of each layer for every token
 
 
 class Generator:
