@@ -10,6 +10,9 @@ from ml_collections import ConfigDict
 MESHES = {
   'data': dict(data=-1, fsdp=1, tensor=1),  # a copy of the model on every device
   'fsdp': dict(data=1, fsdp=-1, tensor=1),  # parameters split over all devices, gathered layer by layer
+  'fsdp128': dict(
+    data=-1, fsdp=128, tensor=1
+  ),  # the same, with a copy for every 128: 256 do not divide a width of 3968
   'tensor8': dict(data=1, fsdp=-1, tensor=8),  # layers split over the 8 devices of a host, fsdp between hosts
 }
 
@@ -22,6 +25,17 @@ RULES = (
   ('conv_out', 'tensor'),
   ('embed', 'fsdp'),
   ('conv_in', 'fsdp'),
+)
+
+# For train.xla_options on TPUs: gather the parameters of a layer while the one before computes, and not in pieces that
+# each go through memory.
+ON_TPU = dict(
+  xla_enable_async_all_gather=True,
+  xla_tpu_enable_async_collective_fusion=True,
+  xla_tpu_enable_async_collective_fusion_fuse_all_gather=True,
+  xla_tpu_enable_async_collective_fusion_multiple_steps=True,
+  xla_tpu_overlap_compute_collective_tc=True,
+  xla_jf_spmd_threshold_for_windowed_einsum_mib=1_000_000,
 )
 
 # For train.xla_options: else XLA of jax 0.10 hands all of a small VQGAN to YNNPACK, where a step takes twice as long.
