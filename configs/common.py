@@ -10,9 +10,10 @@ from ml_collections import ConfigDict
 MESHES = {
   'data': dict(data=-1, fsdp=1, tensor=1, sequence=1),  # a copy of the model on every device
   'fsdp': dict(data=1, fsdp=-1, tensor=1, sequence=1),  # parameters split over all devices, gathered layer by layer
-  'tensor8': dict(
-    data=1, fsdp=-1, tensor=8, sequence=1
-  ),  # layers split over the 8 devices of a host, fsdp between hosts
+  # The same, with a copy for every 128: 256 do not divide a width of 3968.
+  'fsdp128': dict(data=-1, fsdp=128, tensor=1, sequence=1),
+  # Layers split over the 8 devices of a host, fsdp between hosts.
+  'tensor8': dict(data=1, fsdp=-1, tensor=8, sequence=1),
   'sequence8': dict(data=1, fsdp=-1, tensor=1, sequence=8),  # streams (the rows of pictures) split over a host
 }
 
@@ -27,6 +28,17 @@ RULES = (
   ('conv_in', 'fsdp'),
   ('seq', 'sequence'),
   ('height', 'sequence'),
+)
+
+# For train.xla_options on TPUs: gather the parameters of a layer while the one before computes, and not in pieces that
+# each go through memory.
+ON_TPU = dict(
+  xla_enable_async_all_gather=True,
+  xla_tpu_enable_async_collective_fusion=True,
+  xla_tpu_enable_async_collective_fusion_fuse_all_gather=True,
+  xla_tpu_enable_async_collective_fusion_multiple_steps=True,
+  xla_tpu_overlap_compute_collective_tc=True,
+  xla_jf_spmd_threshold_for_windowed_einsum_mib=1_000_000,
 )
 
 # For train.xla_options: else XLA of jax 0.10 hands all of a small VQGAN to YNNPACK, where a step takes twice as long.

@@ -1,8 +1,9 @@
 """The paper's model: 256 text + 1,024 image tokens of 8,192 codes (Ramesh et al., 2021, section 2 and appendix B).
 
   python train.py --config configs/dalle_paper.py:12b --config.run_dir=runs/12b --config.data.path=PICTURES \\
-    --config.frozen.vqgan=runs/f8                                    # a TPU pod: add --distributed
-  python train.py --config configs/dalle_paper.py:1.3b,accum=8 ...   # 16 TPU v5e
+    --config.frozen.vqgan=runs/f8                                    # 128 devices or a multiple
+  python train.py --config configs/dalle_paper.py:12b,tpu ... --distributed           # a TPU pod
+  python train.py --config configs/dalle_paper.py:1.3b,tpu,accum=8 ... --distributed  # 16 TPU v5e
   python train.py --config configs/dalle_paper.py:300m,batch=64 ...  # one GPU of 80 GB
   python train.py --config configs/dalle_paper.py:smoke              # both stages at a tiny width, one step each, CPU
 Variants: small (117M parameters), 300m, 1.3b, 12b. Pictures are encoded to tokens once, before training. What fits on
@@ -13,12 +14,16 @@ from configs import common
 
 
 def get_config(arg: str = ''):
-  arg = common.parse_arg(arg, variant='12b', source='folder', batch=1024, accum=1, steps=430_000, smoke=False)
+  arg = common.parse_arg(
+    arg, variant='12b', source='folder', batch=1024, accum=1, steps=430_000, tpu=False, smoke=False
+  )
   if arg.smoke:
     return smoke(stage='' if arg.variant == '12b' else arg.variant)
   c = common.base()
   c.data.update(source=arg.source, image_size=256, batch_size=arg.batch, workers=8)
   c.train.accum = arg.accum
+  if arg.tpu:
+    c.train.xla_options = common.ON_TPU
   return dalle(c, arg.variant, arg.steps)
 
 
@@ -31,7 +36,7 @@ def dalle(c, variant: str, steps: int):
   c.encode.enabled = True
   c.optim.update(lr=4.5e-4, b1=0.9, b2=0.96, weight_decay=4.5e-2, warmup=5_000, clip=4.0, schedule='cosine')
   c.train.update(steps=steps, ema=0.999, log_every=100, checkpoint_every=2_000, eval_every=2_000)
-  c.mesh.update(common.MESHES['fsdp'])
+  c.mesh.update(common.MESHES['fsdp128' if variant == '12b' else 'fsdp'])
   return c
 
 

@@ -151,6 +151,7 @@ def test_the_steps_of_an_asynchronous_collective_are_one_and_loops_count_by_thei
     ('replica_groups=[2,2]<=[2,2]T(1,0)', ((0, 2), (1, 3))),
     ("replica_groups=mesh['a'=2,'b'=2] {'a'}", ((0, 2), (1, 3))),
     ("replica_groups=mesh['a'=2,'b'=1,'c'=2] {'a','c'}", ((0, 1, 2, 3),)),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}", ((0, 1), (2, 3))),
     ('source_target_pairs={{1,2},{2,3}}', ((1, 2), (2, 3))),
     ('replica_groups={}', ((0, 1, 2, 3),)),
   ],

@@ -110,4 +110,4 @@ def test_the_paper_config_has_the_papers_numbers():
   assert (c.data.batch_size, c.train.steps, c.train.ema, c.tokenizer.dropout) == (1024, 430_000, 0.999, 0.1)
   v = vqgan.build('f8_8192')
   assert (v.grid(256), v.num_codes, v.code_dim, v.quantizer) == ((32, 32), 8192, 256, 'gumbel')
-  assert common.MESHES['fsdp'] == dict(c.mesh)
+  assert common.MESHES['fsdp128'] == dict(c.mesh)

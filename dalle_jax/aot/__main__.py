@@ -42,13 +42,12 @@ def devices_of(topology: str) -> list[jax.Device]:
     raise ValueError("the TPU's compiler, libtpu, is not installed; pip install 'dalle_jax[aot]'.")
   if not topology:
     raise ValueError(f'give --topology, such as {EXAMPLES}.')
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # it holds no chip, so others may load it, too
   try:
     return list(topologies.get_topology_desc(topology, 'tpu').devices)
   except Exception as e:  # what libtpu raises has no common class
-    reason = ' '.join(str(e).split())[:300]
-    raise ValueError(
-      f'--topology {topology!r} is unknown ({reason}); expected e.g. v5e:4x4, v6e:16x16, v5p:8x8x4.'
-    ) from e
+    reason = ' '.join(str(e).split())[:200]
+    raise ValueError(f'--topology {topology!r} is none ({reason}); give one such as {EXAMPLES}.') from e
 
 
 def check(config, devices: Sequence[jax.Device], *, vqgan: str, batch_per_chip: int = 0, pictures: int = 1) -> bool:
@@ -60,6 +59,8 @@ def check(config, devices: Sequence[jax.Device], *, vqgan: str, batch_per_chip: 
     for name, count in plan.parameters.items():
       frozen = ' (frozen)' if name in plan.optimizer.frozen else ''
       print(f'{name}: {count:,} parameters{frozen}')
+    if plan.whole > 0.01:
+      print(f'{100 * plan.whole:.0f}% of them lie whole on every chip: the mesh does not divide their sizes')
     size = next(iter(plan.batch.values())).shape[0]
     ahead = ', tokens encoded ahead, so the step runs no VQGAN' if 'tokens' in plan.batch else ''
     print(f'batch {size:,}, {size / mesh.size:g} a chip{ahead}', flush=True)

@@ -272,24 +272,30 @@ def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
   """Groups of devices, all devices if none are named. They are written in one of these ways:
 
   {{0,1},{2,3}}, the same as pairs; [2,2]<=[4], [2,2]<=[2,2]T(1,0), devices in order, reshaped and transposed;
-  mesh['a'=2,'b'=2] {'b'}, those that differ in some axes of a mesh.
+  mesh['a'=2,'b'=2] {'b'}, those that differ in some axes of a mesh, perhaps with device_ids=([2,2]T(1,0)), its order.
   """
   listed = re.search(r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}', attributes)
   if listed:
     return tuple(tuple(int(i) for i in part.split(',')) for part in re.findall(r'\{([\d,]+)\}', listed[1]))
   tiled = re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes)
-  mesh = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', attributes)
+  order = r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?'
+  mesh = re.search(rf'replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}]*)\}}', attributes)
   if tiled:
-    shape, dims, order = ([int(i) for i in part.split(',')] if part else None for part in tiled.groups())
+    shape, dims, order = (_numbers(part) for part in tiled.groups())
     ids = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
   elif mesh:
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-    within = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh[2])]
-    ids = np.moveaxis(np.arange(devices).reshape(list(sizes.values())), within, range(-len(within), 0))
-    ids = ids.reshape(-1, math.prod(sizes[name] for name in re.findall(r"'(\w+)'", mesh[2])))
+    ids = np.arange(devices).reshape(_numbers(mesh[2]) or [devices]).transpose(_numbers(mesh[3]))
+    within = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh[4])]
+    ids = np.moveaxis(ids.reshape(list(sizes.values())), within, range(-len(within), 0))
+    ids = ids.reshape(-1, math.prod(ids.shape[len(sizes) - len(within) :]))
   else:
     ids = np.arange(devices)[None]
   return tuple(tuple(int(i) for i in row) for row in ids)
+
+
+def _numbers(text: str | None) -> list[int] | None:
+  return [int(i) for i in text.split(',')] if text else None
 
 
 # --- Traffic

@@ -75,6 +75,13 @@ class Plan:
   def parameters(self) -> dict[str, int]:
     return {k: sum(math.prod(x.shape) for x in jax.tree.leaves(v)) for k, v in self.state.params.items()}
 
+  @property
+  def whole(self) -> float:
+    """The fraction of the parameters that every device holds, as no rule of the mesh divides their sizes."""
+    leaves = jax.tree.leaves(self.state.params)
+    whole = sum(math.prod(x.shape) for x in leaves if x.sharding.is_fully_replicated)
+    return whole / sum(math.prod(x.shape) for x in leaves)
+
   def step(self) -> Program:
     """The update of the training loop, as it is."""
     c = self.config.train
@@ -143,10 +150,10 @@ class Plan:
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
-      found = re.search(r'Used (\S+) of (\S+) hbm', str(e))
-      if not found:
+      sizes = re.findall(r'\b\d[\d.]*[MGT]\b', str(e))
+      if 'ran out of memory' not in str(e).lower() or len(sizes) < 2:
         raise
-      return Program(name, time.monotonic() - start, needs=f'{found[1]} of {found[2]}')
+      return Program(name, time.monotonic() - start, needs=f'{sizes[0]} of {sizes[1]}')
     seconds = time.monotonic() - start
     memory = compiled.memory_analysis()
     return Program(

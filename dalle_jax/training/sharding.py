@@ -14,6 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'tensor', 'sequence')
@@ -37,8 +38,10 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     sizes[free[0]] = count // fixed
   if math.prod(sizes.values()) != count:
     raise ValueError(f'mesh ({asked}) does not fit {count} devices; set config.mesh so that the product is {count}.')
+  # jax.make_mesh refuses, on most TPUs, sizes that part an axis of the torus, such as fsdp=128 of 16 x 16 chips.
+  placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
   # Auto axes: with Explicit ones, the default, Linen's logical constraints raise.
-  return jax.make_mesh(tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices)
+  return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 @contextlib.contextmanager
