@@ -30,15 +30,15 @@ RULES = (
   ('height', 'sequence'),
 )
 
-# For train.xla_options on TPUs: gather the parameters of a layer while the one before computes, and not in pieces that
-# each go through memory.
+# For train.xla_options on TPUs: the parameters of a layer are gathered whole, while the one before computes, and not in
+# pieces within the product, each of which adds to all of what it gives. Gradients are scattered in pieces.
 ON_TPU = dict(
   xla_enable_async_all_gather=True,
   xla_tpu_enable_async_collective_fusion=True,
   xla_tpu_enable_async_collective_fusion_fuse_all_gather=True,
   xla_tpu_enable_async_collective_fusion_multiple_steps=True,
   xla_tpu_overlap_compute_collective_tc=True,
-  xla_jf_spmd_threshold_for_windowed_einsum_mib=1_000_000,
+  xla_tpu_enable_windowed_einsum_for_all_gather=False,
 )
 
 # For train.xla_options: else XLA of jax 0.10 hands all of a small VQGAN to YNNPACK, where a step takes twice as long.

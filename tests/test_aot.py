@@ -182,6 +182,34 @@ ENTRY %main (a: f32[{left}], b: f32[{right}]) -> f32[{out}] {{
   assert hlo.regions(text, 1)[0].flops == flops
 
 
+BRANCHES = """HloModule branches
+
+%few (p: f32[8]) -> f32[8] {
+  ROOT %p = f32[8]{0} parameter(0)
+}
+
+%many (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  %grid = s8[1,10,5]{2,1,0} constant({...})
+  %q = bf16[2,4,1280,64]{3,2,1,0} constant({...})
+  %splash_mha_fwd_residuals.1 = bf16[2,4,1280,64]{3,2,1,0} custom-call(%grid, %q), custom_call_target="tpu_custom_call"
+  ROOT %out = f32[8]{0} bitcast(%p)
+}
+
+ENTRY %main (i: s32[], p: f32[8]) -> f32[8] {
+  %i = s32[] parameter(0)
+  %p = f32[8]{0} parameter(1)
+  ROOT %out = f32[8]{0} conditional(%i, %p, %p), branch_computations={%few, %many}
+}
+"""
+
+
+def test_the_largest_branch_counts_and_the_blocks_of_splash_attention():
+  (entry,) = hlo.regions(BRANCHES, 1)
+  assert entry.flops == 2 * (2 * 2 * 4 * 64) * 50 * 128 * 128  # two products of 50 blocks of 128 x 128
+  assert entry.bytes == 2 * (2 * 4 * 1280 * 64) * 2 + 50
+
+
 def test_a_text_that_is_no_program():
   with pytest.raises(ValueError, match='no ENTRY'):
     hlo.regions('hello', 1)

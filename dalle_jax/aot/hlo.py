@@ -3,7 +3,7 @@
 The compiler's own `cost_analysis` counts the body of a loop once. Here each computation counts as often as it runs: the
 body of a loop as many times as the compiler notes (`known_trip_count`) or, where it notes nothing, as follow from the
 counter that the loop's condition compares with a constant: its start and the step that the body adds. Of a conditional
-all branches count.
+the branch with the most products counts. Of kernels that are no HLO those of splash attention are known.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ FREE = {  # move nothing by themselves
   'partition-id', 'replica-id', 'iota', 'opt-barrier', 'add-dependency', 'custom-call',
 }  # fmt: skip
 ASYNCHRONOUS = 'custom_call_target="AsyncCollective'  # how the TPU's compiler marks fusions that are steps of one
+SPLASH = {'splash_mha_fwd': 2, 'splash_mha_dq': 3, 'splash_mha_dkv': 4}  # products of each block of its grid
 SLICES = {'dynamic-slice', 'slice', 'gather'}  # read what they give, not all that they are given
 _ARRAY = re.compile(r'([a-z][a-z0-9]*)\[([\d,<= ]*)\](?:\{([^{}]*)\})?')
 _NAME = re.compile(r'%?([\w.\-]+)$')
@@ -142,9 +143,20 @@ def regions(text: str, devices: int) -> list[Region]:
           beside = opcode == 'async' or any(ASYNCHRONOUS in i.attributes for i in computations[inner].values())
           visit(inner, region, fused or opcode == 'fusion', hidden or beside)
       elif opcode == 'conditional':
-        for kind in ('branch_computations', 'true_computation', 'false_computation'):
-          for inner in one.called(kind):
-            visit(inner, region, fused, hidden)
+        kinds = ('branch_computations', 'true_computation', 'false_computation')
+        branch(sorted({inner for kind in kinds for inner in one.called(kind)}), region, fused, hidden)
+
+  def branch(names: list[str], region: Region, fused: bool, hidden: bool) -> None:
+    before, taken = len(found), []
+    for name in names:
+      alone = Region(name, region.times)
+      visit(name, alone, fused, hidden)
+      taken.append([alone, *found[before:]])
+      del found[before:]
+    most = max(taken, key=lambda parts: (sum(r.times * r.flops for r in parts), sum(r.times * r.bytes for r in parts)))
+    region.flops, region.bytes = region.flops + most[0].flops, region.bytes + most[0].bytes
+    region.collectives += most[0].collectives
+    found.extend(most[1:])
 
   def loop(name: str, times: int) -> None:
     region = Region(name, times)
@@ -239,6 +251,11 @@ def _flops(one: Instruction, computation: Computation) -> float:
     return 2.0 * math.prod(one.arrays[0].dims) * contracted
   if one.opcode == 'convolution':
     return _convolution_flops(one, computation)
+  products = next((n for name, n in SPLASH.items() if one.name.startswith(name)), 0)
+  if one.opcode == 'custom-call' and products:
+    given = [computation[name].arrays[0].dims for name in one.operands]
+    grid, (batch, heads, length, head_dim) = given[0], next(dims for dims in given if len(dims) == 4)
+    return 2.0 * products * batch * heads * head_dim * math.prod(grid[1:]) * (length / grid[1]) ** 2
   return 0.0
 
 
@@ -303,7 +320,8 @@ def _numbers(text: str | None) -> list[int] | None:
 
 def _traffic(one: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
   """Bytes that an instruction outside of fusions reads from and writes to memory."""
-  if one.opcode in FREE or one.opcode.endswith(('-done', '-update')):
+  kernel = 'custom_call_target="tpu_custom_call"' in one.attributes
+  if (one.opcode in FREE and not kernel) or one.opcode.endswith(('-done', '-update')):
     return 0.0
   operands = [computation[name].arrays for name in one.operands if name in computation]
   far = lambda arrays: sum(a.bytes for a in arrays if not a.near)
