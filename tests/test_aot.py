@@ -192,7 +192,11 @@ BRANCHES = """HloModule branches
   %p = f32[8]{0} parameter(0)
   %grid = s8[1,10,5]{2,1,0} constant({...})
   %q = bf16[2,4,1280,64]{3,2,1,0} constant({...})
-  %splash_mha_fwd_residuals.1 = bf16[2,4,1280,64]{3,2,1,0} custom-call(%grid, %q), custom_call_target="tpu_custom_call"
+  %splash_mha_fwd_residuals.1 = bf16[2,4,1280,64]{3,2,1,0} custom-call(%grid, %q), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\"block_q\": 128}"
+}}
+  %w = f32[8,8]{1,0} constant({...})
+  %after = f32[8]{0} dot(%p, %w), lhs_contracting_dims={0}, rhs_contracting_dims={0}
   ROOT %out = f32[8]{0} bitcast(%p)
 }
 
@@ -201,13 +205,13 @@ ENTRY %main (i: s32[], p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(1)
   ROOT %out = f32[8]{0} conditional(%i, %p, %p), branch_computations={%few, %many}
 }
-"""
+"""  # noqa: E501
 
 
 def test_the_largest_branch_counts_and_the_blocks_of_splash_attention():
   (entry,) = hlo.regions(BRANCHES, 1)
-  assert entry.flops == 2 * (2 * 2 * 4 * 64) * 50 * 128 * 128  # two products of 50 blocks of 128 x 128
-  assert entry.bytes == 2 * (2 * 4 * 1280 * 64) * 2 + 50
+  assert entry.flops == 2 * (2 * 2 * 4 * 64) * 50 * 128 * 128 + 2 * 8 * 8  # two products of 50 blocks of 128 x 128
+  assert entry.bytes == 2 * (2 * 4 * 1280 * 64) * 2 + 50 + (8 + 8 * 8 + 8) * 4
 
 
 def test_a_text_that_is_no_program():

@@ -104,14 +104,14 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
   computations: dict[str, Computation] = {}
   entry, body = '', None
   for line in text.splitlines():
-    if line.startswith('}'):
+    if line == '}':  # one with more behind it goes on with an attribute of several lines
       body = None
     elif body is None and line.endswith('{') and not line.startswith('HloModule'):
       head = line.removeprefix('ENTRY ').lstrip('%')
       name = re.split(r'[ ({]', head, maxsplit=1)[0]
       body = computations[name] = {}
       entry = name if line.startswith('ENTRY') else entry
-    elif body is not None and ' = ' in line:
+    elif body is not None and line.startswith('  ') and ' = ' in line:
       one = _instruction(line.strip())
       body[one.name] = one
   if not entry:
