@@ -27,6 +27,8 @@ def over_stream(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, kern
   'auto' takes splash on a TPU, cuDNN for the pattern 'full' where it can be, and else XLA: sparse patterns cost less
   than 'full' with each of them. Raises ValueError for a kernel that is unknown, or cannot run.
   """
+  if kernel not in KERNELS:
+    raise ValueError(f'attention kernel {kernel!r} is unknown; there are {", ".join(KERNELS)}.')
   if kernel == 'splash' and platform() != 'tpu':
     raise ValueError(f'attention kernel "splash" is for TPUs, this is {platform()}; use model.kernel="auto".')
   if platform() == 'tpu' and kernel in ('auto', 'splash'):

@@ -45,7 +45,12 @@ class StoryGANcObjective:
     self.image_judge, self.story_judge = storyganc.judges(model)
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
-    """Raises ValueError for what are no stories of pictures."""
+    """Raises ValueError for what are no stories of pictures, and for a mesh on which gradients would be wrong."""
+    if all(jax.sharding.get_abstract_mesh().shape.get(axis, 1) > 1 for axis in ('data', 'fsdp', 'tensor')):
+      raise ValueError(
+        'split by data, fsdp and tensor at once, StoryGANc gets wrong gradients from XLA (seen with jax 0.10); set one '
+        'of config.mesh.data, fsdp and tensor to 1.'
+      )
     if 'image' not in batch or batch['image'].ndim != 5:
       raise ValueError('the objective storyganc needs stories of pictures; use a story source, and no config.encode.')
     m, t, n = self.model, self.model.frames, batch['text'].shape[-1]

@@ -147,7 +147,7 @@ class TokenGenerator(Generator):
 
   def _to_draw_with(self, params: Any, dtype: Any) -> Any:
     """The parameters of the transformer, as drawing reads them."""
-    return jax.jit(decoding.compute_params, static_argnums=(1, 2))(params, dtype, self.int8)
+    return decoding.compute_params(params, dtype, self.int8)
 
   # --- Under jit
 

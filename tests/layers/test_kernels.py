@@ -70,6 +70,8 @@ def test_the_flash_kernel_gets_even_lengths_and_its_absence_is_one_line(monkeypa
     kernels.fused(q, k, v, 'cudnn', is_causal=True)
   with pytest.raises(ValueError, match="kernel 'flash' is unknown"):
     kernels.fused(q, k, v, 'flash')
+  with pytest.raises(ValueError, match="kernel 'flash' is unknown"):
+    kernels.over_stream(q, k, v, Pattern('row', 2, (2, 2)), 'flash')
   with pytest.raises(ValueError, match='kernel "splash" is for TPUs, this is cpu'):
     kernels.over_stream(q, k, v, Pattern('full', 2, (2, 2)), 'splash')
   asked, own = [], jax.nn.dot_product_attention

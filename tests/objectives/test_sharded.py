@@ -63,6 +63,10 @@ alone = functools.cache(learn)
   ('what', 'count', 'close'), [(dalle, 5, 1e-5), (story_dalle, 5, 1e-5), (vqgan_, 5, 1e-5), (storyganc, 2, 2e-4)]
 )
 def test_losses_are_those_of_one_device(what, count, close, sizes):
+  if what is storyganc and min(sizes.get(axis, 1) for axis in ('data', 'fsdp', 'tensor')) > 1:
+    with pytest.raises(ValueError, match='StoryGANc gets wrong gradients from XLA'):
+      learn(what, count, sizes)
+    return
   _, expected, _ = alone(what, count)
   _, metrics, target = learn(what, count, sizes)
   for step, (ours, theirs) in enumerate(zip(metrics, expected, strict=True)):
