@@ -22,7 +22,6 @@ from dalle_jax.training import sharding
 _SIZE = flags.DEFINE_string('size', 't_base', 'of benchmarks/sizes.py, or a variant of dalle_jax/models/dalle.py')
 _BATCH = flags.DEFINE_integer('batch_size', 4, 'pictures at once, or stories')
 _STORY = flags.DEFINE_bool('story', False, 'four frames a story, with cross-attention in every block')
-_UNROLL = flags.DEFINE_list('unroll', ['1'], 'turns of the scan over layers compiled one after the other')
 _TOKENS = flags.DEFINE_integer('tokens', 0, 'only so many; 0: a whole picture')
 _PEER = flags.DEFINE_enum('peer', '', ['', 'torch'], 'also plain PyTorch')
 _PEER_TOKENS = flags.DEFINE_integer('peer_tokens', 0, 'of the peer only so many; 0: a whole picture')
@@ -45,10 +44,10 @@ def draw_story(model, count, params, text, keys):
   return decoding.sample(apply, text, none, keys, empty=model.dalle.padding, length=count, n=1, sampling=plain)
 
 
-def setup(changes):
-  """(what draws, parameters, the model's DALL-E, captions)."""
+def setup():
+  """(what draws, parameters, the model's DALL-E, captions, bytes that every token reads)."""
   rng, batch = np.random.default_rng(0), _BATCH.value
-  model = sizes.story(_SIZE.value, **changes) if _STORY.value else sizes.model(_SIZE.value, **changes)
+  model = (sizes.story if _STORY.value else sizes.model)(_SIZE.value)
   m = model.dalle if _STORY.value else model
   shape = (batch, FRAMES) if _STORY.value else (batch,)
   text = jnp.asarray(rng.integers(0, m.text_vocab, (*shape, m.text_length)), jnp.int32)
@@ -57,25 +56,23 @@ def setup(changes):
   shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)['params'])
   params = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(1), x.shape), shapes)
   params = decoding.compute_params(params, m.dtype)
+  flat = sharding.flatten(params)
+  read = sum(v.nbytes for k, v in flat.items() if 'blocks/' in k or 'image_head' in k or '/cross/' in k)
+  params = {**params, 'dalle': decoding.by_layer(params['dalle'])} if _STORY.value else decoding.by_layer(params)
   count = _TOKENS.value or m.image_length
-  return functools.partial(draw_story if _STORY.value else draw, model, count), params, m, text, count
+  return functools.partial(draw_story if _STORY.value else draw, model, count), params, m, text, count, read
 
 
 def main(_):
   rate = limits.bandwidth()
-  for unroll in _UNROLL.value:
-    run, params, model, text, count = setup({'unroll': int(unroll)})
-    flat = sharding.flatten(params)
-    read = sum(v.nbytes for k, v in flat.items() if 'blocks/' in k or 'image_head' in k or '/cross/' in k)
-    rows = text[..., 0].size
-    keys = jax.random.split(jax.random.key(1), rows)
-    step = limits.seconds(jax.jit(run), params, text, keys, repeats=2) / count
-    floor = read / rate
-    print(f'{jax.devices()[0].device_kind}, {_SIZE.value}, {rows} x {count} tokens, unroll {unroll}, {model.dtype}')
-    print(f'{1e3 * step:.3f} ms a token, {step / floor:.2f} times the limit ', end='')
-    print(
-      f'({read / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s: {1e3 * floor:.3f} ms); {rows / step:,.0f} tokens/s', flush=True
-    )
+  run, params, model, text, count, read = setup()
+  rows = text[..., 0].size
+  keys = jax.random.split(jax.random.key(1), rows)
+  step = limits.seconds(jax.jit(run), params, text, keys, repeats=2) / count
+  floor = read / rate
+  print(f'{jax.devices()[0].device_kind}, {_SIZE.value}, {rows} x {count} tokens, {model.dtype}')
+  print(f'{1e3 * step:.3f} ms a token, {rows / step:,.0f} tokens/s; {step / floor:.2f} times the limit ', end='')
+  print(f'({read / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s: {1e3 * floor:.3f} ms)', flush=True)
   if _PEER.value:
     from benchmarks import torch_peer
 

@@ -6,7 +6,7 @@ import jax
 
 from dalle_jax.models import dalle, story_dalle
 
-T = dict(text_length=64, grid=(16, 16), text_vocab=16_384, image_vocab=16_384, attention='full', unroll=99)
+T = dict(text_length=64, grid=(16, 16), text_vocab=16_384, image_vocab=16_384, attention='full')
 D = dict(text_length=256, grid=(32, 32), text_vocab=10_000 + 256, image_vocab=8192, d_model=512, depth=12, heads=8)
 SIZES: dict[str, dict[str, Any]] = {
   't_small': dict(T, d_model=256, depth=8, heads=8),

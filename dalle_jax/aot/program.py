@@ -111,7 +111,8 @@ class Plan:
     }
     stored, everywhere = self.state.params['dalle'], NamedSharding(self.mesh, PartitionSpec())
     cast = jax.eval_shape(lambda params: decoding.compute_params(params, model.dtype), stored)
-    params = {'dalle': jax.tree.map(lambda x, y: _placed(x, y.sharding), cast, stored), 'vqgan': self.frozen['vqgan']}
+    cast = decoding.by_layer(jax.tree.map(lambda x, y: _placed(x, y.sharding), cast, stored), _layer)
+    params = {'dalle': cast, 'vqgan': self.frozen['vqgan']}
     seed, numbers = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((1,), jnp.int32)
     inputs = params, self._put(batch), _placed(seed, everywhere), _placed(numbers, everywhere)
     draw = jax.jit(lambda *inputs: pipeline.draw(model, vqgan, *inputs, sampling=decoding.Sampling()))
@@ -164,6 +165,12 @@ class Plan:
       memory.generated_code_size_in_bytes,
       tuple(hlo.regions(compiled.as_text(), self.mesh.size)),
     )
+
+
+def _layer(x: jax.ShapeDtypeStruct, _: int) -> jax.ShapeDtypeStruct:
+  """One of those stacked in x, where they lie."""
+  where = NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))
+  return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=where)
 
 
 def _placed(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -4,7 +4,8 @@ Axis legend: B sequences, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -108,8 +109,18 @@ def compute_params(params: Any, dtype: Any, int8: bool = False) -> Any:
   return jax.tree_util.tree_map_with_path(cast, params)
 
 
+def by_layer(params: Mapping[str, Any], take: Callable[[Any, int], Any] = operator.getitem) -> dict[str, Any]:
+  """Parameters of a transformer whose `blocks` are stacked, [turns, ...], with those of each turn apart in a tuple.
+
+  `take(array, turn)` cuts them out. What reads them for every token need not copy them out of the whole each time.
+  """
+  stacked = params['blocks']['blocks']
+  turns = range(len(jax.tree.leaves(stacked)[0]))
+  return {**params, 'blocks': {'blocks': tuple(jax.tree.map(lambda x, t=t: take(x, t), stacked) for t in turns)}}
+
+
 def generate(
-  step: Callable[[jax.Array, jax.Array, Any, int], tuple[jax.Array, Any]],
+  step: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
   logits: jax.Array,
   cache: Any,
   keys: jax.Array,
@@ -117,37 +128,35 @@ def generate(
   start: int,
   length: int,
   sampling: Sampling,
-  segments: int = 4,
+  segments: int = 0,
 ) -> jax.Array:
   """Tokens start, ..., length - 1 of B sequences: int32[B, length - start].
 
   Args:
-    step: (token int32[2 * B or B], its index int32[], cache, end) -> (logits of the next token, cache). `end` is static
-      and above the index: nothing past it need be read.
+    step: (token int32[2 * B or B], its index int32[], cache) -> (logits of the next token, cache).
     logits: of token `start`, [B, V]; [2 * B, V] with guidance, as are `step`'s (conditional rows first).
     keys: a key each sequence, [B]; token i is drawn with `fold_in(key, i)`, so a sequence does not depend on its batch.
-    segments: the scan is compiled as this many, each reading a longer part of the cache, so that early tokens are
-      cheap.
+    cache: of the tokens before; `cache.longer(n)` has room for n more.
+    segments: the scan is compiled as this many, each with a longer cache, so that early tokens are cheap; 0: one for
+      every 64 tokens, 4 at most.
   """
 
   def draw(logits: jax.Array, index: jax.Array | int) -> jax.Array:
     return choose(logits, jax.vmap(lambda key: jax.random.fold_in(key, index))(keys), sampling)
 
-  def scan(token: jax.Array, cache: Any, first: int, end: int):
-    def body(carry, index):
-      token, cache = carry
-      rows = jnp.tile(token, 2) if sampling.guided else token
-      logits, cache = step(rows, index, cache, end)
-      new = draw(logits, index + 1)
-      return (new, cache), new
-
-    return jax.lax.scan(body, (token, cache), jnp.arange(first, end))
+  def body(carry, index):
+    token, cache = carry
+    rows = jnp.tile(token, 2) if sampling.guided else token
+    logits, cache = step(rows, index, cache)
+    new = draw(logits, index + 1)
+    return (new, cache), new
 
   token = draw(logits, start)
   tokens, last = [token[None]], length - 1  # token `last` is drawn but never goes in
+  segments = segments or min(4, -(-(last - start) // 64))
   bounds = sorted({start + (last - start) * (i + 1) // segments for i in range(segments)} - {start})
   for first, end in zip([start, *bounds], bounds, strict=False):
-    (token, cache), more = scan(token, cache, first, end)
+    (token, cache), more = jax.lax.scan(body, (token, cache.longer(end - first)), jnp.arange(first, end))
     tokens.append(more)
   return jnp.concatenate(tokens).T
 
@@ -167,7 +176,7 @@ def sample(
 
   Args:
     apply: a model's `apply` with its parameters; `apply(text, image, method='prefill')` -> (logits, cache) and
-      `apply(token, index, cache, end, method='step')` -> (logits, cache), as of `models.dalle`.
+      `apply(token, index, cache, method='step')` -> (logits, cache), as of `models.dalle`.
     text: int32[B, T].
     image: int32[B, k], the first k < length tokens of the images, given.
     keys: a key each image, [B * n].
@@ -181,7 +190,7 @@ def sample(
     text = jnp.concatenate([text, jnp.broadcast_to(jnp.asarray(empty), text.shape)])
     image = jnp.tile(image, (2, 1))
   logits, cache = apply(text, image, method='prefill')
-  step = lambda token, index, cache, end: apply(token, index, cache, end, method='step')
+  step = lambda token, index, cache: apply(token, index, cache, method='step')
   tokens = generate(
     step,
     jnp.repeat(logits, n, axis=0),

@@ -8,14 +8,14 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 
 from dalle_jax.layers import kernels
 from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init
 from dalle_jax.layers.patterns import Pattern
 
-CACHE_AXES = ('layers', 'batch', None, 'heads', None)
+CACHE_AXES = ('batch', 'heads', None, None)
+Pair = tuple[jax.Array, jax.Array]
 
 
 @struct.dataclass
@@ -23,49 +23,55 @@ class Stream:
   """That x is a stream of text and image tokens, whose layers see by `patterns`, which differ in kind alone.
 
   Attributes:
-    position: int32[], of the one token that x is, the others being in the cache; None when x is the stream from its
-      first position on.
-    end: nothing from this position on need be read.
+    index: int32[], which image token the one that x is, the others being in the cache; None when x is the stream from
+      its first position on.
   """
 
   patterns: tuple[Pattern, ...] = struct.field(pytree_node=False)
-  position: jax.Array | None = None
-  end: int = struct.field(pytree_node=False, default=0)
+  index: jax.Array | None = None
 
 
 @struct.dataclass
 class KVCache:
-  """Keys and values of every layer and position so far: two arrays [L, B, S, H, K]."""
+  """Keys and values so far: of every layer two pairs [B, H, S, K], as the products with a query read them.
 
-  k: jax.Array
-  v: jax.Array
+  Layers are arrays of their own, and nothing is cut out of an array for a token: that would take longer than products.
 
-  @classmethod
-  def zeros(cls, layers: int, batch: int, length: int, heads: int, head_dim: int, dtype: jnp.dtype) -> 'KVCache':
-    x = constrain(jnp.zeros((layers, batch, length, heads, head_dim), dtype), CACHE_AXES)
-    return cls(x, x)
+  Attributes:
+    text: of the prefix of the stream, which stays as it is.
+    image: of image tokens, and room for more.
+  """
 
-  def write(self, layer: jax.Array | int, offset: jax.Array | int, k: jax.Array, v: jax.Array) -> 'KVCache':
-    """With k and v [B, T, H, K] of one layer at positions offset, ..., offset + T - 1; in place under jit."""
-    put = lambda whole, part: jax.lax.dynamic_update_slice(
-      whole, part[None].astype(whole.dtype), (layer, 0, offset, 0, 0)
+  text: tuple[Pair, ...] = ()
+  image: tuple[Pair, ...] = ()
+
+  @property
+  def prefix(self) -> int:
+    return self.text[0][0].shape[2]
+
+  def append(self, prefix: int, k: jax.Array, v: jax.Array) -> 'KVCache':
+    """With one layer more, which has k and v [B, T, H, K] of a stream: `prefix` positions, then image tokens."""
+    k, v = (x.swapaxes(1, 2) for x in (k, v))
+    part = lambda x, where: constrain(x[:, :, where], CACHE_AXES)
+    text, image = (tuple(part(x, where) for x in (k, v)) for where in (slice(prefix), slice(prefix, None)))
+    return KVCache((*self.text, text), (*self.image, image))
+
+  def write(self, layer: int, index: jax.Array, k: jax.Array, v: jax.Array) -> 'KVCache':
+    """With k and v [B, 1, H, K] of image token `index` in that layer; in place under jit."""
+    put = lambda whole, new: jax.lax.dynamic_update_slice(
+      whole, new.swapaxes(1, 2).astype(whole.dtype), (0, 0, index, 0)
     )
-    return KVCache(put(self.k, k), put(self.v, v))
+    pair = tuple(put(whole, new) for whole, new in zip(self.image[layer], (k, v), strict=True))
+    return self.replace(image=(*self.image[:layer], pair, *self.image[layer + 1 :]))
 
-  def read(self, layer: jax.Array | int, length: int) -> tuple[jax.Array, jax.Array]:
-    """k and v [B, length, H, K] of one layer, from position 0."""
-    take = lambda whole: jax.lax.dynamic_slice(
-      whole, (layer, 0, 0, 0, 0), (1, whole.shape[1], length, *whole.shape[3:])
-    )[0]
-    return take(self.k), take(self.v)
-
-  def take(self, layer: jax.Array | int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """k and v [B, n, H, K] of one layer at int32[n] `positions`."""
-    return tuple(jnp.moveaxis(x[layer, :, positions], 0, 1) for x in (self.k, self.v))
+  def longer(self, n: int) -> 'KVCache':
+    """With room for n more image tokens."""
+    pad = lambda x: constrain(jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0))), CACHE_AXES)
+    return self.replace(image=jax.tree.map(pad, self.image))
 
   def repeat(self, n: int) -> 'KVCache':
     """Every row n times: candidates that share a prefix."""
-    return jax.tree.map(lambda x: constrain(jnp.repeat(x, n, axis=1), CACHE_AXES), self)
+    return jax.tree.map(lambda x: constrain(jnp.repeat(x, n, axis=0), CACHE_AXES), self)
 
 
 class Attention(nn.Module):
@@ -86,14 +92,14 @@ class Attention(nn.Module):
     stream: Stream | None = None,
     kind: jax.Array | int = 0,
     cache: KVCache | None = None,
-    layer: jax.Array | int = 0,
+    layer: int = 0,
   ) -> tuple[jax.Array, KVCache | None]:
     """[B, T, D], and the cache with the keys and values of x, where there is one.
 
     Args:
       mask: bool[T, T] or [B, T, T], which positions of x count; all do by default.
       stream: what x is a part of; `mask` is not read then.
-      kind: the index of this layer's pattern.
+      kind: the index of this layer's pattern; with a cache an int.
       layer: whose part of the cache is this one's.
     """
     d = x.shape[-1]
@@ -105,14 +111,14 @@ class Attention(nn.Module):
     )
     q = constrain(q, ('batch', 'seq', 'heads', None))
     k, v = (constrain(x, ('batch', None, 'heads', None)) for x in (k, v))  # with 'seq' split, all see all keys
-    if cache is not None:
-      cache = cache.write(layer, 0 if stream.position is None else stream.position, k, v)
     if stream is None:
       y = masked(q, k, v, mask, self.kernel)
-    elif stream.position is None:
+    elif stream.index is None:
+      cache = None if cache is None else cache.append(stream.patterns[0].prefix, k, v)
       y = by_kind(q, k, v, stream, kind, self.kernel)
     else:
-      y = look_back(q, cache, layer, stream, kind)
+      cache = cache.write(layer, stream.index, k, v)
+      y = look_back(q, cache.text[layer], cache.image[layer], stream.index, stream.patterns[kind])
     out = Einsum(
       (*shape[1:], d), (*axes[1:], 'embed'), bias_axes=(2,), dtype=self.dtype, kernel_init=self.out_init, name='out'
     )
@@ -137,15 +143,15 @@ def by_kind(q: jax.Array, k: jax.Array, v: jax.Array, stream: Stream, kind: jax.
   return jax.lax.switch(kind, [jax.checkpoint(way) for way in ways], q, k, v)
 
 
-def look_back(q: jax.Array, cache: KVCache, layer: jax.Array | int, stream: Stream, kind: jax.Array | int) -> jax.Array:
-  """Attention of the one image token q[B, 1, H, K] over what it sees of the cache, and no more of that than needed."""
-  patterns, position = stream.patterns, stream.position
-  if {p.kind for p in patterns} == {'full'}:
-    k, v = cache.read(layer, stream.end)
-    return jax.nn.dot_product_attention(q, k, v, mask=(jnp.arange(stream.end) <= position)[None, None, None])
-  prefix, tables = patterns[0].prefix, [p.seen() for p in patterns]
-  most = max(t.shape[1] for t in tables)
-  tables = np.stack([np.pad(t, ((0, 0), (0, most - t.shape[1])), constant_values=-1) for t in tables])
-  seen = jnp.asarray(tables)[kind, position - prefix]  # of image tokens, int32[most]
-  keys, values = (x[:, None] for x in cache.take(layer, prefix + jnp.maximum(seen, 0)))
-  return kernels.two_parts(q[:, None], keys, values, (seen >= 0)[None, None], *cache.read(layer, prefix))[:, 0]
+def look_back(q: jax.Array, text: Pair, image: Pair, index: jax.Array, pattern: Pattern) -> jax.Array:
+  """Attention of the image token q[B, 1, H, K] over what it sees: all text, and of the image by `pattern`."""
+  length = image[0].shape[2]
+  if pattern.kind == 'full':
+    return kernels.attend(q, (*text, None), (*image, jnp.arange(length) <= index))
+  seen = pattern.seen()
+  if 4 * seen.shape[1] > length:  # to gather costs more than to read it all
+    mask = pattern.mask(pattern.prefix + length)[pattern.prefix :, pattern.prefix :]
+    return kernels.attend(q, (*text, None), (*image, jnp.asarray(mask)[index]))
+  seen = jnp.asarray(seen)[index]
+  k, v = (jnp.take(x, jnp.maximum(seen, 0), axis=2) for x in image)
+  return kernels.attend(q, (*text, None), (k, v, seen >= 0))

@@ -7,14 +7,18 @@ with another one next to it. Whatever does not depend on the stream (keys and va
 and for sampling alike; the transformer carries the rest through its scan as a `Context`.
 """
 
+import operator
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dalle_jax.layers import kernels
 from dalle_jax.layers.basic import boxed, constrain, layer_norm, normal_init, product
 
-CONTEXT_AXES = ('layers', 'batch', None, 'heads', None)
+AXES = ('batch', 'heads', None, None)  # of keys and values in one layer
 
 
 @struct.dataclass
@@ -24,7 +28,7 @@ class Context:
   Attributes:
     scale, bias: [L, D], of the norm of the stream.
     query, query_bias: [L, D, H, K] and [L, H, K].
-    k, v: [L, B, C, H, K], keys and values of the source.
+    k, v: [L, B, H, C, K], keys and values of the source.
     out, out_bias: [L, H, K, D] and [L, D].
   """
 
@@ -39,26 +43,34 @@ class Context:
 
   def repeat(self, n: int) -> 'Context':
     """Every source n times: frames of one story, candidates of one frame."""
-    more = lambda x: constrain(jnp.repeat(x, n, axis=1), CONTEXT_AXES)
-    return self.replace(k=more(self.k), v=more(self.v))
+    return self._rows(lambda x: jnp.repeat(x, n, axis=-4))
 
   def tile(self, n: int) -> 'Context':
     """All sources, n times over: the halves of guidance."""
-    more = lambda x: constrain(jnp.tile(x, (1, n, 1, 1, 1)), CONTEXT_AXES)
-    return self.replace(k=more(self.k), v=more(self.v))
+    return self._rows(lambda x: jnp.concatenate([x] * n, axis=-4))
+
+  def _rows(self, change: Callable[[jax.Array], jax.Array]) -> 'Context':
+    put = lambda x: constrain(change(x), ('layers', *AXES)[-x.ndim :])
+    return self.replace(k=put(self.k), v=put(self.v))
 
   def turns(self, turns: int) -> 'Context':
     """[L, ...] -> [turns, L / turns, ...], for a scan. Raises ValueError when L is not divisible."""
-    layers = len(self.scale)
-    if layers % turns:
-      raise ValueError(
-        f'{layers} layers with cross-attention do not fit {turns} turns of the scan; make model.period a multiple of '
-        'the distance between them.'
-      )
-    return jax.tree.map(lambda x: x.reshape(turns, layers // turns, *x.shape[1:]), self)
+    each = of_turn(len(self.scale), turns)
+    return jax.tree.map(lambda x: x.reshape(turns, each, *x.shape[1:]), self)
 
-  def layer(self, i: int) -> 'Context':
-    return jax.tree.map(lambda x: x[i], self)
+  def layers(self) -> 'tuple[Context, ...]':
+    """One a layer, without L."""
+    return tuple(jax.tree.map(operator.itemgetter(i), self) for i in range(len(self.scale)))
+
+
+def of_turn(layers: int, turns: int) -> int:
+  """How many layers look in a turn. Raises ValueError when they are not divisible."""
+  if layers % turns:
+    raise ValueError(
+      f'{layers} layers with cross-attention do not fit {turns} turns of the scan; make model.period a multiple of the '
+      'distance between them.'
+    )
+  return layers // turns
 
 
 class CrossAttention(nn.Module):
@@ -94,8 +106,8 @@ class CrossAttention(nn.Module):
 
     def keys(name):
       kernel, bias = project(name)
-      y = jnp.einsum('BCD,LDHK->LBCHK', source, kernel) + bias[:, None, None]
-      return constrain(y, CONTEXT_AXES)
+      y = jnp.einsum('BCD,LDHK->LBHCK', source, kernel) + bias[:, None, :, None]
+      return constrain(y, ('layers', *AXES))
 
     k, v = keys('key'), keys('value')
     out = table('out_kernel', zeros, (*heads, d), ('layers', 'heads', 'head_dim', 'embed')).astype(self.dtype)
@@ -107,6 +119,6 @@ def look(x: jax.Array, context: Context, looking: jax.Array) -> jax.Array:
   """x[B, T, D] plus what it finds in the source of one layer, at the positions of bool[T] `looking` alone."""
   y = layer_norm(x, context.scale, context.bias, dtype=x.dtype)
   q = product(y, context.query) + context.query_bias
-  y = jax.nn.dot_product_attention(q, context.k, context.v)  # softmax in float32
+  y = kernels.attend(q, (context.k, context.v, None))
   y = product(y, context.out, 2) + context.out_bias
   return x + jnp.where(looking[:, None], y, 0)

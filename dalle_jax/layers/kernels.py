@@ -74,6 +74,21 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool
   return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=kernel)
 
 
+def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
+  """Attention of q[B, T, H, K] over all of `parts` at once: [B, T, H, K]; softmax in float32.
+
+  A part is k and v [B, H, n, K], laid out as products read them, and bool[n], which of them count; None for all.
+  """
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  scores = [product('bthk,bhnk->bhtn', q, k) * q.shape[-1] ** -0.5 for k, _, _ in parts]
+  scores = [s if p[2] is None else jnp.where(p[2], s, NEVER) for s, p in zip(scores, parts, strict=True)]
+  top = functools.reduce(jnp.maximum, [s.max(-1) for s in scores if s.shape[-1]])
+  scores = [jnp.exp(s - jax.lax.stop_gradient(top)[..., None]) for s in scores]
+  total = sum(s.sum(-1) for s in scores)
+  found = sum(product('bhtn,bhnk->bthk', s.astype(q.dtype), v) for s, (_, v, _) in zip(scores, parts, strict=True))
+  return (found / total.swapaxes(1, 2)[..., None]).astype(q.dtype)
+
+
 # --- Blocks of a picture
 
 

@@ -3,6 +3,7 @@
 Axis legend: B batch, S/T sequence, D embed.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from dalle_jax.layers.attention import Attention, KVCache, Stream
 from dalle_jax.layers.basic import Dense, LayerNorm, constrain, normal_init, split
-from dalle_jax.layers.cross import Context, look
+from dalle_jax.layers.cross import Context, look, of_turn
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -67,7 +68,7 @@ class Block(nn.Module):
     stream: Stream | None = None,
     kind: jax.Array | int = 0,
     cache: KVCache | None = None,
-    layer: jax.Array | int = 0,
+    layer: int = 0,
     context: Context | None = None,
     looking: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
@@ -108,32 +109,37 @@ class Period(nn.Module):
   @nn.compact
   def __call__(
     self,
-    carry: tuple[jax.Array, KVCache | None],
-    turn: tuple[jax.Array, jax.Array, Context | None],
+    x: jax.Array,
+    turn: tuple[jax.Array | None, Context | tuple[Context, ...] | None],
     mask: jax.Array | None,
     stream: Stream | None,
     looking: jax.Array | None,
-  ) -> tuple[tuple[jax.Array, KVCache | None], None]:
-    x, cache = carry
-    index, kinds, context = turn  # int32[], int32[period], that of the looking layers of this period
-    period = len(self.kinds)
-    every = 0 if context is None else period // len(context.scale)
+    cache: KVCache | None = None,
+    first: int = 0,
+  ) -> tuple[jax.Array, KVCache | None]:
+    """`turn` has int32[period] kinds and what the looking layers of this period need; `first` is the first's number."""
+    kinds, context = turn
+    sources = context.layers() if isinstance(context, Context) else context or ()
+    every = len(self.kinds) // len(sources) if sources else 0
     for i, kind in enumerate(self.kinds):
       block = Block(*self.block, name=f'block_{i}')
-      source = context.layer(i // every) if context is not None and (i + 1) % every == 0 else None
-      kind = kinds[i] if kind < 0 else kind
-      x, cache = block(x, mask, stream, kind, cache, index * period + i, source, looking)
-    return (x, cache), None
+      source = sources[i // every] if sources and (i + 1) % every == 0 else None
+      x, cache = block(x, mask, stream, kinds[i] if kind < 0 else kind, cache, first + i, source, looking)
+    return x, cache
 
 
 class Stack(nn.Module):
   """`depth` blocks over [B, S, D], scanned over turns of `period` blocks: parameters are [depth / period, ...].
 
+  With a cache turns are compiled one after the other, as every token would copy what a loop reads of its layer: best
+  with parameters as of `functional.decoding.by_layer`.
+
   Attributes:
     remat: what the backward pass computes again: 'none', 'full' (all but the inputs of each turn), 'dots' (all but
       products of matrices with parameters).
-    unroll: turns of the scan that are compiled one after the other, without a loop. On the CPU all of them are 10
-      to 15% faster than one by one; compilation takes longer.
+    unroll: turns of the scan that are compiled one after the other, without a loop. On the CPU four are 5 to 15% faster
+      than one by one; with twelve XLA sums up the residual stream of all turns before for each of them. Compilation
+      takes longer.
     norms: where the LayerNorms are, see `residual`.
     mlp: the width of the MLP; 0: four times that of x.
     eps: of the LayerNorms.
@@ -160,7 +166,7 @@ class Stack(nn.Module):
     stream: Stream | None = None,
     kinds: Sequence[int] | None = None,
     cache: KVCache | None = None,
-    context: Context | None = None,
+    context: Context | tuple[Context, ...] | None = None,
     looking: jax.Array | np.ndarray | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
     """Runs all blocks.
@@ -171,7 +177,7 @@ class Stack(nn.Module):
       stream: what x is a part of; layer l sees by `stream.patterns[kinds[l]]`, and `mask` is not read.
       kinds: all 0 by default.
       cache: of keys and values, for a stream.
-      context: of a source that every (depth / L)-th layer looks at.
+      context: of a source that every (depth / L)-th layer looks at; with a cache one for each of them.
       looking: bool[T], the positions of x that look.
 
     Raises ValueError when heads, period, activation, remat or norms do not fit.
@@ -204,13 +210,20 @@ class Stack(nn.Module):
     which = which.reshape(turns, self.period)
     static = tuple(int(kind) if (which[:, i] == kind).all() else -1 for i, kind in enumerate(which[0]))
     block = (self.depth, self.heads, self.activation, self.dtype, self.norms, self.mlp, self.eps, self.kernel)
-    sources = None if context is None else context.turns(turns)
     array = lambda x: None if x is None else jnp.asarray(x)
-    n, looking = x.shape[1], array(looking)
-    if stream is not None and cache is None and (short := -n % split('seq')):
+    mask, looking, n = array(mask), array(looking), x.shape[1]
+    if cache is not None:
+      params, each = self.variables['params']['blocks'], of_turn(len(context or ()), turns)
+      for t in range(turns):
+        own = params[t] if isinstance(params, tuple) else jax.tree.map(operator.itemgetter(t), params)
+        turn = None, context and context[t * each : (t + 1) * each]
+        period = Period(block, tuple(int(kind) for kind in which[t]), parent=None)
+        x, cache = period.apply({'params': own}, x, turn, mask, stream, looking, cache, t * self.period)
+      return x, cache
+    sources = None if context is None else context.turns(turns)
+    if stream is not None and (short := -n % split('seq')):
       # Split over devices, the stream is made as long as they need; nothing sees what comes after it.
       x = jnp.pad(x, ((0, 0), (0, short), (0, 0)))
       looking = None if looking is None else jnp.pad(looking, (0, short))
-    turn = (jnp.arange(turns), jnp.asarray(which), sources)
-    (x, cache), _ = scan(block, static, name='blocks')((x, cache), turn, array(mask), stream, looking)
-    return x[:, :n], cache
+    x, _ = scan(block, static, name='blocks')(x, (jnp.asarray(which), sources), mask, stream, looking)
+    return x[:, :n], None

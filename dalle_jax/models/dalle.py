@@ -201,7 +201,11 @@ class DALLE(nn.Module):
     return self._logits(x, self.image_head, self.image_bias)
 
   def prefill(
-    self, text: jax.Array, image: jax.Array, extra: jax.Array | None = None, context: Context | None = None
+    self,
+    text: jax.Array,
+    image: jax.Array,
+    extra: jax.Array | None = None,
+    context: tuple[Context, ...] | None = None,
   ) -> tuple[jax.Array, KVCache]:
     """Reads text int32[B, T] and the first k < I image tokens int32[B, k] into a new cache, after `extra` [B, E, D].
 
@@ -209,9 +213,7 @@ class DALLE(nn.Module):
     """
     self._check(text, image, range(self.image_length))
     x, first = self._stream(text, image, extra)
-    length, head_dim = first + self.length, self.d_model // self.heads
-    cache = KVCache.zeros(self.depth, len(x), length, self.heads, head_dim, self.dtype)
-    x, cache = self._run(x, first, cache, context)
+    x, cache = self._run(x, first, KVCache(), context)
     return self.image_logits(self._read(x[:, -1])), cache
 
   def step(
@@ -219,19 +221,16 @@ class DALLE(nn.Module):
     token: jax.Array,
     index: jax.Array,
     cache: KVCache,
-    end: int | None = None,
-    context: Context | None = None,
+    context: tuple[Context, ...] | None = None,
   ) -> tuple[jax.Array, KVCache]:
     """Image token number `index`, int32[B], in; the logits of the next, float32[B, image_vocab], and the cache out.
 
-    `end`, static and above `index`: the cache is read up to image token number `end` alone. `cache` and `context` are
-    those of the prefill.
+    `cache` and `context` are those of the prefill, the cache with room for it (`KVCache.longer`).
     """
     x = self._embed_image(token[:, None], index)
-    first = cache.k.shape[2] - self.length
-    patterns, kinds = self._patterns(first)
-    end = first + (self.length if end is None else min(self.length, self.prefix + end))
-    stream = Stream(patterns, first + self.prefix + index, end)
+    shift = LAYOUTS[self.layout].shift
+    patterns, kinds = self._patterns(cache.prefix - self.prefix - shift)
+    stream = Stream(patterns, index - shift)
     x, cache = self.blocks(x, None, stream, kinds, cache, context, np.ones(1, bool))
     return self.image_logits(self._read(x[:, 0])), cache
 
@@ -259,7 +258,7 @@ class DALLE(nn.Module):
     return jnp.concatenate(parts, 1), 0 if extra is None else extra.shape[1]
 
   def _run(
-    self, x: jax.Array, first: int, cache: KVCache | None, context: Context | None
+    self, x: jax.Array, first: int, cache: KVCache | None, context: Context | tuple[Context, ...] | None
   ) -> tuple[jax.Array, KVCache | None]:
     """The blocks over the stream from its start, x[B, n, D]."""
     patterns, kinds = self._patterns(first)

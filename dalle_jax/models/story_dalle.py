@@ -140,10 +140,13 @@ class StoryCache:
   """The cache of R rows, and what their blocks find in the source frame."""
 
   kv: KVCache
-  context: Context | None
+  context: tuple[Context, ...] | None  # of each block that looks
+
+  def longer(self, n: int) -> 'StoryCache':
+    return self.replace(kv=self.kv.longer(n))
 
   def repeat(self, n: int) -> 'StoryCache':
-    return StoryCache(self.kv.repeat(n), self.context and self.context.repeat(n))
+    return StoryCache(self.kv.repeat(n), self.context and tuple(one.repeat(n) for one in self.context))
 
 
 class StoryDALLE(nn.Module):
@@ -219,15 +222,14 @@ class StoryDALLE(nn.Module):
     self, text: jax.Array, image: jax.Array, extra: jax.Array, context: Context | None
   ) -> tuple[jax.Array, StoryCache]:
     """Reads text int32[R, N] and the first image tokens int32[R, k] after `extra`; `context` has R rows, too."""
-    logits, kv = self.dalle.prefill(text, image, extra, context)
-    return logits, StoryCache(kv, context)
+    each = context and context.layers()
+    logits, kv = self.dalle.prefill(text, image, extra, each)
+    return logits, StoryCache(kv, each)
 
-  def step(
-    self, token: jax.Array, index: jax.Array, cache: StoryCache, end: int | None = None
-  ) -> tuple[jax.Array, StoryCache]:
+  def step(self, token: jax.Array, index: jax.Array, cache: StoryCache) -> tuple[jax.Array, StoryCache]:
     """As `DALLE.step`."""
-    logits, kv = self.dalle.step(token, index, cache.kv, end, cache.context)
-    return logits, StoryCache(kv, cache.context)
+    logits, kv = self.dalle.step(token, index, cache.kv, cache.context)
+    return logits, cache.replace(kv=kv)
 
 
 def sampler(

@@ -65,7 +65,7 @@ class DALLEObjective:
     true = self._tokens(ctx, batch)
     keys = jax.random.split(ctx.rng, len(true))
     sampling = decoding.Sampling(guidance=self.c.guidance)
-    apply = functools.partial(self.model.apply, {'params': params['dalle']})
+    apply = functools.partial(self.model.apply, {'params': decoding.by_layer(params['dalle'])})
     drawn = decoding.sample(
       apply, batch['text'], true[:, :0], keys, empty=self.model.padding, length=true.shape[1], n=1, sampling=sampling
     )

@@ -80,6 +80,7 @@ class StoryDALLEObjective:
     """The frames of each story as the VQGAN knows them above those drawn, the source first: uint8[B, 2 H, F W, 3]."""
     tokens, text = self._tokens(ctx, batch), batch['text']
     b, t, n = text.shape
+    params = {**params, 'dalle': decoding.by_layer(params['dalle'])}
     apply = story_dalle.sampler(self.model, params, text, tokens[:, 0], self._sentences(ctx, batch))
     drawn = decoding.sample(
       apply,

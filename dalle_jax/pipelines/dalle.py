@@ -12,7 +12,7 @@ import numpy as np
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import dalle, image_tokenizer
-from dalle_jax.pipelines.generator import LOOPED, TokenGenerator, check_numbers, decode_codes, request_keys
+from dalle_jax.pipelines.generator import TokenGenerator, check_numbers, decode_codes, request_keys
 from dalle_jax.training import checkpoint, sharding
 
 
@@ -41,8 +41,8 @@ class DallE(TokenGenerator):
 
   def __init__(self, run: checkpoint.Run, frozen: dict[str, checkpoint.Run], *layout: Any):
     super().__init__(run, frozen, *layout)
-    self.model = dalle.build(**{**self.config['model'], **self.sizes, **LOOPED})
-    self.params['dalle'] = self._to_draw_with(self.params['dalle'], self.model.dtype)
+    self.model = dalle.build(**{**self.config['model'], **self.sizes})
+    self._to_draw_with(self.model.dtype)
     self._draw = jax.jit(functools.partial(draw, self.model, self.vqgan), static_argnames='sampling')
 
   def sample(

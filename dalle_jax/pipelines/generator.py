@@ -21,9 +21,6 @@ from dalle_jax.training import checkpoint, sharding
 
 logger = logging.getLogger(__name__)
 BATCH = 64  # pictures at once through the VQGAN
-LOOPED = {
-  'unroll': 1
-}  # of transformers that draw: else XLA on the CPU copies the weights of each layer for every token
 
 
 class Generator:
@@ -145,9 +142,11 @@ class TokenGenerator(Generator):
     with self._context():
       return in_batches(lambda x: self._decode(self.params, self._encode(self.params, x)), self._checked(images), BATCH)
 
-  def _to_draw_with(self, params: Any, dtype: Any) -> Any:
-    """The parameters of the transformer, as drawing reads them."""
-    return decoding.compute_params(params, dtype, self.int8)
+  def _to_draw_with(self, dtype: Any, *players: str) -> None:
+    """Keeps the parameters of 'dalle' and other players as drawing reads them."""
+    for player in ('dalle', *players):
+      self.params[player] = decoding.compute_params(self.params[player], dtype, self.int8)
+    self.params['dalle'] = decoding.by_layer(self.params['dalle'])
 
   # --- Under jit
 

@@ -10,7 +10,7 @@ import numpy as np
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import clip, story_dalle
-from dalle_jax.pipelines.generator import LOOPED, TokenGenerator, request_keys
+from dalle_jax.pipelines.generator import TokenGenerator, request_keys
 from dalle_jax.pipelines.stories import StoryTeller
 from dalle_jax.training import checkpoint
 
@@ -26,8 +26,8 @@ class StoryDallE(StoryTeller, TokenGenerator):
     if self.config['model'].get('sentences') == 'clip':
       self.tower = clip.of_run(self._tower(frozen, 'clip').config)
       dim = {'sentence_dim': self.tower.embed_dim}
-    self.model = story_dalle.build(**{**self.config['model'], **self.sizes, **dim, **LOOPED})
-    self.params |= self._to_draw_with({k: self.params[k] for k in ('dalle', 'story')}, self.model.dalle.dtype)
+    self.model = story_dalle.build(**{**self.config['model'], **self.sizes, **dim})
+    self._to_draw_with(self.model.dalle.dtype, 'story')
 
   def _inputs(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None

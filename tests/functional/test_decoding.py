@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling, filter_logits
@@ -27,31 +28,39 @@ def test_top_k_and_top_p():
   assert kept(np.log(p), top_k=3, top_p=0.8).tolist() == [True, False, True, False, False]  # of those that are left
 
 
-def toy_step(token, index, cache, end):
+@struct.dataclass
+class Toy:
+  """The cache of `toy_step`: a total of each row, and how many tokens there is room for."""
+
+  total: jax.Array
+  room: jax.Array
+
+  def longer(self, n):
+    return Toy(self.total, jnp.pad(self.room, (0, n)))
+
+
+def toy_step(token, index, cache):
   """Logits that depend on the token, its index and all before it."""
-  total = cache + (token + 1.0) * (index + 1)
-  return jnp.sin(total[:, None] * (jnp.arange(V) + 1)) * 3, total
+  total = cache.total + (token + 1.0) * (index + 1)
+  return jnp.sin(total[:, None] * (jnp.arange(V) + 1)) * 3, cache.replace(total=total)
 
 
 def generate(sampling, start=0, length=9, rows=3, segments=4, keys=None):
   count = 2 * rows if sampling.guided else rows
   first = jnp.cos(jnp.arange(count)[:, None] * jnp.arange(V))
   keys = jax.random.split(jax.random.key(5), rows) if keys is None else keys
-  return np.asarray(
-    decoding.generate(
-      toy_step, first, jnp.arange(count) * 1.0, keys, start=start, length=length, sampling=sampling, segments=segments
-    )
-  )
+  cache, told = Toy(jnp.arange(count) * 1.0, jnp.zeros(start)), dict(start=start, length=length, segments=segments)
+  return np.asarray(decoding.generate(toy_step, first, cache, keys, sampling=sampling, **told))
 
 
 @pytest.mark.parametrize('start', [0, 4, 8])
 def test_greedy_is_the_loop(start):
-  logits, total = jnp.cos(jnp.arange(3)[:, None] * jnp.arange(V)), jnp.arange(3) * 1.0
+  logits, cache = jnp.cos(jnp.arange(3)[:, None] * jnp.arange(V)), Toy(jnp.arange(3) * 1.0, jnp.zeros(start))
   expected = []
   for index in range(start, 9):
     token = logits.argmax(-1)
     expected.append(token)
-    logits, total = toy_step(token, index, total, 9)
+    logits, cache = toy_step(token, index, cache)
   np.testing.assert_array_equal(generate(Sampling(temperature=0.0), start), np.stack(expected, 1))
 
 
@@ -66,18 +75,21 @@ def test_segments_change_nothing_and_a_row_does_not_depend_on_its_batch(sampling
     np.testing.assert_array_equal(generate(sampling, rows=1, keys=keys), base[:1])
 
 
-def test_every_segment_is_told_an_end_past_its_indices():
+def test_every_segment_has_room_for_its_tokens_and_no_more():
   seen = []
 
-  def step(token, index, cache, end):
-    seen.append(end)
-    return jnp.where(index < end, jnp.zeros((1, V)).at[:, 1].set(1.0), jnp.zeros((1, V)).at[:, 2].set(1.0)), cache
+  def step(token, index, cache):
+    seen.append(len(cache.room))
+    return jnp.where(index < len(cache.room), 1.0, -1.0) * jnp.eye(V)[1][None], cache
 
-  keys = jax.random.split(jax.random.key(0), 1)
-  tokens = decoding.generate(
-    step, jnp.zeros((1, V)).at[:, 1].set(1.0), jnp.zeros(1), keys, start=0, length=10, sampling=Sampling(0.0)
+  keys, cache = jax.random.split(jax.random.key(0), 1), Toy(jnp.zeros(1), jnp.zeros(0))
+  draw = lambda **kwargs: decoding.generate(
+    step, jnp.eye(V)[1][None], cache, keys, start=0, sampling=Sampling(0.0), **kwargs
   )
-  assert sorted(set(seen)) == [2, 4, 6, 9] and (tokens == 1).all()
+  assert (draw(length=10, segments=4) == 1).all() and sorted(set(seen)) == [2, 4, 6, 9]
+  for length, rooms in ((65, [64]), (66, [32, 65]), (1000, [249, 499, 749, 999])):
+    seen.clear()
+    assert (draw(length=length) == 1).all() and sorted(set(seen)) == rooms
 
 
 def test_sampling_follows_the_probabilities():

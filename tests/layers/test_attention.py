@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.layers.attention import Attention, KVCache, Stream
+from dalle_jax.layers.attention import Attention, KVCache, Stream, look_back
 from dalle_jax.layers.patterns import KINDS, Pattern
 
 
@@ -31,11 +31,30 @@ def test_attention_equals_loops_over_the_keys_that_are_seen(kind):
 
 
 def test_cache_is_written_where_told_and_repeated_by_row():
-  cache = KVCache.zeros(3, 2, 5, 1, 2, jnp.float32)
-  k = jnp.arange(8.0).reshape(2, 2, 1, 2) + 1
-  new = cache.write(1, 3, k, -k)
-  assert not cache.k.any() and not new.k[0].any() and not new.k[2].any() and not new.k[1, :, :3].any()
-  np.testing.assert_array_equal(new.k[1, :, 3:], k)
-  np.testing.assert_array_equal(new.read(1, 4)[1], new.v[1, :, :4])
-  np.testing.assert_array_equal(new.take(1, jnp.array([4, 0, 3]))[1], new.v[1][:, np.array([4, 0, 3])])
-  np.testing.assert_array_equal(new.repeat(2).k, new.k[:, np.array([0, 0, 1, 1])])
+  stream = jnp.arange(40.0).reshape(2, 5, 2, 2) + 1  # three positions of text, two image tokens
+  cache = KVCache().append(3, stream, -stream).append(3, 2 * stream, -stream)
+  assert cache.prefix == 3
+  for i, by_position in enumerate((stream, 2 * stream)):
+    np.testing.assert_array_equal(cache.text[i][0].swapaxes(1, 2), by_position[:, :3])
+    np.testing.assert_array_equal(cache.image[i][0].swapaxes(1, 2), by_position[:, 3:])
+  token = jnp.full((2, 1, 2, 2), 0.5)
+  new = cache.longer(2).write(1, 3, token, -token)
+  np.testing.assert_array_equal(new.image[1][0][:, :, :2], cache.image[1][0])
+  assert not new.image[1][0][:, :, 2].any() and not new.image[0][0][:, :, 2:].any()
+  assert (new.image[1][0][:, :, 3] == 0.5).all() and (new.image[1][1][:, :, 3] == -0.5).all()
+  for part in ('text', 'image'):
+    k, twice = getattr(new, part)[1][0], getattr(new.repeat(2), part)[1][0]
+    np.testing.assert_array_equal(twice, k[np.array([0, 0, 1, 1])])
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('size', [3, 9])  # in the larger picture what is seen is gathered
+def test_a_token_sees_of_the_cache_what_it_sees_in_the_stream(kind, size):
+  pattern = Pattern(kind, 3, (size, size), 3)
+  q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 3 + size * size, 2, 4))
+  mask = pattern.mask(3 + size * size)
+  expected = jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask)[None, None])
+  cache = KVCache().append(3, k, v)
+  run = jax.jit(lambda i: look_back(q[:, 3 + i][:, None], cache.text[0], cache.image[0], i, pattern))
+  for i in (0, 1, size, size * size - 1):
+    np.testing.assert_allclose(run(i)[:, 0], expected[:, 3 + i], atol=1e-5)

@@ -60,13 +60,14 @@ def test_only_positions_that_predict_image_tokens_look_each_at_its_own_source():
 def test_cached_logits_are_the_teacher_forced_ones(fields, extra):
   apply, cross, fresh = models(**fields)
   context = cross.apply(larger(fresh), SOURCE)
+  each = context.layers()
   _, expected = jax.jit(lambda: apply(TEXT, IMAGE, extra, context))()
 
   @jax.jit
   def cached():
-    first, cache = apply(TEXT, IMAGE[:, :3], extra, context, method='prefill')
-    step = lambda cache, i: apply(IMAGE[:, i], i, cache, 16, context, method='step')[::-1]
-    return first, jax.lax.scan(step, cache, jnp.arange(3, 15))[1]
+    first, cache = apply(TEXT, IMAGE[:, :3], extra, each, method='prefill')
+    step = lambda cache, i: apply(IMAGE[:, i], i, cache, each, method='step')[::-1]
+    return first, jax.lax.scan(step, cache.longer(12), jnp.arange(3, 15))[1]
 
   first, rest = cached()
   np.testing.assert_allclose(first, expected[:, 3], atol=1e-4)
@@ -94,12 +95,12 @@ def test_a_scan_that_does_not_hold_whole_stretches_is_refused():
 
 def test_look_is_attention():
   cross = CrossAttention(1, 2)
-  context = cross.apply(larger(nn.unbox(cross.init(jax.random.key(6), SOURCE))), SOURCE).layer(0)
+  context = cross.apply(larger(nn.unbox(cross.init(jax.random.key(6), SOURCE))), SOURCE).layers()[0]
   x = jax.random.normal(jax.random.key(7), (2, 3, 16))
   y = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * context.scale + context.bias
   q = jnp.einsum('btd,dhk->bthk', y, context.query) + context.query_bias
-  weights = jax.nn.softmax(jnp.einsum('bthk,bchk->bhtc', q, context.k) / np.sqrt(8), -1)
-  found = jnp.einsum('bhtc,bchk,hkd->btd', weights, context.v, context.out) + context.out_bias
+  weights = jax.nn.softmax(jnp.einsum('bthk,bhck->bhtc', q, context.k) / np.sqrt(8), -1)
+  found = jnp.einsum('bhtc,bhck,hkd->btd', weights, context.v, context.out) + context.out_bias
   where = np.array([False, True, True])
   np.testing.assert_allclose(look(x, context, where), x + found * where[:, None], atol=1e-4)
 

@@ -87,10 +87,10 @@ def test_cached_logits_are_the_teacher_forced_ones(fields):
     first, cache = apply(rows, image[:, :0], method='prefill')
 
     def step(cache, i):
-      logits, cache = apply(image[:, i], i, cache, I, method='step')
+      logits, cache = apply(image[:, i], i, cache, method='step')
       return cache, logits
 
-    return first, jax.lax.scan(step, cache, jnp.arange(I - 1))[1]
+    return first, jax.lax.scan(step, cache.longer(I - 1), jnp.arange(I - 1))[1]
 
   first, rest = cached()
   np.testing.assert_allclose(first, expected[:, 0], atol=2e-4)
