@@ -9,7 +9,7 @@ import pytest
 from configs import common
 from dalle_jax.aot import __main__ as command
 from dalle_jax.aot import hlo, roofline
-from dalle_jax.aot.program import Plan
+from dalle_jax.aot.program import Plan, Program
 from dalle_jax.layers import basic
 from dalle_jax.training import sharding
 
@@ -212,6 +212,10 @@ def test_the_largest_branch_counts_and_the_blocks_of_splash_attention():
   (entry,) = hlo.regions(BRANCHES, 1)
   assert entry.flops == 2 * (2 * 2 * 4 * 64) * 50 * 128 * 128 + 2 * 8 * 8  # two products of 50 blocks of 128 x 128
   assert entry.bytes == 2 * (2 * 4 * 1280 * 64) * 2 + 50 + (8 + 8 * 8 + 8) * 4
+  (beside,) = hlo.regions(BRANCHES.replace('(0)\n}\n\n%many', '(0)\n}, execution_thread="other"\n\n%many'), 1)
+  assert beside.flops == entry.flops
+  (one_row,) = hlo.regions(BRANCHES.replace('[2,4,1280,64]{3,2,1,0}', '[4,1280,64]{2,1,0}'), 1)
+  assert one_row.flops - 128 == (entry.flops - 128) / 2
 
 
 def test_a_text_that_is_no_program():
@@ -277,6 +281,23 @@ def test_a_step_and_a_sampler_for_devices_of_this_machine(capsys):
   assert 'all-gather' in kinds and kinds & {'reduce-scatter', 'all-reduce'}
   assert sampler.bytes > 0 and any(r.times > 1 for r in sampler.regions)
   assert 'x those of the model' in capsys.readouterr().out
+
+
+def test_what_does_not_fit_ends_with_status_1(monkeypatch, capsys):
+  monkeypatch.setattr(roofline, 'chip', lambda _: roofline.Chip(10**9, bandwidth=1e12, link=1e11, ring=16))
+  monkeypatch.setattr(roofline.Torus, 'of', lambda _: torus((2, 4)))
+  monkeypatch.setattr(command.metrics, 'peak_flops', lambda _: 1e12)
+  with sharding.use(dict(data=-1), ()) as mesh:
+    for program, said in (
+      (Program('sampler', 1.0, arguments=9 * 10**8), '0.90 GB: arguments 0.90, the rest 0.00; of 1.0 (90%), fits'),
+      (Program('sampler', 1.0, arguments=9 * 10**8, code=2 * 10**8), 'of 1.0 (110%), DOES NOT FIT'),
+      (Program('sampler', 1.0, needs='20G of 16G'), 'does not fit: it needs 20G of 16G of the memory of a chip'),
+    ):
+      fits = command.report(None, program, mesh)
+      assert fits == ('not' not in said.lower()) and said in capsys.readouterr().out
+      monkeypatch.setattr(command, 'devices_of', lambda _: [])
+      monkeypatch.setattr(command, 'check', lambda *_, fits=fits, **__: fits)
+      assert command.main(['aot', '--config=configs/dalle_paper.py:1.3b']) == (0 if fits else 1)
 
 
 def test_plans_that_cannot_be_made():

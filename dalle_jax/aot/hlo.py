@@ -104,7 +104,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
   computations: dict[str, Computation] = {}
   entry, body = '', None
   for line in text.splitlines():
-    if line == '}':  # one with more behind it goes on with an attribute of several lines
+    # One with more behind it goes on with an attribute of several lines.
+    if line == '}' or line.startswith('}, execution_thread='):
       body = None
     elif body is None and line.endswith('{') and not line.startswith('HloModule'):
       head = line.removeprefix('ENTRY ').lstrip('%')
@@ -253,9 +254,10 @@ def _flops(one: Instruction, computation: Computation) -> float:
     return _convolution_flops(one, computation)
   products = next((n for name, n in SPLASH.items() if one.name.startswith(name)), 0)
   if one.opcode == 'custom-call' and products:
-    given = [computation[name].arrays[0].dims for name in one.operands]
-    grid, (batch, heads, length, head_dim) = given[0], next(dims for dims in given if len(dims) == 4)
-    return 2.0 * products * batch * heads * head_dim * math.prod(grid[1:]) * (length / grid[1]) ** 2
+    given = [computation[name].arrays[0] for name in one.operands]
+    grid = given[0].dims
+    *rows, length, head_dim = next(x.dims for x in given if 'f' in x.dtype and len(x.dims) > 2)  # queries
+    return 2.0 * products * math.prod(rows) * head_dim * math.prod(grid[1:]) * (length / grid[1]) ** 2
   return 0.0
 
 
