@@ -4,6 +4,8 @@ The published f16 network at 256 x 256 pixels, the f8 one in training at 128 x 1
 nor a discriminator), four pictures each.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,9 @@ import optax
 from absl import app, flags
 
 from benchmarks import limits, sizes
+from configs import common
 from dalle_jax.models import vqgan
+from dalle_jax.training import host
 
 _BATCH = flags.DEFINE_integer('batch_size', 4, 'pictures')
 _PEER = flags.DEFINE_enum('peer', '', ['', 'torch'], 'also plain PyTorch')
@@ -25,14 +29,16 @@ def measure(model: vqgan.VQGAN, size: int, names: tuple[str, ...]) -> dict[str, 
   """Seconds of each."""
   x = jax.random.uniform(jax.random.key(0), (_BATCH.value, size, size, 3), minval=-1)
   params = nn.unbox(jax.jit(model.init)(jax.random.key(1), x)['params'])
-  apply = lambda method: jax.jit(lambda p, x: model.apply({'params': p}, x, method=method))
+  options = host.known_options(common.CONVOLUTIONS_ON_CPU, x.sharding) if jax.default_backend() == 'cpu' else None
+  jit = functools.partial(jax.jit, compiler_options=options)  # as the recipes for the CPU compile it
+  apply = lambda method: jit(lambda p, x: model.apply({'params': p}, x, method=method))
   codes, optimizer = apply('encode')(params, x), optax.adam(1e-4)
 
   def loss(params):
     out = model.apply({'params': params}, x)
     return jnp.abs(out.recon - x).mean() + sum(out.quantized.losses.values())
 
-  @jax.jit
+  @jit
   def train(params, state):
     updates, state = optimizer.update(jax.grad(loss)(params), state)
     return optax.apply_updates(params, updates), state
