@@ -10,7 +10,7 @@ from configs import common
 
 
 def get_config(arg: str = ''):
-  arg = common.parse_arg(arg, variant='small', steps=3_000, batch=8, l2=30.0)
+  arg = common.parse_arg(arg, variant='small', steps=1_000, batch=8, l2=30.0)
   c = common.base()
   c.objective = 'storyganc'
   c.model = dict(variant=arg.variant, frames=3, labels=24)
