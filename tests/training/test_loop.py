@@ -190,7 +190,7 @@ def test_failing_save_is_one_line(tmp_path):
   code = 'import resource, sys; from tests.training import toy; toy.batches(); '
   code += 'resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); toy.run(toy.config(sys.argv[1], log_every=100))'
   done = subprocess.run([sys.executable, '-c', code, tmp_path], cwd=ROOT, capture_output=True, text=True)
-  assert done.returncode and f'OSError: saving to {tmp_path}/checkpoints failed' in done.stderr
+  assert done.returncode and f'OSError: saving to {tmp_path}/checkpoints failed' in done.stderr, done.stderr
 
 
 def test_metrics_file_is_json_lines(straight):
