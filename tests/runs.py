@@ -11,6 +11,13 @@ from dalle_jax.training.checkpoint import Run, export_run
 ROOT = Path(__file__).parents[1]
 
 
+def call(script, *arguments):
+  """The exit status of a script's `main` with these arguments, whatever flags it was called with before."""
+  for name in script.FLAGS:
+    script.FLAGS[name].unparse()
+  return script.main([script.__name__, *map(str, arguments)])
+
+
 def parameters(init, *inputs, scale=0.3, seed=0):
   """Random parameters for what `init(key, *inputs)` makes; nothing is compiled. Norms begin as they always do."""
   shapes, rng = nn.unbox(jax.eval_shape(init, jax.random.key(0), *inputs)), np.random.default_rng(seed)

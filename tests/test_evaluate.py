@@ -49,12 +49,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path):
-  def run(*arguments):
-    for name in evaluate.FLAGS:
-      evaluate.FLAGS[name].unparse()
-    return evaluate.main(['evaluate.py', '--out', str(tmp_path / 'out'), *map(str, arguments)])
-
-  return run
+  return lambda *arguments: runs.call(evaluate, '--out', tmp_path / 'out', *arguments)
 
 
 def read(tmp_path):

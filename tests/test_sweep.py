@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dalle_jax import sweep
+from tests import runs
 
 ROOT = Path(__file__).parents[1]
 RECIPE = """
@@ -61,13 +62,8 @@ def recipe(tmp_path, monkeypatch):
 
 @pytest.fixture
 def run(tmp_path, recipe):
-  def run(*arguments):
-    for name in sweep.FLAGS:
-      sweep.FLAGS[name].unparse()
-    return sweep.main(['sweep.py', '--config', recipe, '--root', str(tmp_path / 'out'), *arguments])
-
   handler = signal.getsignal(signal.SIGTERM)
-  yield run
+  yield lambda *arguments: runs.call(sweep, '--config', recipe, '--root', tmp_path / 'out', *arguments)
   signal.signal(signal.SIGTERM, handler)
 
 

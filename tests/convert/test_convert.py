@@ -20,15 +20,13 @@ from dalle_jax.convert import engine, torch_file
 from dalle_jax.convert.sources import rudalle
 from dalle_jax.pipelines.dalle import DallE
 from dalle_jax.training import checkpoint
+from tests import runs
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 
 
 def convert(*arguments, capsys=None):
-  command.FLAGS.unparse_flags()
-  for name in ('from', 'path', 'out', 'config', 'cross', 'version', 'vqgan'):
-    command.FLAGS[name].value = ''
-  status = command.main(['convert', *map(str, arguments)])
+  status = runs.call(command, *arguments)
   return status, capsys.readouterr() if capsys else None
 
 
@@ -58,9 +56,8 @@ def test_an_imported_run_draws_and_is_fine_tuned_into_a_storyteller(mindalle, tm
   from PIL import Image
 
   Image.new('RGB', (32, 32), 'red').save(tmp_path / 'frame.png')
-  out = ['--source', str(tmp_path / 'frame.png'), '--n', '1', '--out', str(tmp_path / 'drawn')]
-  sample.FLAGS.unparse_flags()
-  assert sample.main(['sample.py', '--run', str(tmp_path / 'story'), '--story', str(story), *out]) == 0
+  out = ['--source', tmp_path / 'frame.png', '--n', 1, '--out', tmp_path / 'drawn']
+  assert runs.call(sample, '--run', tmp_path / 'story', '--story', story, *out) == 0
   assert (tmp_path / 'drawn' / 'storyboard.png').is_file()
 
 

@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -13,6 +10,7 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
+import sample
 import train
 from configs import common
 from dalle_jax.data.sources import folder, shapes, tokens
@@ -20,8 +18,8 @@ from dalle_jax.models import lpips
 from dalle_jax.pipelines import encode
 from dalle_jax.pipelines.dalle import DallE
 from dalle_jax.training import checkpoint, metrics, sharding
+from tests import runs
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = ['a small red circle at the top', 'two blue hearts', '']
 
 
@@ -180,11 +178,9 @@ def test_a_run_of_another_kind_is_refused(root):
     DallE.load(root / 'dalle', clip=root / 'dalle')
 
 
-def test_sample_script(root, tmp_path):
-  command = [sys.executable, 'sample.py', '--out', tmp_path / 'out', '--n', '2', '--prompt', PROMPTS[0], '--seed', '5']
-  run = lambda *more: subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
-  done = run('--run', root / 'dalle', '--clip', root / 'clip', '--prompt', 'snow', '--mesh', 'data=-1')
-  assert done.returncode == 0, done.stderr
+def test_sample_script(root, tmp_path, capsys):
+  run = lambda *more: runs.call(sample, '--out', tmp_path / 'out', '--n', 2, '--prompt', PROMPTS[0], *more)
+  assert run('--run', root / 'dalle', '--clip', root / 'clip', '--prompt', 'snow', '--mesh', 'data=-1') == 0
   files = {'000_0.png', '000_1.png', '001_0.png', '001_1.png', 'grid.png', 'samples.json'}
   assert {p.name for p in (tmp_path / 'out').iterdir()} == files
   report = json.loads((tmp_path / 'out' / 'samples.json').read_text())
@@ -196,6 +192,6 @@ def test_sample_script(root, tmp_path):
     (['--run', root / 'dalle', '--nn=3'], "Unknown command line flag 'nn'"),
     (['--run', root / 'dalle', '--mesh', 'data=3,model=2'], 'has no axis model'),
   ):
-    failed = run(*arguments)
-    assert failed.returncode == 2 and message in failed.stderr, failed.stderr
-    assert failed.stderr.count('\n') == 1
+    assert run(*arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count('\n') == 1, err

@@ -4,13 +4,13 @@ import functools
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+import sample
 import train
 from configs import common
 from dalle_jax.data import bpe
@@ -21,7 +21,6 @@ from dalle_jax.pipelines.story_dalle import StoryDallE
 from dalle_jax.training import checkpoint, sharding
 from tests import runs
 
-ROOT = Path(__file__).parents[2]
 SOURCE = story_shapes.load('test_seen', image_size=24)
 CAPTIONS = [SOURCE.captions(k)[1:] for k in range(3)]
 FIRSTS = np.stack([SOURCE[k].frames[0] for k in range(3)])
@@ -157,15 +156,15 @@ def test_a_run_of_another_kind_is_refused(root):
     StoryDallE.load(root / 'dalle')
 
 
-def test_sample_script(root, tmp_path):
+def test_sample_script(root, tmp_path, capsys):
   Image.fromarray(FIRSTS[0]).save(tmp_path / 'first.png')
   (tmp_path / 'story.json').write_text(json.dumps({'captions': CAPTIONS[0], 'source': 'first.png'}))
   (tmp_path / 'list.json').write_text(json.dumps(CAPTIONS[0]))
   (tmp_path / 'long.json').write_text(json.dumps(['pip moves'] * 5))
   (tmp_path / 'bad.json').write_text('{"captions": "pip"}')
-  command = [sys.executable, 'sample.py', '--run', root / 'story', '--out', tmp_path / 'out', '--n', '2']
-  run = lambda *more: subprocess.run([*command, *more], cwd=ROOT, capture_output=True, text=True)
-  done = run('--story', tmp_path / 'story.json')
+  options = ['--run', root / 'story', '--out', tmp_path / 'out', '--n', '2']
+  command = [sys.executable, 'sample.py', *options, '--story', tmp_path / 'story.json']
+  done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   files = {f'00{i}_{k}.png' for i in range(1, 5) for k in range(2)} | {'grid.png', 'samples.json', 'storyboard.png'}
   assert {p.name for p in (tmp_path / 'out').iterdir()} == files
@@ -176,5 +175,6 @@ def test_sample_script(root, tmp_path):
     (['--source', tmp_path / 'first.png'], 'give its captions with --story'),
     (['--story', tmp_path / 'none.json'], 'there is no file'),
   ):
-    failed = run(*arguments)
-    assert failed.returncode == 2 and message in failed.stderr and failed.stderr.count('\n') == 1, failed.stderr
+    assert runs.call(sample, *options, *arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count('\n') == 1, err

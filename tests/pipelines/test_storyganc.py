@@ -102,13 +102,11 @@ def test_scripts_take_it_as_they_take_a_storydalle(root, tmp_path, capsys):
   (tmp_path / 'story.json').write_text(json.dumps({'captions': CAPTIONS[0], 'source': 'first.png'}))
 
   def run(script, *flags):
-    for name in script.FLAGS:
-      script.FLAGS[name].unparse()
-    return script.main(['script', '--run', str(root / 'storyganc'), '--out', str(tmp_path / 'out'), *flags])
+    return runs.call(script, '--run', root / 'storyganc', '--out', tmp_path / 'out', *flags)
 
-  assert run(sample, '--story', str(tmp_path / 'story.json'), '--n', '1') == 0
+  assert run(sample, '--story', tmp_path / 'story.json', '--n', 1) == 0
   assert (tmp_path / 'out' / 'storyboard.png').is_file()
-  assert run(evaluate, '--split', 'test_unseen', '--stories', '2') == 0
+  assert run(evaluate, '--split', 'test_unseen', '--stories', 2) == 0
   metrics = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
   assert metrics['frames'] == 8 and {'caption', 'hero', 'setting'} <= set(metrics)
   assert run(sample, '--prompt', 'a red circle') == 2
