@@ -11,6 +11,7 @@ import pytest
 from dalle_jax.layers.cross import CrossAttention, look
 from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import dalle
+from tests import runs
 
 TEXT = jax.random.randint(jax.random.key(0), (2, 6), 0, 40)
 IMAGE = jax.random.randint(jax.random.key(1), (2, 16), 0, 16)
@@ -18,16 +19,15 @@ SOURCE = jax.random.normal(jax.random.key(2), (2, 5, 16))
 EXTRA = jax.random.normal(jax.random.key(3), (2, 3, 16))
 
 
-def larger(params, seed=4):
-  keys = iter(jax.random.split(jax.random.key(seed), 100))
-  return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
-
-
 def models(layers=4, **fields):
   """apply of a DALL-E with grown parameters, the cross-attention module, its fresh parameters."""
   model, cross = dalle.build('test', **fields), CrossAttention(layers, 2)
-  params = larger(nn.unbox(jax.jit(model.init)(jax.random.key(5), TEXT, IMAGE)['params']))
-  return functools.partial(model.apply, {'params': params}), cross, nn.unbox(cross.init(jax.random.key(6), SOURCE))
+  params = runs.parameters(model.init, TEXT, IMAGE)['params']
+  return jax.jit(functools.partial(model.apply, {'params': params}), static_argnames='method'), cross, start(cross)
+
+
+def start(cross):
+  return nn.unbox(jax.jit(cross.init)(jax.random.key(6), SOURCE))
 
 
 def test_the_first_step_is_the_pretrained_model_to_the_bit():
@@ -38,14 +38,14 @@ def test_the_first_step_is_the_pretrained_model_to_the_bit():
 
 def test_only_positions_that_predict_image_tokens_look_each_at_its_own_source():
   apply, cross, fresh = models()
-  context = cross.apply(larger(fresh), SOURCE)
+  context = cross.apply(runs.larger(fresh), SOURCE)
   (text, image), (plain_text, plain_image) = apply(TEXT, IMAGE, context=context), apply(TEXT, IMAGE)
   np.testing.assert_array_equal(text, plain_text)
   assert (np.abs(image - plain_image).max((0, 2)) > 1e-3).all()  # from the first image token to the last
-  other = cross.apply(larger(fresh), SOURCE.at[1].multiply(-1))
+  other = cross.apply(runs.larger(fresh), SOURCE.at[1].multiply(-1))
   changed = np.abs(apply(TEXT, IMAGE, context=other)[1] - image).max(2) > 1e-3
   assert not changed[0].any() and changed[1].all()
-  swapped = apply(TEXT[::-1], IMAGE[::-1], context=cross.apply(larger(fresh), SOURCE[::-1]))
+  swapped = apply(TEXT[::-1], IMAGE[::-1], context=cross.apply(runs.larger(fresh), SOURCE[::-1]))
   np.testing.assert_allclose(swapped[1][::-1], image, atol=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_only_positions_that_predict_image_tokens_look_each_at_its_own_source():
 )
 def test_cached_logits_are_the_teacher_forced_ones(fields, extra):
   apply, cross, fresh = models(**fields)
-  context = cross.apply(larger(fresh), SOURCE)
+  context = cross.apply(runs.larger(fresh), SOURCE)
   each = context.layers()
   _, expected = jax.jit(lambda: apply(TEXT, IMAGE, extra, context))()
 
@@ -80,10 +80,10 @@ def test_the_last_layer_of_each_stretch_looks_and_no_other(layers, period, sprea
   """What one position finds reaches the others by a later layer's attention: not if the last layer alone looks."""
   stack, cross = Stack(4, 2, period=period), CrossAttention(layers, 2)
   x = jax.random.normal(jax.random.key(8), (2, 6, 16))
-  params = larger(nn.unbox(stack.init(jax.random.key(9), x)))
-  context = cross.apply(larger(nn.unbox(cross.init(jax.random.key(6), SOURCE))), SOURCE)
-  run = lambda **kwargs: stack.apply(params, x, **kwargs)[0]
-  moved = np.abs(run(context=context, looking=np.arange(6) == 2) - run()).max((0, 2)) > 1e-5
+  params = runs.parameters(stack.init, x)
+  context = cross.apply(runs.larger(start(cross)), SOURCE)
+  run = jax.jit(lambda **kwargs: stack.apply(params, x, **kwargs)[0])
+  moved = np.abs(np.subtract(run(context=context, looking=np.arange(6) == 2), run())).max((0, 2)) > 1e-5
   assert moved[2] and moved.all() == spreads and (spreads or moved.sum() == 1)
 
 
@@ -95,7 +95,7 @@ def test_a_scan_that_does_not_hold_whole_stretches_is_refused():
 
 def test_look_is_attention():
   cross = CrossAttention(1, 2)
-  context = cross.apply(larger(nn.unbox(cross.init(jax.random.key(6), SOURCE))), SOURCE).layers()[0]
+  context = cross.apply(runs.larger(start(cross)), SOURCE).layers()[0]
   x = jax.random.normal(jax.random.key(7), (2, 3, 16))
   y = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * context.scale + context.bias
   q = jnp.einsum('btd,dhk->bthk', y, context.query) + context.query_bias
@@ -108,7 +108,7 @@ def test_look_is_attention():
 def test_every_parameter_gets_a_gradient_and_sources_repeat():
   apply, cross, fresh = models()
   loss = lambda p, x: jnp.square(apply(TEXT, IMAGE, context=cross.apply(p, x))[1]).sum()
-  grads = jax.grad(loss, (0, 1))(larger(fresh), SOURCE)
+  grads = jax.jit(jax.grad(loss, (0, 1)))(runs.larger(fresh), SOURCE)
   dead = [jax.tree_util.keystr(k) for k, g in jax.tree_util.tree_leaves_with_path(grads) if not g.any()]
   assert [k for k in dead if 'key_bias' not in k] == []  # a bias of the keys shifts all scores of a query alike
   context = cross.apply(fresh, SOURCE)

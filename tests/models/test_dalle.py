@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from dalle_jax.functional import decoding
 from dalle_jax.layers.patterns import KINDS
 from dalle_jax.models import dalle
+from tests import runs
 
 TEXT = jax.random.randint(jax.random.key(0), (2, 6), 0, 40)
 IMAGE = jax.random.randint(jax.random.key(1), (2, 16), 0, 16)
@@ -18,10 +18,8 @@ PATTERNS = (*KINDS, 'paper')
 
 
 def init(model):
-  params = nn.unbox(jax.jit(model.init)(jax.random.key(2), TEXT, IMAGE)['params'])
-  # Larger than at the start of training, so that attention is not flat and what is seen matters.
-  keys = iter(jax.random.split(jax.random.key(3), 100))
-  return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
+  """Larger ones than at the start of training, so that attention is not flat and what is seen matters."""
+  return runs.parameters(model.init, TEXT, IMAGE)['params']
 
 
 def bind(model, params):
@@ -39,12 +37,12 @@ LAYOUTS = (  # of public models, with masks that tell where they take the image 
 )
 def test_cached_logits_are_the_teacher_forced_ones(fields):
   model = dalle.build('test', **fields)
-  apply = bind(model, init(model))
-  _, expected = apply(TEXT, IMAGE)
+  _, expected = jax.jit(bind(model, init(model)))(TEXT, IMAGE)
   apply = bind(model, decoding.by_layer(init(model)))
   step = jax.jit(lambda token, i, cache: apply(token, i, cache, method='step'))
+  prefill = jax.jit(lambda image: apply(TEXT, image, method='prefill'))
   for start in (0, 5):  # image rows may be given
-    logits, cache = apply(TEXT, IMAGE[:, :start], method='prefill')
+    logits, cache = prefill(IMAGE[:, :start])
     np.testing.assert_allclose(logits, expected[:, start], atol=1e-4)
     cache = cache.longer(8)
     for i in range(start, 15):
@@ -68,12 +66,11 @@ def test_guided_sampling_is_guided_teacher_forcing():
   """Greedy codes with guidance, drawn with the cache, are the argmax of the guided logits of the whole stream."""
   model = dalle.build('test')
   apply = bind(model, init(model))
-  codes = decoding.sample(
-    apply, TEXT, IMAGE[:, :4], jax.random.split(jax.random.key(0), 2), empty=model.padding, length=16, n=1,
-    sampling=decoding.Sampling(temperature=0.0, guidance=3.0),
-  )  # fmt: skip
-  _, cond = apply(TEXT, codes)
-  _, uncond = apply(jnp.broadcast_to(model.padding, TEXT.shape), codes)
+  options = dict(empty=model.padding, length=16, n=1, sampling=decoding.Sampling(temperature=0.0, guidance=3.0))
+  keys = jax.random.split(jax.random.key(0), 2)
+  codes = jax.jit(lambda text: decoding.sample(apply, text, IMAGE[:, :4], keys, **options))(TEXT)
+  logits = jax.jit(lambda text: apply(text, codes)[1])
+  cond, uncond = logits(TEXT), logits(jnp.broadcast_to(model.padding, TEXT.shape))
   np.testing.assert_array_equal(codes[:, :4], IMAGE[:, :4])
   np.testing.assert_array_equal(codes[:, 4:], (uncond + 3 * (cond - uncond)).argmax(-1)[:, 4:])
   assert (codes[:, 4:] != cond.argmax(-1)[:, 4:]).any()
@@ -97,8 +94,8 @@ def test_a_token_changes_later_logits_alone(pattern):
 def test_one_layer_sees_what_its_mask_says():
   model = dalle.build('test', attention='column', depth=1)
   apply = bind(model, init(model))
-  logits = lambda image: np.asarray(apply(TEXT, image)[1])
-  moved = np.abs(logits(IMAGE.at[:, 1].set((IMAGE[:, 1] + 1) % 16)) - logits(IMAGE)).max((0, 2)) > 1e-6
+  logits = jax.jit(lambda image: apply(TEXT, image)[1])
+  moved = np.abs(np.subtract(logits(IMAGE.at[:, 1].set((IMAGE[:, 1] + 1) % 16)), logits(IMAGE))).max((0, 2)) > 1e-6
   assert np.flatnonzero(moved).tolist() == [2, 6, 10, 14]  # logits of t come from position t - 1: 1, 5, 9, 13
 
 
@@ -120,7 +117,7 @@ def test_every_parameter_gets_a_gradient(fields):
 
 def test_half_precision_is_close_and_its_logits_are_float32():
   params = init(dalle.build('test'))
-  full, half = (bind(dalle.build('test', dtype=d), params)(TEXT, IMAGE)[1] for d in ('float32', 'bfloat16'))
+  full, half = (jax.jit(bind(dalle.build('test', dtype=d), params))(TEXT, IMAGE)[1] for d in ('float32', 'bfloat16'))
   assert half.dtype == jnp.float32
   np.testing.assert_allclose(half, full, atol=0.15 * float(np.abs(full).max()))
 

@@ -12,17 +12,13 @@ from dalle_jax.functional import decoding
 from dalle_jax.layers.basic import sinusoid
 from dalle_jax.models import dalle, story_dalle
 from dalle_jax.training import checkpoint, sharding
+from tests import runs
 
 B, T, N, I = 3, 4, 6, 16
 TEXT = jax.random.randint(jax.random.key(0), (B, T, N), 0, 34)
 IMAGE = jax.random.randint(jax.random.key(1), (B, T, I), 0, 16)
 SOURCE = jax.random.randint(jax.random.key(2), (B, I), 0, 16)
 FORMS = [dict(), dict(prompt=3, sentences='data', sentence_dim=5), dict(retro=2, period=2, attention='row,column')]
-
-
-def larger(params, seed=4):
-  keys = iter(jax.random.split(jax.random.key(seed), 200))
-  return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
 
 
 @functools.cache
@@ -39,7 +35,7 @@ def built(**fields):
 def forward(**fields):
   """logits(text, image, source) as [B, T, ...] with grown parameters."""
   model, params, sentences = built(**fields)
-  params = larger(params)
+  params = runs.larger(params)
 
   @jax.jit
   def logits(text=TEXT, image=IMAGE, source=SOURCE):
@@ -57,7 +53,7 @@ def test_retrofitting_is_a_strict_merge_that_gives_the_pretrained_logits():
   """(Released: the cross-attention is no parameter at all.)"""
   base = dalle.build('test')
   rows = TEXT.reshape(-1, N), IMAGE.reshape(-1, I)
-  pretrained = {'dalle': larger(nn.unbox(jax.jit(base.init)(jax.random.key(6), *rows)['params']))}
+  pretrained = {'dalle': runs.larger(nn.unbox(jax.jit(base.init)(jax.random.key(6), *rows)['params']))}
   model, fresh, _ = built(story_encoder='')
   merged = checkpoint.strict_merge(fresh, pretrained, new='story/.*')
   kept = {k: v for k, v in sharding.flatten(merged).items() if k.startswith('dalle/')}
@@ -65,7 +61,7 @@ def test_retrofitting_is_a_strict_merge_that_gives_the_pretrained_logits():
   expected = jax.jit(base.apply)({'params': pretrained['dalle']}, *rows)
   for a, b in zip(jax.jit(model.apply)({'params': merged}, TEXT, IMAGE, SOURCE), expected, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)  # two programs may round differently
-  context = model.apply({'params': merged}, TEXT, SOURCE, method='look')[1]
+  context = jax.jit(lambda p: model.apply({'params': p}, TEXT, SOURCE, method='look')[1])(merged)
   assert not context.out.any() and not context.out_bias.any()  # what is added is zero to the bit
   with pytest.raises(ValueError, match='missing story/cross'):
     checkpoint.strict_merge(fresh, pretrained)
@@ -77,7 +73,7 @@ def test_retrofitting_is_a_strict_merge_that_gives_the_pretrained_logits():
 def test_cached_logits_are_the_teacher_forced_ones(fields):
   """With a prompt, too: the first image token comes from position N + P. (Released: N - 1; source lost when cached.)"""
   model, params, sentences = built(**fields)
-  params = larger(params)
+  params = runs.larger(params)
   expected = forward(**fields)()[1].reshape(B * T, I, -1)
   rows, image = TEXT.reshape(-1, N), IMAGE.reshape(-1, I)
 
@@ -118,7 +114,7 @@ def test_permuting_stories_permutes_outputs():
 def test_the_story_token_knows_all_captions_and_their_order():
   """(Released: causal, without positions.)"""
   model, params, _ = built()
-  look = jax.jit(lambda text: model.apply({'params': larger(params)}, text, SOURCE, method='look')[0])
+  look = jax.jit(lambda text: model.apply({'params': runs.larger(params)}, text, SOURCE, method='look')[0])
   token = lambda text: look(text).reshape(B, T, -1)
   third = TEXT.at[0, 2].set((TEXT[0, 2] + 1) % 34)
   assert changed(token(TEXT), token(third))[0].all() and not changed(token(TEXT), token(third))[1:].any()
@@ -132,7 +128,7 @@ def test_the_story_token_knows_all_captions_and_their_order():
 
 def test_every_new_parameter_gets_a_gradient():
   model, params, sentences = built(prompt=3, sentences='data', sentence_dim=5)
-  params = larger(params)
+  params = runs.larger(params)
   loss = lambda p: sum(jnp.square(x).sum() for x in model.apply({'params': p}, TEXT, IMAGE, SOURCE, sentences))
   grads = sharding.flatten(jax.jit(jax.grad(loss))(params)['story'])
   dead = {k for k, g in grads.items() if np.abs(g).max() < 1e-6}
@@ -141,7 +137,7 @@ def test_every_new_parameter_gets_a_gradient():
 
 def test_sampling_is_the_model_and_guidance_keeps_the_source():
   model, params, _ = built()
-  params = larger(params)
+  params = runs.larger(params)
   sample = jax.jit(
     lambda source, sampling: decoding.sample(
       story_dalle.sampler(model, params, TEXT, source, None),
@@ -176,7 +172,7 @@ def test_prompt_dropout_acts_in_training_alone():
 def test_a_grown_vocabulary_leaves_old_words_as_they_were(head):
   old, new = dalle.build('test', head=head), dalle.build('test', text_vocab=43, head=head)
   rows = TEXT.reshape(-1, N), IMAGE.reshape(-1, I)
-  params = larger(nn.unbox(jax.jit(old.init)(jax.random.key(6), *rows)['params']))
+  params = runs.larger(nn.unbox(jax.jit(old.init)(jax.random.key(6), *rows)['params']))
   grown = dalle.adopt(new, {'dalle': params}, {'tokenizer': {'vocab_size': 34}}, jax.random.key(8))['dalle']
   assert grown['text_embed'].shape == (43, 16)
   text = rows[0].at[:, 4:].set(jnp.arange(38, 40))  # two paddings
@@ -202,4 +198,4 @@ def test_a_grown_vocabulary_leaves_old_words_as_they_were(head):
 )
 def test_what_does_not_fit_is_one_line(fields, message):
   with pytest.raises(ValueError, match=message):
-    story_dalle.build('test', **fields).init(jax.random.key(5), TEXT, IMAGE, SOURCE)
+    jax.eval_shape(story_dalle.build('test', **fields).init, jax.random.key(5), TEXT, IMAGE, SOURCE)

@@ -1,5 +1,7 @@
 """Stories told with a marker, and the encoders that read them."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from dalle_jax.models import clip, roberta
 from dalle_jax.models.told import CaptionEncoder, Tower, Words, tell
-from dalle_jax.training import sharding
+from tests import runs
 
 TEXT = jnp.asarray([[[1, 2, 12], [3, 11, 12]]])  # 10 words, and paddings 10, 11, 12 of the three positions
 
@@ -33,14 +35,14 @@ def test_start_and_end_stand_around_the_whole_and_a_cut_story_still_ends():
 
 def test_the_small_encoder_knows_the_whole_story_and_no_padding():
   model = CaptionEncoder(text_vocab=13, pad=-1, text_length=3, frames=2, width=8, layers=1, heads=2)
-  params = model.init(jax.random.key(0), TEXT)
-  vectors = model.apply(params, TEXT)
+  read = jax.jit(functools.partial(model.apply, runs.parameters(model.init, TEXT)))
+  vectors = read(TEXT)
   assert vectors.shape == (1, 2, 8)
-  other = model.apply(params, TEXT.at[0, 1, 0].set(4))
+  other = read(TEXT.at[0, 1, 0].set(4))
   assert (jnp.abs(other - vectors).max(-1) > 1e-6).all()
-  padded = model.apply(params, TEXT.at[0, 0, 2].set(10))  # another id of a padding
+  padded = read(TEXT.at[0, 0, 2].set(10))  # another id of a padding
   np.testing.assert_allclose(padded, vectors, rtol=1e-5, atol=1e-6)
-  swapped = model.apply(params, TEXT[:, ::-1])
+  swapped = read(TEXT[:, ::-1])
   assert float(jnp.abs(swapped - vectors[:, ::-1]).max()) > 1e-6
 
 
@@ -49,18 +51,19 @@ def test_frozen_towers(kind):
   config = {'model': {'variant': 'test'}, 'data': {'image_size': 16}}
   if kind == 'roberta':
     config['tokenizer'] = dict(vocab_size=40, length=8, pad=1, start=0, end=2)
-    params = roberta.of_run(config).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))['params']
+    params = runs.parameters(roberta.of_run(config).init, jnp.zeros((1, 8), jnp.int32))['params']
   else:
     config['model'] |= dict(text_pool='end', end=2)
     config['tokenizer'] = dict(vocab_size=40, length=8, pad=1, start=0, end=2)
     net = clip.of_run(config)
-    params = net.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8), jnp.int32))['params']
+    params = runs.parameters(net.init, jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8), jnp.int32))['params']
   tower = Tower.of_run(kind, config, 4)
+  read = jax.jit(lambda text: tower(params, text))
   text = jnp.asarray([[[0, 5, 2, 1], [0, 6, 2, 1]]])
-  vectors = tower(sharding.unbox(params), text)
+  vectors = read(text)
   assert vectors.shape == (1, 2, tower.width) and float(jnp.abs(vectors[0, 0] - vectors[0, 1]).max()) > 1e-5
   for changed in (text.at[0, 0, 1].set(9), text.at[0, 1, 1].set(9)):  # a caption changes the vectors of both
-    assert (np.abs(tower(sharding.unbox(params), changed) - vectors).max(-1) > 1e-6).all()
+    assert (np.abs(read(changed) - vectors).max(-1) > 1e-6).all()
 
 
 def test_a_clip_without_a_start_has_no_marker():

@@ -31,14 +31,16 @@ def config(**model):
 @pytest.fixture(scope='module')
 def built():
   objective = classifier.from_config(config(labels=3), {})
-  return objective, sharding.unbox(objective.init(jax.random.key(0), BATCH)[0])
+  return objective, sharding.unbox(jax.jit(objective.init)(jax.random.key(0), BATCH)[0])
 
 
 def test_loss_and_metrics_by_hand(built):
   objective, params = built
-  logits = np.asarray(objective.model.apply({'params': params['classifier']}, to_float(BATCH['image'])), np.float64)
+  logits = np.asarray(
+    jax.jit(objective.model.apply)({'params': params['classifier']}, to_float(BATCH['image'])), np.float64
+  )
   p = 1 / (1 + np.exp(-logits))
-  loss, (metrics, _) = objective.loss(params, CONTEXT, BATCH)
+  loss, (metrics, _) = jax.jit(objective.loss)(params, CONTEXT, BATCH)
   assert float(loss) == pytest.approx(-np.log(np.where(LABELS, p, 1 - p)).mean(), rel=1e-4)
   expected = characters.scores(p > 0.5, LABELS)
   assert float(metrics['f1']) == pytest.approx(expected['f1_micro'])
@@ -49,7 +51,7 @@ def test_nothing_to_find_and_nothing_found_is_right(built):
   objective, params = built
   head = {'kernel': jnp.zeros((8, 3)), 'bias': jnp.full(3, -1.0)}
   none = {**BATCH, 'labels': np.zeros((16, 3), bool)}
-  _, (metrics, _) = objective.loss({'classifier': {**params['classifier'], 'head': head}}, CONTEXT, none)
+  _, (metrics, _) = jax.jit(objective.loss)({'classifier': {**params['classifier'], 'head': head}}, CONTEXT, none)
   assert metrics['f1'] == metrics['exact'] == 1.0
 
 

@@ -40,7 +40,7 @@ def test_loss_by_hand():
 def test_the_batch_is_the_global_one():
   """Eight devices with two pairs each give the loss and the gradients of one device with sixteen."""
   objective = build()
-  params = sharding.unbox(objective.init(jax.random.key(0), BATCH)[0])
+  params = sharding.unbox(jax.jit(objective.init)(jax.random.key(0), BATCH)[0])
   ctx = Context({}, {}, jax.random.key(0), jnp.int32(0), train=True)
 
   def run(batch):

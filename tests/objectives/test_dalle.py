@@ -34,12 +34,12 @@ def build(**loss):
 
 @pytest.fixture(scope='module')
 def frozen():
-  return sharding.unbox(vqgan.build('test').init(jax.random.key(2), to_float(BATCH['image'])))['params']
+  return sharding.unbox(jax.jit(vqgan.build('test').init)(jax.random.key(2), to_float(BATCH['image'])))['params']
 
 
 @pytest.fixture(scope='module')
 def params():
-  return sharding.unbox(build().init(jax.random.key(3), BATCH)[0])
+  return sharding.unbox(jax.jit(build().init)(jax.random.key(3), BATCH)[0])
 
 
 def context(frozen, train=True):
@@ -53,21 +53,22 @@ def test_sizes_come_from_the_tokenizers():
 
 
 def test_the_loss_is_an_eighth_of_text_and_seven_of_image(frozen, params):
-  objective = build()
-  loss, (metrics, _) = objective.loss(params, context(frozen), BATCH)
-  codes = vqgan.build('test').apply({'params': frozen}, to_float(BATCH['image']), method='encode').reshape(8, -1)
-  text_logits, image_logits = objective.model.apply({'params': params['dalle']}, BATCH['text'], codes)
+  objective, tokenizer = build(), vqgan.build('test')
+  loss, (metrics, _) = jax.jit(objective.loss)(params, context(frozen), BATCH)
+  encode = jax.jit(lambda images: tokenizer.apply({'params': frozen}, to_float(images), method='encode'))
+  codes = encode(BATCH['image']).reshape(8, -1)
+  text_logits, image_logits = jax.jit(objective.model.apply)({'params': params['dalle']}, BATCH['text'], codes)
   text, _ = losses.token_loss(text_logits, BATCH['text'])
   image, accuracy = losses.token_loss(image_logits, codes)
   assert float(loss) == pytest.approx(float(text / 8 + image * 7 / 8), rel=1e-5)
   for name, value in dict(text_loss=text, image_loss=image, accuracy=accuracy).items():
     assert float(metrics[name]) == pytest.approx(float(value), rel=1e-5)
-  ahead, _ = objective.loss(params, context(frozen), {'text': BATCH['text'], 'tokens': codes})
+  ahead, _ = jax.jit(objective.loss)(params, context(frozen), {'text': BATCH['text'], 'tokens': codes})
   assert float(ahead) == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_dropped_captions_are_padding_and_leave_the_text_loss(frozen, params):
-  run = lambda p, batch, train=True: build(caption_dropout=p).loss(params, context(frozen, train), batch)[1][0]
+  run = lambda p, batch, train=True: jax.jit(build(caption_dropout=p).loss)(params, context(frozen, train), batch)[1][0]
   other = {**BATCH, 'text': (BATCH['text'] + 1) % 34}
   whole, moved = run(1.0, BATCH), run(1.0, other)
   assert whole['image_loss'] == moved['image_loss'] and whole['text_loss'] == 0.0
@@ -78,7 +79,7 @@ def test_dropped_captions_are_padding_and_leave_the_text_loss(frozen, params):
 
 
 def test_noise_is_read_and_never_predicted(frozen, params):
-  run = lambda p, batch, train=True: build(token_noise=p).loss(params, context(frozen, train), batch)[1][0]
+  run = lambda p, batch, train=True: jax.jit(build(token_noise=p).loss)(params, context(frozen, train), batch)[1][0]
   tokens = jnp.tile(jnp.arange(16), (8, 4))
   clean, noisy, other = (run(p, BATCH | {'tokens': t}) for p, t in ((0.0, tokens), (0.5, tokens), (1.0, tokens)))
   assert len({float(m['image_loss']) for m in (clean, noisy, other)}) == 3
@@ -91,9 +92,9 @@ def test_noise_is_read_and_never_predicted(frozen, params):
 
 def test_sample_puts_true_pictures_beside_drawn_ones(frozen, params):
   for guidance in (1.0, 2.0):
-    images = build(guidance=guidance).sample(params, context(frozen), BATCH)
+    images = jax.jit(build(guidance=guidance).sample)(params, context(frozen), BATCH)
     assert images.shape == (8, 16, 32, 3) and images.dtype == jnp.uint8
-  recon = vqgan.build('test').apply({'params': frozen}, to_float(BATCH['image'])).recon
+  recon = jax.jit(vqgan.build('test').apply)({'params': frozen}, to_float(BATCH['image'])).recon
   expected = np.clip(np.round((np.asarray(recon) + 1) * 127.5), 0, 255)
   np.testing.assert_allclose(images[:, :, :16].astype(np.int32), expected, atol=1)
 

@@ -12,6 +12,7 @@ from dalle_jax.models import clip
 from dalle_jax.objectives import story_dalle
 from dalle_jax.training import sharding
 from dalle_jax.training.state import Context
+from tests import runs
 from tests.objectives import steps
 
 VQGAN = {'model': {'variant': 'test'}}  # 16 x 16 pixels, 8 x 8 codes of 16
@@ -39,9 +40,8 @@ def build(loss=(), **model):
 
 @pytest.fixture(scope='module')
 def params():
-  fresh = sharding.unbox(build().init(jax.random.key(3), BATCH)[0])
-  keys = iter(jax.random.split(jax.random.key(4), 100))
-  return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), fresh)
+  fresh = sharding.unbox(jax.jit(build().init)(jax.random.key(3), BATCH)[0])
+  return runs.larger(fresh, scale=0.1)
 
 
 def context(train=True, **frozen):
@@ -50,9 +50,9 @@ def context(train=True, **frozen):
 
 def test_the_loss_is_that_of_the_frames_after_the_source_half_text_half_image(params):
   objective = build()
-  loss, (metrics, _) = objective.loss(params, context(), BATCH)
+  loss, (metrics, _) = jax.jit(objective.loss)(params, context(), BATCH)
   tokens = BATCH['tokens']
-  text, image = objective.model.apply({'params': params}, BATCH['text'], tokens[:, 1:], tokens[:, 0])
+  text, image = jax.jit(objective.model.apply)({'params': params}, BATCH['text'], tokens[:, 1:], tokens[:, 0])
   text, _ = losses.token_loss(text, BATCH['text'].reshape(16, 6))
   image, accuracy = losses.token_loss(image, tokens[:, 1:].reshape(16, 64))
   assert float(loss) == pytest.approx(float(text / 2 + image / 2), rel=1e-5)
@@ -60,7 +60,7 @@ def test_the_loss_is_that_of_the_frames_after_the_source_half_text_half_image(pa
 
 
 def test_noise_spares_the_source_and_dropped_captions_leave_the_text_loss(params):
-  run = lambda batch=BATCH, **loss: build(loss).loss(params, context(), batch)[1][0]
+  run = lambda batch=BATCH, **loss: jax.jit(build(loss).loss)(params, context(), batch)[1][0]
   source = {**BATCH, 'tokens': BATCH['tokens'].at[:, 0].set(0)}
   assert run(token_noise=1.0)['image_loss'] != run(source, token_noise=1.0)['image_loss']
   assert run(token_noise=1.0)['text_loss'] == run()['text_loss']
@@ -74,15 +74,16 @@ def test_noise_spares_the_source_and_dropped_captions_leave_the_text_loss(params
 def test_sentences_of_clip_and_of_the_data():
   ids = jax.random.randint(jax.random.key(5), (8, 2, 8), 0, 32)
   tower = clip.of_run(CLIP)
-  frozen = sharding.unbox(tower.init(jax.random.key(6), jnp.zeros((1, 16, 16, 3)), ids[0]))['params']
+  frozen = runs.parameters(tower.init, jnp.zeros((1, 16, 16, 3)), ids[0])['params']
   by_clip = build(sentences='clip')
   assert by_clip.model.sentence_dim == tower.embed_dim
-  params = sharding.unbox(by_clip.init(jax.random.key(3), BATCH)[0])
-  vectors = tower.apply({'params': frozen}, ids.reshape(16, 8), method='encode_text').reshape(8, 2, -1)
+  params = sharding.unbox(jax.jit(by_clip.init)(jax.random.key(3), BATCH)[0])
+  read = jax.jit(lambda p: tower.apply({'params': p}, ids.reshape(16, 8), method='encode_text'))
+  vectors = read(frozen).reshape(8, 2, -1)
   by_data = build(sentences='data', sentence_dim=16)
-  a, _ = by_clip.loss(params, context(clip=frozen), {**BATCH, 'clip_text': ids})
-  b, _ = by_data.loss(params, context(), {**BATCH, 'vectors': vectors})
-  c, _ = by_data.loss(params, context(), {**BATCH, 'vectors': vectors[::-1]})
+  a, _ = jax.jit(by_clip.loss)(params, context(clip=frozen), {**BATCH, 'clip_text': ids})
+  b, _ = jax.jit(by_data.loss)(params, context(), {**BATCH, 'vectors': vectors})
+  c, _ = jax.jit(by_data.loss)(params, context(), {**BATCH, 'vectors': vectors[::-1]})
   assert float(a) == pytest.approx(float(b), rel=1e-6) and abs(float(a) - float(c)) > 1e-6
 
 

@@ -111,7 +111,7 @@ def test_a_story_alone_is_compared_with_no_other_and_shorter_stories_are_drawn_t
   few = {'text': BATCH['text'][:1, :2], 'image': BATCH['image'][:1, :3]}
   _, (metrics, _) = jax.jit(objective.loss)(params, context, few)
   assert metrics['image_accuracy_wrong'] == metrics['image_accuracy_fake']
-  assert objective.sample(params, context, few).shape == (1, 2 * 16, 3 * 16, 3)
+  assert jax.jit(objective.sample)(params, context, few).shape == (1, 2 * 16, 3 * 16, 3)
 
 
 def test_captions_by_a_frozen_roberta_and_a_frozen_generator():

@@ -65,7 +65,7 @@ def test_one_gradient_equals_those_of_both_players():
 def test_adaptive_weight_is_the_ratio_at_the_last_kernel():
   objective = build(disc_weight=0.8)
   params, mutable = start(objective)
-  _, (metrics, _) = objective.loss(params, context(mutable), BATCH)
+  _, (metrics, _) = jax.jit(objective.loss)(params, context(mutable), BATCH)
   images = to_float(BATCH['image'])
 
   def norm(loss):
@@ -73,7 +73,7 @@ def test_adaptive_weight_is_the_ratio_at_the_last_kernel():
       net = {**params['vqgan'], 'conv_out': {**params['vqgan']['conv_out'], 'kernel': kernel}}
       return loss(objective.model.apply({'params': net}, images).recon)
 
-    return jnp.linalg.norm(jax.grad(of_kernel)(params['vqgan']['conv_out']['kernel']))
+    return jnp.linalg.norm(jax.jit(jax.grad(of_kernel))(params['vqgan']['conv_out']['kernel']))
 
   nll = norm(lambda x: jnp.abs(x - images).mean() + jnp.square(x - images).mean())
   fool = norm(lambda x: gan.hinge_generator(objective.disc.apply({'params': params['discriminator']}, x)))
@@ -84,7 +84,7 @@ def test_adaptive_weight_is_the_ratio_at_the_last_kernel():
 def test_the_discriminator_waits(disc_start, first):
   objective, plain = build(disc_weight=0.8, disc_start=disc_start), build()
   params, mutable = start(objective)
-  loss = lambda o, step: float(o.loss(params, context(mutable, step), BATCH)[0])
+  loss = lambda o, step: float(jax.jit(o.loss)(params, context(mutable, step), BATCH)[0])
   assert loss(objective, first - 1) == pytest.approx(loss(plain, first - 1), rel=1e-6)
   assert abs(loss(objective, first) - loss(plain, first)) > 1e-3
 
@@ -111,7 +111,7 @@ def test_gumbel_cools_and_has_no_codebook_state():
   assert 'codebook' not in mutable and objective.after_update(params, mutable) is params
   at = lambda step: float(objective.temperature(jnp.int32(step)))
   assert (at(0), at(50), at(100), at(900)) == pytest.approx((1.0, 0.53125, 0.0625, 0.0625))
-  loss, (metrics, _) = objective.loss(params, context(mutable), BATCH)
+  loss, (metrics, _) = jax.jit(objective.loss)(params, context(mutable), BATCH)
   assert {'kl_loss', 'temperature', 'used_codes', 'perplexity'} <= set(metrics) and jnp.isfinite(loss)
 
 
