@@ -141,22 +141,24 @@ def generate(
       every 64 tokens, 4 at most.
   """
 
-  def draw(logits: jax.Array, index: jax.Array | int) -> jax.Array:
-    return choose(logits, jax.vmap(lambda key: jax.random.fold_in(key, index))(keys), sampling)
+  own = jax.vmap(jax.random.fold_in, (0, None))
+  each = jax.vmap(own, (None, 0))(keys, jnp.arange(start, length))  # outside the loop: its own loop took longer there
 
-  def body(carry, index):
+  def body(carry, turn):
     token, cache = carry
+    index, keys = turn
     rows = jnp.tile(token, 2) if sampling.guided else token
     logits, cache = step(rows, index, cache)
-    new = draw(logits, index + 1)
+    new = choose(logits, keys, sampling)
     return (new, cache), new
 
-  token = draw(logits, start)
+  token = choose(logits, each[0], sampling)
   tokens, last = [token[None]], length - 1  # token `last` is drawn but never goes in
   segments = segments or min(4, -(-(last - start) // 64))
   bounds = sorted({start + (last - start) * (i + 1) // segments for i in range(segments)} - {start})
   for first, end in zip([start, *bounds], bounds, strict=False):
-    (token, cache), more = jax.lax.scan(body, (token, cache.longer(end - first)), jnp.arange(first, end))
+    turns = jnp.arange(first, end), each[first - start + 1 : end - start + 1]
+    (token, cache), more = jax.lax.scan(body, (token, cache.longer(end - first)), turns)
     tokens.append(more)
   return jnp.concatenate(tokens).T
 
