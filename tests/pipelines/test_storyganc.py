@@ -30,6 +30,7 @@ def root(tmp_path_factory):
   sizes = ['--config.model.variant=test', '--config.model.start=6', '--config.data.image_size=24']
   sizes += [
     '--config.data.source_args.image_size=24',
+    '--config.data.source_args.count=100',
     '--config.data.batch_size=8',
     '--config.tokenizer.vocab_size=280',
   ]
