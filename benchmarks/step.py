@@ -18,7 +18,7 @@ from benchmarks import limits, sizes
 from configs import common
 from dalle_jax.models import vqgan
 from dalle_jax.objectives import dalle, story_dalle
-from dalle_jax.training import optim, sharding
+from dalle_jax.training import host, optim, sharding
 from dalle_jax.training import state as state_lib
 from dalle_jax.training.loop import make_step
 
@@ -74,6 +74,8 @@ def measure(remat: str, kernel: str, mesh: jax.sharding.Mesh) -> tuple[float, fl
 
 
 def main(_):
+  if jax.default_backend() == 'cpu':
+    host.keep_memory()  # as train.py does; the peer has it, too
   limit, count = limits.matmul(), jax.device_count()
   what = f'{_SIZE.value}, {_BATCH.value} {"stories" if _STORY.value else "streams"}'
   print(f'{count} x {jax.devices()[0].device_kind}, {limit / 1e12:.2f} TFLOP/s each measured; {what}, {sizes.dtype()}')

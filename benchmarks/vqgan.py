@@ -52,6 +52,8 @@ def measure(model: vqgan.VQGAN, size: int, names: tuple[str, ...]) -> dict[str, 
 
 
 def main(_):
+  if jax.default_backend() == 'cpu':
+    host.keep_memory()  # as train.py does; the peer has it, too
   print(f'{jax.devices()[0].device_kind}, {limits.matmul() / 1e12:.2f} TFLOP/s measured; {_BATCH.value} pictures')
   for size, (variant, changes, pixels, names) in SIZES.items():
     model = vqgan.build(variant, **changes, dtype=sizes.dtype())

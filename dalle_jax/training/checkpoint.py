@@ -24,11 +24,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from dalle_jax.training import distributed, hub, sharding
 
 Params = Any
+# Orbax tells of every step it takes; what goes wrong reaches us as an exception.
+logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
 # Replicas share the writing of an array where it is worth cutting it, which is a program for each shape.
 _ARRAYS = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
 ocp.type_handlers.register_type_handler(jax.Array, _ARRAYS, override=True)
-# Orbax tells of every step it takes; what goes wrong reaches us as an exception.
-logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
 
 
 @dataclasses.dataclass(frozen=True)
