@@ -1,5 +1,7 @@
 """Losses by hand, caption dropout, tokens inside the step and before it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,11 @@ def build(**loss):
   return dalle.from_config(config(**loss), {'vqgan': {'model': VQGAN}})
 
 
+@functools.cache
+def loss_of(**loss):
+  return jax.jit(build(**loss).loss)
+
+
 @pytest.fixture(scope='module')
 def frozen():
   return sharding.unbox(jax.jit(vqgan.build('test').init)(jax.random.key(2), to_float(BATCH['image'])))['params']
@@ -54,7 +61,7 @@ def test_sizes_come_from_the_tokenizers():
 
 def test_the_loss_is_an_eighth_of_text_and_seven_of_image(frozen, params):
   objective, tokenizer = build(), vqgan.build('test')
-  loss, (metrics, _) = jax.jit(objective.loss)(params, context(frozen), BATCH)
+  loss, (metrics, _) = loss_of()(params, context(frozen), BATCH)
   encode = jax.jit(lambda images: tokenizer.apply({'params': frozen}, to_float(images), method='encode'))
   codes = encode(BATCH['image']).reshape(8, -1)
   text_logits, image_logits = jax.jit(objective.model.apply)({'params': params['dalle']}, BATCH['text'], codes)
@@ -63,12 +70,12 @@ def test_the_loss_is_an_eighth_of_text_and_seven_of_image(frozen, params):
   assert float(loss) == pytest.approx(float(text / 8 + image * 7 / 8), rel=1e-5)
   for name, value in dict(text_loss=text, image_loss=image, accuracy=accuracy).items():
     assert float(metrics[name]) == pytest.approx(float(value), rel=1e-5)
-  ahead, _ = jax.jit(objective.loss)(params, context(frozen), {'text': BATCH['text'], 'tokens': codes})
+  ahead, _ = loss_of()(params, context(frozen), {'text': BATCH['text'], 'tokens': codes})
   assert float(ahead) == pytest.approx(float(loss), rel=1e-5)
 
 
 def test_dropped_captions_are_padding_and_leave_the_text_loss(frozen, params):
-  run = lambda p, batch, train=True: jax.jit(build(caption_dropout=p).loss)(params, context(frozen, train), batch)[1][0]
+  run = lambda p, batch, train=True: loss_of(caption_dropout=p)(params, context(frozen, train), batch)[1][0]
   other = {**BATCH, 'text': (BATCH['text'] + 1) % 34}
   whole, moved = run(1.0, BATCH), run(1.0, other)
   assert whole['image_loss'] == moved['image_loss'] and whole['text_loss'] == 0.0
@@ -79,7 +86,7 @@ def test_dropped_captions_are_padding_and_leave_the_text_loss(frozen, params):
 
 
 def test_noise_is_read_and_never_predicted(frozen, params):
-  run = lambda p, batch, train=True: jax.jit(build(token_noise=p).loss)(params, context(frozen, train), batch)[1][0]
+  run = lambda p, batch, train=True: loss_of(token_noise=p)(params, context(frozen, train), batch)[1][0]
   tokens = jnp.tile(jnp.arange(16), (8, 4))
   clean, noisy, other = (run(p, BATCH | {'tokens': t}) for p, t in ((0.0, tokens), (0.5, tokens), (1.0, tokens)))
   assert len({float(m['image_loss']) for m in (clean, noisy, other)}) == 3

@@ -1,5 +1,7 @@
 """The loss of stories by hand, what is frozen."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,11 @@ def build(loss=(), **model):
   return story_dalle.from_config(config(loss, **model), {'vqgan': VQGAN, 'clip': CLIP})
 
 
+@functools.cache
+def loss_of(**loss):
+  return jax.jit(build(loss).loss)
+
+
 @pytest.fixture(scope='module')
 def params():
   fresh = sharding.unbox(jax.jit(build().init)(jax.random.key(3), BATCH)[0])
@@ -50,7 +57,7 @@ def context(train=True, **frozen):
 
 def test_the_loss_is_that_of_the_frames_after_the_source_half_text_half_image(params):
   objective = build()
-  loss, (metrics, _) = jax.jit(objective.loss)(params, context(), BATCH)
+  loss, (metrics, _) = loss_of()(params, context(), BATCH)
   tokens = BATCH['tokens']
   text, image = jax.jit(objective.model.apply)({'params': params}, BATCH['text'], tokens[:, 1:], tokens[:, 0])
   text, _ = losses.token_loss(text, BATCH['text'].reshape(16, 6))
@@ -60,7 +67,7 @@ def test_the_loss_is_that_of_the_frames_after_the_source_half_text_half_image(pa
 
 
 def test_noise_spares_the_source_and_dropped_captions_leave_the_text_loss(params):
-  run = lambda batch=BATCH, **loss: jax.jit(build(loss).loss)(params, context(), batch)[1][0]
+  run = lambda batch=BATCH, **loss: loss_of(**loss)(params, context(), batch)[1][0]
   source = {**BATCH, 'tokens': BATCH['tokens'].at[:, 0].set(0)}
   assert run(token_noise=1.0)['image_loss'] != run(source, token_noise=1.0)['image_loss']
   assert run(token_noise=1.0)['text_loss'] == run()['text_loss']

@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
 from PIL import Image
 
 import sample
@@ -31,6 +30,7 @@ def config(root, stage):
 
   def vqgan(c):
     c.objective, c.model = 'vqgan', dict(variant='test', image_size=24, patch=3)  # 4 x 4 codes of 16
+    c.loss = dict(lpips_path=str(root / 'vgg.npz'))
 
   def clip(c):
     c.objective, c.model = 'clip', dict(variant='test')
@@ -48,6 +48,9 @@ def config(root, stage):
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
   path = tmp_path_factory.mktemp('runs')
+  network, picture = lpips.build('vgg16'), jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
+  weights = sharding.flatten(nn.unbox(jax.eval_shape(network.init, jax.random.key(0), picture, picture)['params']))
+  np.savez(path / 'vgg.npz', **{k: np.full(v.shape, 0.01, np.float32) for k, v in weights.items()})
   for stage in ('vqgan', 'clip', 'dalle'):
     train.run(config(path, stage))
   return path
@@ -73,6 +76,7 @@ def test_the_run_holds_all_that_a_user_needs(root):
   last = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
   expected = {'loss', 'text_loss', 'image_loss', 'grad_norm', 'lr', 'val_loss', 'tokens_per_second', 'seconds'}
   assert expected <= set(last) and last['step'] == 2
+  assert metrics.read(root / 'vqgan' / 'metrics.jsonl')[0]['lpips'] > 0  # from a file of weights
   # Eight pairs, one a device, of 48 x 24 pixels in three columns.
   assert Image.open(run / 'pictures' / 'samples_0000002.png').size == (3 * (48 + 2) + 2, 3 * (24 + 2) + 2)
   assert checkpoint.load_run(run).tokenizer == checkpoint.load_run(root / 'clip').tokenizer
@@ -99,19 +103,6 @@ def test_codes_of_another_vqgan_are_refused(root):
   vqgan.params['vqgan'] = jax.tree.map(lambda x: x + 1, vqgan.params['vqgan'])
   with pytest.raises(ValueError, match='encoded by another VQGAN'):
     encode.check(source, vqgan)
-
-
-def test_lpips_weights_of_a_file_reach_the_loss(tmp_path):
-  network = lpips.build('vgg16')
-  picture = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
-  shapes_of = nn.unbox(jax.eval_shape(network.init, jax.random.key(0), picture, picture)['params'])
-  flat = traverse_util.flatten_dict(shapes_of, sep='/')
-  np.savez(tmp_path / 'vgg.npz', **{k: np.full(v.shape, 0.01, np.float32) for k, v in flat.items()})
-  c = config(tmp_path, 'vqgan')
-  c.loss = dict(lpips_path=str(tmp_path / 'vgg.npz'))
-  c.train.update(steps=1, evals=())
-  train.run(c)
-  assert metrics.read(tmp_path / 'vqgan' / 'metrics.jsonl')[0]['lpips'] > 0
 
 
 def test_broken_captions_do_not_stop_the_tokenizer(tmp_path):
