@@ -141,23 +141,24 @@ def generate(
       every 64 tokens, 4 at most.
   """
 
-  own = jax.vmap(jax.random.fold_in, (0, None))
-  each = jax.vmap(own, (None, 0))(keys, jnp.arange(start, length))  # outside the loop: its own loop took longer there
+  # All at once, as [length - start, B]: for each token anew, hashing a few keys takes as long as a small layer.
+  of_sequences = jax.vmap(jax.random.fold_in, (0, None))
+  token_keys = jax.vmap(of_sequences, (None, 0))(keys, jnp.arange(start, length))
 
   def body(carry, turn):
     token, cache = carry
-    index, keys = turn
+    index, own = turn
     rows = jnp.tile(token, 2) if sampling.guided else token
     logits, cache = step(rows, index, cache)
-    new = choose(logits, keys, sampling)
+    new = choose(logits, own, sampling)
     return (new, cache), new
 
-  token = choose(logits, each[0], sampling)
+  token = choose(logits, token_keys[0], sampling)
   tokens, last = [token[None]], length - 1  # token `last` is drawn but never goes in
   segments = segments or min(4, -(-(last - start) // 64))
   bounds = sorted({start + (last - start) * (i + 1) // segments for i in range(segments)} - {start})
   for first, end in zip([start, *bounds], bounds, strict=False):
-    turns = jnp.arange(first, end), each[first - start + 1 : end - start + 1]
+    turns = jnp.arange(first, end), token_keys[first - start + 1 : end - start + 1]
     (token, cache), more = jax.lax.scan(body, (token, cache.longer(end - first)), turns)
     tokens.append(more)
   return jnp.concatenate(tokens).T

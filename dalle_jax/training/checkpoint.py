@@ -26,9 +26,11 @@ from dalle_jax.training import distributed, hub, sharding
 Params = Any
 # Orbax tells of every step it takes; what goes wrong reaches us as an exception.
 logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
-# Replicas share the writing of an array where it is worth cutting it, which is a program for each shape.
-_ARRAYS = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
-ocp.type_handlers.register_type_handler(jax.Array, _ARRAYS, override=True)
+# Replicas share the writing of an array only where it is worth cutting it, which is a program for each shape.
+_TYPES = ocp.type_handlers.create_type_handler_registry(
+  (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)),
+  *((kind, ocp.type_handlers.get_type_handler(kind)) for kind in (np.ndarray, np.number, int, float)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ def manager(run_dir: str | Path, keep: int, background: bool = True) -> ocp.Chec
   options = ocp.CheckpointManagerOptions(
     max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=background
   )
-  state = ocp.PyTreeCheckpointHandler(save_concurrent_gb=None if background else 1)
+  state = ocp.PyTreeCheckpointHandler(save_concurrent_gb=None if background else 1, type_handler_registry=_TYPES)
   handlers = {'state': state, 'meta': ocp.JsonCheckpointHandler()}
   return ocp.CheckpointManager(Path(run_dir).absolute() / 'checkpoints', options=options, item_handlers=handlers)
 
