@@ -53,15 +53,18 @@ def generate(sampling, start=0, length=9, rows=3, segments=4, keys=None):
   return np.asarray(decoding.generate(toy_step, first, cache, keys, sampling=sampling, **told))
 
 
+@pytest.mark.parametrize('temperature', [0.0, 1.0])
 @pytest.mark.parametrize('start', [0, 4, 8])
-def test_greedy_is_the_loop(start):
+def test_the_scan_is_the_loop(start, temperature):
+  """Greedily, or with a key of its own for every token of every row."""
   logits, cache = jnp.cos(jnp.arange(3)[:, None] * jnp.arange(V)), Toy(jnp.arange(3) * 1.0, jnp.zeros(start))
-  expected = []
+  keys, expected = jax.random.split(jax.random.key(5), 3), []
   for index in range(start, 9):
-    token = logits.argmax(-1)
+    drawn = [jax.random.categorical(jax.random.fold_in(k, index), x) for k, x in zip(keys, logits, strict=True)]
+    token = jnp.stack(drawn) if temperature else logits.argmax(-1)
     expected.append(token)
     logits, cache = toy_step(token, index, cache)
-  np.testing.assert_array_equal(generate(Sampling(temperature=0.0), start), np.stack(expected, 1))
+  np.testing.assert_array_equal(generate(Sampling(temperature), start), np.stack(expected, 1))
 
 
 @pytest.mark.parametrize('sampling', [Sampling(), Sampling(0.7, top_k=3, top_p=0.9, guidance=2.0)])
