@@ -184,6 +184,12 @@ def fastest(call: Callable[[], object], repeats: int) -> float:
   return min(times)
 
 
+def matmul(n: int = 2048) -> float:
+  """FLOP/s of the product of `benchmarks.limits.matmul`, by PyTorch."""
+  a, b = torch.randn(2, n, n)
+  return 2 * n**3 / fastest(lambda: a @ b, 10)
+
+
 # --- VQGAN
 
 

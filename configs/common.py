@@ -107,6 +107,7 @@ def base() -> ConfigDict:
       steps=1000,
       accum=1,  # micro batches an update
       ema=0.0,
+      offload_optimizer=False,  # moments in the memory of the host between updates: slower, and room for more
       log_every=50,
       checkpoint_every=500,  # 0: at the end alone
       eval_every=500,  # 0: never

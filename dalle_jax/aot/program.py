@@ -68,7 +68,9 @@ class Plan:
     self.batch = self._put(self._shapes(size))
     params, mutable, _ = state_lib.abstract(self.objective, self.batch, mesh, config.rules)
     self.optimizer = optim.build(config.optim, config.train.steps, list(params))
-    self.state = state_lib.abstract_state(params, mutable, self.optimizer, config.train.ema > 0, mesh)
+    self.state = state_lib.abstract_state(
+      params, mutable, self.optimizer, config.train.ema > 0, mesh, config.train.offload_optimizer
+    )
     self.frozen = {name: self._network(name, run) for name, run in self.known.items()}
 
   @property

@@ -178,7 +178,15 @@ class Embed(nn.Module):
   @nn.compact
   def __call__(self, ids: jax.Array) -> jax.Array:
     table = self.param('embedding', boxed(self.kernel_init, self.axes), (self.vocab, self.features), jnp.float32)
-    return jnp.take(table, ids, axis=0).astype(self.dtype)
+    return look_up(table, ids).astype(self.dtype)
+
+
+def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+  """Rows [..., D] of table[vocab, D] for ids[...], which must lie in [0, vocab).
+
+  Each device gathers whole rows: looked up in parts, they would have to be exchanged for those of its own sequences.
+  """
+  return jnp.take(constrain(table, ('vocab', None)), ids, axis=0)
 
 
 class LayerNorm(nn.Module):

@@ -19,7 +19,7 @@ import numpy as np
 
 from dalle_jax.layers import variants
 from dalle_jax.layers.attention import KVCache, Stream
-from dalle_jax.layers.basic import LayerNorm, boxed, constrain, normal_init
+from dalle_jax.layers.basic import LayerNorm, boxed, constrain, look_up, normal_init
 from dalle_jax.layers.cross import Context
 from dalle_jax.layers.patterns import Pattern, layer_kinds
 from dalle_jax.layers.transformer import Stack
@@ -241,7 +241,7 @@ class DALLE(nn.Module):
   def embed_caption(self, text: jax.Array) -> jax.Array:
     """The mean of the word embeddings of int32[B, T], paddings left out: float32[B, D]; zeros for an empty text."""
     words = (text < self.words if self.pad < 0 else text != self.pad)[..., None]
-    x = jnp.take(self.text_embed, text, axis=0)
+    x = look_up(self.text_embed, text)
     return jnp.where(words, x, 0).sum(1) / jnp.maximum(words.sum(1), 1)
 
   def _check(self, text: jax.Array, image: jax.Array, lengths: range | tuple[int, ...]) -> None:
@@ -267,14 +267,14 @@ class DALLE(nn.Module):
 
   def _embed_text(self, text: jax.Array) -> jax.Array:
     """int32[B, T] -> [B, P, D]."""
-    x = jnp.take(self.text_embed, text, axis=0)
+    x = look_up(self.text_embed, text)
     if LAYOUTS[self.layout].start:
       x = jnp.concatenate([jnp.broadcast_to(self.start, (len(x), 1, self.d_model)), x], 1)
     return (x + self.text_positions).astype(self.dtype)
 
   def _embed_image(self, tokens: jax.Array, first: jax.Array | int) -> jax.Array:
     """int32[B, n], image tokens first, first + 1, ... -> [B, n, D]."""
-    x = jnp.take(self.image_embed, tokens, axis=0)
+    x = look_up(self.image_embed, tokens)
     i = first + jnp.arange(tokens.shape[1])
     if self.image_positions == 'axial':
       where = jnp.take(self.row_positions, i // self.grid[1], axis=0)

@@ -32,6 +32,8 @@ class DALLEObjective:
   Sentences from a Continuous Space", makes a decoder use its latent). What it predicts is always the true token.
   """
 
+  rows_apart = True  # see training.loop
+
   def __init__(self, model: dalle.DALLE, tokenizer: image_tokenizer.ImageTokenizer, c: ConfigDict):
     self.model, self.tokenizer, self.c = model, tokenizer, c
 

@@ -35,6 +35,8 @@ class StoryDALLEObjective:
   int32[B, T, M], with 'data' vectors float32[B, T, S].
   """
 
+  rows_apart = True  # see training.loop
+
   def __init__(
     self,
     model: story_dalle.StoryDALLE,

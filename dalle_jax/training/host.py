@@ -18,7 +18,7 @@ def keep_memory() -> None:
   XLA on the CPU frees its buffers after every step. By default glibc gives large ones back to the kernel, which then
   clears each page of them anew: a quarter of the time of a step of the quickstart's DALL-E.
   """
-  _mallopt({_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 2**26, _ARENA_MAX: 1})
+  _mallopt({_MMAP_MAX: 0, _TRIM_THRESHOLD: -1, _TOP_PAD: 2**26, _ARENA_MAX: 1})
 
 
 def give_back_memory() -> None:

@@ -2,7 +2,8 @@
 
 An objective may have, beside `init` and `loss`: `after_update(params, mutable) -> params`, run inside the step after
 the optimiser; `tokens(batch) -> int` and `flops(batch) -> float` of a global batch, for speed and utilisation;
-`adopt(params, config, rng) -> params`, which makes the parameters of another run fit (train.py calls it).
+`adopt(params, config, rng) -> params`, which makes the parameters of another run fit (train.py calls it); and
+`rows_apart = True`, if the loss is a mean over rows that do not know each other, and it has no state of its own.
 """
 
 import contextlib
@@ -46,44 +47,65 @@ def make_step(
   """The jitted update `(state, frozen, batch) -> (state, metrics, whether all of them are finite)`; `state` is donated.
 
   With `accum` > 1 gradients and metrics are means over as many micro batches, one after the other; `group` consecutive
-  rows stay in the same one. `xla_options` are for the compiler; those that it does not know are left out.
+  rows stay in the same one. Where the objective's rows do not know each other (`rows_apart`) each replica of the mesh
+  sums up the gradients of its own rows, and they meet once an update. `xla_options` are for the compiler; those that it
+  does not know are left out.
   """
   after_update = getattr(objective, 'after_update', lambda params, mutable: params)
+  apart = getattr(objective, 'rows_apart', False) and mesh.shape.get('data', 1) > 1
 
-  def split(x: jax.Array) -> jax.Array:
-    # Strided micro batches: each device keeps its own rows, so nothing moves. (B, ...) -> (accum, B / accum, ...)
-    x = x.reshape(-1, accum, group, *x.shape[1:]).swapaxes(0, 1)
-    x = x.reshape(accum, -1, *x.shape[3:])
-    return jax.lax.with_sharding_constraint(
-      x, NamedSharding(mesh, PartitionSpec(None, *sharding.batch_sharding(mesh).spec))
-    )
+  put = lambda x, *axes: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+  def gradients(params: Params, context: Context, batch: Batch):
+    trained = {player: params[player] for player in optimizer.schedules}
+    loss_of = lambda trained: objective.loss({**params, **trained}, context, batch)
+    (loss, (metrics, mutable)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
+    return grads, {'loss': loss, **metrics}, mutable
+
+  def accumulated(params: Params, context: Context, batch: Batch, axes: Sequence[str]):
+    """Means over micro batches of a batch that is split over mesh `axes`."""
+
+    def split(x: jax.Array) -> jax.Array:
+      # Strided micro batches: each device keeps its own rows, so nothing moves. (B, ...) -> (accum, B / accum, ...)
+      x = x.reshape(-1, accum, group, *x.shape[1:]).swapaxes(0, 1)
+      return put(x.reshape(accum, -1, *x.shape[3:]), None, axes)
+
+    def body(carry, inputs):
+      total, mutable = carry
+      index, micro = inputs
+      own = context.replace(mutable=mutable, rng=jax.random.fold_in(context.rng, index))
+      grads, metrics, mutable = gradients(params, own, micro)
+      total = jax.tree.map(lambda t, g, s: put(t + g, *s.spec), total, grads, where)
+      return (total, mutable), metrics
+
+    where = {player: shardings.params[player] for player in optimizer.schedules}
+    zeros = {player: jax.tree.map(jnp.zeros_like, params[player]) for player in where}
+    inputs = jnp.arange(accum), jax.tree.map(split, dict(batch))
+    (grads, mutable), metrics = jax.lax.scan(body, (zeros, context.mutable), inputs)
+    return jax.tree.map(lambda x: x / accum, grads), jax.tree.map(lambda x: x.mean(0), metrics), mutable
+
+  def by_replica(params: Params, context: Context, batch: Batch):
+    """The same, and each part of the mesh axis 'data' sums up for itself: [data, ...] until the end of it."""
+    count = mesh.shape['data']
+    batch = jax.tree.map(lambda x: put(x.reshape(count, -1, *x.shape[1:]), 'data', 'fsdp'), dict(batch))
+    one = lambda rng, rows: accumulated(params, context.replace(rng=rng), rows, ('fsdp',))[:2]
+    with sharding.rules_without('data'):
+      means = jax.vmap(one, spmd_axis_name='data')(jax.random.split(context.rng, count), batch)
+    return (*jax.tree.map(lambda x: x.mean(0), means), context.mutable)
 
   def step(state: TrainState, frozen: Mapping[str, Params], batch: Batch):
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)  # init used the seed itself
+    context = Context(frozen, state.mutable, rng, state.step, train=True)
+    if accum == 1:
+      grads, metrics, mutable = gradients(state.params, context, batch)
+    elif apart:
+      grads, metrics, mutable = by_replica(state.params, context, batch)
+    else:
+      grads, metrics, mutable = accumulated(state.params, context, batch, sharding.BATCH_AXES)
 
     trained = {player: state.params[player] for player in optimizer.schedules}
-
-    def gradients(mutable, rng, batch):
-      context = Context(frozen, mutable, rng, state.step, train=True)
-      loss_of = lambda trained: objective.loss({**state.params, **trained}, context, batch)
-      (loss, (metrics, mutable)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
-      return grads, {'loss': loss, **metrics}, mutable
-
-    if accum == 1:
-      grads, metrics, mutable = gradients(state.mutable, rng, batch)
-    else:
-
-      def body(carry, inputs):
-        total, mutable = carry
-        index, micro = inputs
-        grads, metrics, mutable = gradients(mutable, jax.random.fold_in(rng, index), micro)
-        return (jax.tree.map(jnp.add, total, grads), mutable), metrics
-
-      carry = jax.tree.map(jnp.zeros_like, trained), state.mutable
-      (grads, mutable), metrics = jax.lax.scan(body, carry, (jnp.arange(accum), jax.tree.map(split, dict(batch))))
-      grads, metrics = jax.tree.map(lambda x: x / accum, grads), jax.tree.map(lambda x: x.mean(0), metrics)
-
-    updates, opt_state = optimizer.tx.update(grads, state.opt_state, trained)
+    opt_state = sharding.on_device(state.opt_state, shardings.opt_state)
+    updates, opt_state = optimizer.tx.update(grads, opt_state, trained)
     params = after_update({**state.params, **jax.tree.map(jnp.add, trained, updates)}, mutable)
     average = state.ema
     if ema:
@@ -188,7 +210,7 @@ def train(
     )
   params, mutable, axes = state_lib.abstract(objective, spec, mesh, config.rules)
   optimizer = optim.build(config.optim, c.steps, list(params))
-  target = state_lib.abstract_state(params, mutable, optimizer, c.ema > 0, mesh)
+  target = state_lib.abstract_state(params, mutable, optimizer, c.ema > 0, mesh, c.offload_optimizer)
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
   device = mesh.devices.flat[0]
   say(f'devices: {mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(mesh.shape)}')

@@ -63,6 +63,12 @@ def logical_rules(rules: Rules) -> tuple[tuple[str, tuple[str, ...] | None], ...
   return tuple((k, _as_tuple(v) or None) for k, v in rules)
 
 
+def rules_without(axis: str) -> contextlib.AbstractContextManager[None]:
+  """The rules in use without a mesh axis that a shard_map around has already split by."""
+  rules = nn.get_logical_axis_rules()
+  return nn.logical_axis_rules(logical_rules([(k, [a for a in _as_tuple(v) if a != axis]) for k, v in rules]))
+
+
 def _as_tuple(axes: str | Sequence[str] | None) -> tuple[str, ...]:
   return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
 
@@ -110,10 +116,11 @@ def shardings(tree: Any, axes: Mapping[str, Sequence[str | None]], mesh: Mesh, r
   return jax.tree_util.tree_map_with_path(leaf, tree)
 
 
-def like_params(tree: Any, params: Any, mesh: Mesh) -> Any:
+def like_params(tree: Any, params: Any, mesh: Mesh, memory: str | None = None) -> Any:
   """Shardings of an optimiser state: a leaf whose name ends in that of a parameter of its shape lies like it.
 
-  `params` is a tree of shapes with shardings. Everything else, a step count say, is replicated.
+  `params` is a tree of shapes with shardings. Everything else, a step count say, is replicated, and on the devices;
+  what lies like parameters is in the `memory` of that kind, if it is given.
   """
   known = flatten(params)
 
@@ -121,10 +128,17 @@ def like_params(tree: Any, params: Any, mesh: Mesh) -> Any:
     for i in range(len(path)):
       name = jax.tree_util.keystr(path[i:], simple=True, separator='/')
       if name in known and known[name].shape == x.shape:
-        return known[name].sharding
+        where = known[name].sharding
+        return where.with_memory_kind(memory) if memory else where
     return NamedSharding(mesh, PartitionSpec())
 
   return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def on_device(tree: Any, where: Any) -> Any:
+  """Under jit: arrays with shardings `where`, those in the memory of the host copied to the devices of their mesh."""
+  copy = lambda x, s: jax.device_put(x, s.with_memory_kind('device')) if s.memory_kind == 'pinned_host' else x
+  return jax.tree.map(copy, tree, where)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

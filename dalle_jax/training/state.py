@@ -61,11 +61,16 @@ def abstract(
   return params, extra, axes
 
 
-def abstract_state(params: Params, mutable: Any, optimizer: Optimizer, ema: bool, mesh: Mesh) -> TrainState:
-  """The whole state as shapes with shardings: optimiser moments and EMA lie like their parameters."""
+def abstract_state(
+  params: Params, mutable: Any, optimizer: Optimizer, ema: bool, mesh: Mesh, offload: bool = False
+) -> TrainState:
+  """The whole state as shapes with shardings: optimiser moments and EMA lie like their parameters.
+
+  With `offload` the moments are in the memory of the host from update to update.
+  """
   replicated = NamedSharding(mesh, PartitionSpec())
   opt = jax.eval_shape(optimizer.init, params)
-  where = sharding.like_params(opt, params, mesh)
+  where = sharding.like_params(opt, params, mesh, 'pinned_host' if offload else None)
   opt = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), opt, where)
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
   return TrainState(step, params, opt, params if ema else {}, mutable)

@@ -8,7 +8,7 @@ from dalle_jax.training import state as state_lib
 from dalle_jax.training.loop import make_step
 
 
-def take(objective, c, batch, sizes=None, *, count, frozen=None, ema=0.0):
+def take(objective, c, batch, sizes=None, *, count, frozen=None, ema=0.0, accum=1):
   """`count` steps on the same batch, over a mesh of these sizes or on one device.
 
   Returns the states (the first is that before training), the metrics of each step, and the shapes with shardings of a
@@ -22,7 +22,7 @@ def take(objective, c, batch, sizes=None, *, count, frozen=None, ema=0.0):
     target = state_lib.abstract_state(abstract, mutable, optimizer, ema > 0, mesh)
     state = state_lib.init(objective, target, optimizer, 0, spec)
     where = jax.tree.map(lambda x: x.sharding, target)
-    run = make_step(objective, optimizer, seed=0, accum=1, ema=ema, mesh=mesh, shardings=where)
+    run = make_step(objective, optimizer, seed=0, accum=accum, ema=ema, mesh=mesh, shardings=where)
     states, metrics, batch = [jax.device_get(state)], [], sharding.put_batch(batch, mesh)
     for _ in range(count):
       state, found, _ = run(state, frozen or {}, batch)

@@ -25,14 +25,14 @@ MESHES = [
 ]
 
 
-def dalle():
+def dalle(loss=LOSS):
   frozen = {'vqgan': runs.parameters(vqgan.build('test').init, to_float(test_dalle.BATCH['image'][:1]))['params']}
-  return test_dalle.build(**LOSS), test_dalle.config(**LOSS), test_dalle.BATCH, frozen
+  return test_dalle.build(**loss), test_dalle.config(**loss), test_dalle.BATCH, frozen
 
 
-def story_dalle():
-  fields = dict(prompt=2, attention='row,column,conv,row')
-  return test_story_dalle.build(LOSS, **fields), test_story_dalle.config(LOSS, **fields), test_story_dalle.BATCH, {}
+def story_dalle(loss=LOSS, prompt=2):
+  fields = dict(prompt=prompt, attention='row,column,conv,row')
+  return test_story_dalle.build(loss, **fields), test_story_dalle.config(loss, **fields), test_story_dalle.BATCH, {}
 
 
 def vqgan_():
@@ -46,13 +46,14 @@ def storyganc():
 
 def pytest_generate_tests(metafunc):
   meshes = MESHES if metafunc.config.getoption('--all-meshes') else MESHES[:1]
-  metafunc.parametrize('sizes', meshes, ids=lambda sizes: '-'.join(f'{k}{v}' for k, v in sizes.items()))
+  if 'sizes' in metafunc.fixturenames:
+    metafunc.parametrize('sizes', meshes, ids=lambda sizes: '-'.join(f'{k}{v}' for k, v in sizes.items()))
 
 
-def learn(what, count, sizes=None):
+def learn(what, count, sizes=None, **options):
   objective, c, batch, frozen = what()
   c.optim.eps = 1e-3  # else Adam makes of a gradient that is rounding alone as large a step as of any
-  return steps.take(objective, c, batch, sizes, count=count, frozen=frozen)
+  return steps.take(objective, c, batch, sizes, count=count, frozen=frozen, **options)
 
 
 alone = functools.cache(learn)
@@ -78,3 +79,15 @@ def test_losses_are_those_of_one_device(what, count, close, sizes):
     whole = sum(math.prod(x.shape) for x in jax.tree.leaves(split))
     parts = sizes.get('fsdp', 1) * sizes.get('tensor', 1)
     assert held < whole * 1.6 / parts
+
+
+# Without noise, of which each replica draws its own.
+def test_replicas_that_sum_up_gradients_on_their_own_learn_as_one_device(request):
+  every = request.config.getoption('--all-meshes')
+  for quiet in (lambda: dalle({}), lambda: story_dalle({}, prompt=0))[: 1 + every]:
+    _, expected, _ = learn(quiet, 2, accum=2)
+    _, metrics, _ = learn(quiet, 2, dict(data=2, fsdp=2, tensor=2), accum=2)
+    for ours, theirs in zip(metrics, expected, strict=True):
+      for name in ours:
+        rtol = 1e-4 if name.startswith('grad_norm') else 1e-5
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=rtol, err_msg=name)

@@ -13,9 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle_jax.aot import hlo
 from dalle_jax.evals import loss as eval_loss
 from dalle_jax.evals import pictures
-from dalle_jax.training import checkpoint, loop, metrics, sharding
+from dalle_jax.training import checkpoint, loop, metrics, optim, sharding
+from dalle_jax.training import state as state_lib
 from tests.training import toy
 
 ROOT = Path(__file__).parents[2]
@@ -52,8 +54,10 @@ def test_sharded_equals_unsharded(tmp_path, straight, mesh, part):
   assert kernel.sharding.shard_shape(kernel.shape) == part
 
 
-def test_resumed_equals_uninterrupted(tmp_path, straight):
-  c = toy.config(tmp_path)
+@pytest.mark.parametrize('offload', [False, True])
+def test_resumed_equals_uninterrupted(tmp_path, straight, offload):
+  """Also where the moments are in the memory of the host."""
+  c = toy.config(tmp_path, offload_optimizer=offload)
 
   def interrupted(start):
     for step, batch in zip(range(start, 99), toy.batches(start), strict=False):
@@ -65,7 +69,10 @@ def test_resumed_equals_uninterrupted(tmp_path, straight):
     toy.run(c, batches=interrupted)
   with (tmp_path / 'metrics.jsonl').open('a') as f:
     f.write('{"step": 6, "loss": 1.0}\n{"step": 8, "lo')  # what a crash leaves behind
-  same(straight[0], toy.run(c, batches=interrupted))
+  resumed = toy.run(c, batches=interrupted)
+  same(straight[0], resumed)
+  kinds = {x.sharding.memory_kind for x in jax.tree.leaves(resumed.opt_state) if x.ndim}
+  assert kinds == {'pinned_host' if offload else 'device'}
   ours, theirs = (metrics.read(p / 'metrics.jsonl') for p in (tmp_path, straight[1]))
   assert [m['step'] for m in ours] == [2, 4, 6, 8]
   assert [m['loss'] for m in ours] == [m['loss'] for m in theirs]
@@ -123,6 +130,28 @@ def test_accumulation_equals_full_batch(tmp_path):
   a, b = (metrics.read(tmp_path / str(n) / 'metrics.jsonl') for n in (1, 2))
   assert [m['accuracy'] for m in a] == pytest.approx([m['accuracy'] for m in b])
   assert [int(s.mutable['seen']) for s in states] == [8, 16]
+
+
+def test_replicas_reduce_their_gradients_once_an_update(tmp_path):
+  def reduced(accum, apart):
+    """Bytes of all all-reduces of an update."""
+    objective, c = toy.Toy(), toy.config(tmp_path)
+    objective.rows_apart = apart
+    with sharding.use(dict(data=4), c.rules, jax.devices()[:4]) as mesh:
+      spec = state_lib.batch_spec(next(toy.batches()))
+      params, mutable, _ = state_lib.abstract(objective, spec, mesh, c.rules)
+      optimizer = optim.build(c.optim, 8, list(params))
+      target = state_lib.abstract_state(params, mutable, optimizer, False, mesh)
+      where = jax.tree.map(lambda x: x.sharding, target)
+      step = loop.make_step(objective, optimizer, seed=0, accum=accum, ema=0.0, mesh=mesh, shardings=where)
+      batch = {
+        k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)) for k, x in spec.items()
+      }
+      text = step.lower(target, {}, batch).compile().as_text()
+    return sum(r.times * c.bytes for r in hlo.regions(text, 4) for c in r.collectives if c.kind == 'all-reduce')
+
+  assert reduced(4, True) == pytest.approx(reduced(1, False), rel=0.05)  # beside gradients there are metrics
+  assert reduced(4, False) > 3 * reduced(1, False)
 
 
 def test_accumulation_keeps_groups_together(tmp_path):
