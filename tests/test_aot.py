@@ -143,6 +143,21 @@ def test_the_steps_of_an_asynchronous_collective_are_one_and_loops_count_by_thei
   assert body.collectives == [hlo.Collective('all-gather', 32, ((0, 1, 2, 3),), True)]
 
 
+PREFETCH = """HloModule prefetch
+
+ENTRY %main (w: bf16[8,4]) -> bf16[2,4] {
+  %w = bf16[8,4]{1,0} parameter(0)
+  %s = ((bf16[8,4]{1,0}), bf16[2,4]{1,0:T(8,128)(2,1)S(1)}, s32[]) slice-start(%w), slice={[0:2], [0:4]}
+  ROOT %d = bf16[2,4]{1,0:T(8,128)(2,1)S(1)} slice-done(%s)
+}
+"""
+
+
+def test_a_slice_that_is_fetched_ahead_is_read_once():
+  (entry,) = hlo.regions(PREFETCH, 1)
+  assert entry.bytes == 2 * 4 * 2  # into the memory of the core
+
+
 @pytest.mark.parametrize(
   'attributes, groups',
   [

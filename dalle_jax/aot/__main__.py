@@ -3,6 +3,8 @@
   python -m dalle_jax.aot --config configs/dalle_paper.py:12b --topology v5p:8x8x4
   python -m dalle_jax.aot --config configs/dalle_paper.py:1.3b --topology v5e:4x4 --batch_per_chip 8 \\
     --config.mesh.tensor=2
+  python -m dalle_jax.aot --config configs/dalle_paper.py:1.3b --topology v5e:4x4 --program sampler --pictures 8 \\
+    --config.mesh.data=-1 --config.mesh.fsdp=1
 Needs libtpu (pip install 'dalle_jax[aot]'), and exits with 1 when a program does not fit. docs/scaling.md says what the
 estimates are worth. `--debug` shows the traceback of an error that is otherwise one line.
 """
@@ -23,6 +25,7 @@ from dalle_jax.training import config as config_lib
 from dalle_jax.training import errors, metrics, sharding
 
 GB = 1e9
+PROGRAMS = ('step', 'sampler')
 EXAMPLES = 'v5e:4x4, v6e:16x16, v5p:8x8x4'
 
 
@@ -31,7 +34,8 @@ def own_flags() -> flags.FlagValues:
   flags.DEFINE_string('topology', '', f'generation and chips of the torus: {EXAMPLES}', flag_values=found)
   flags.DEFINE_integer('batch_per_chip', 0, "data.batch_size / chips; 0: the config's batch", 0, flag_values=found)
   flags.DEFINE_string('vqgan', 'f8_8192', 'variant of the frozen VQGAN', flag_values=found)
-  flags.DEFINE_integer('sampler', 1, 'pictures a chip to sample at once; 0: training alone', 0, flag_values=found)
+  flags.DEFINE_multi_enum('program', PROGRAMS, PROGRAMS, 'what to compile; may be repeated', flag_values=found)
+  flags.DEFINE_integer('pictures', 1, 'pictures a chip that the sampler draws at once', 1, flag_values=found)
   flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=found)
   return found
 
@@ -50,7 +54,15 @@ def devices_of(topology: str) -> list[jax.Device]:
     raise ValueError(f'--topology {topology!r} is none ({reason}); give one such as {EXAMPLES}.') from e
 
 
-def check(config, devices: Sequence[jax.Device], *, vqgan: str, batch_per_chip: int = 0, pictures: int = 1) -> bool:
+def check(
+  config,
+  devices: Sequence[jax.Device],
+  *,
+  vqgan: str,
+  batch_per_chip: int = 0,
+  programs: Sequence[str] = PROGRAMS,
+  pictures: int = 1,
+) -> bool:
   """Compiles, prints, and returns whether all of it fits."""
   with sharding.use(config.mesh, config.rules, devices) as mesh:
     plan = Plan(config, mesh, vqgan=vqgan, batch_per_chip=batch_per_chip)
@@ -64,8 +76,8 @@ def check(config, devices: Sequence[jax.Device], *, vqgan: str, batch_per_chip: 
     size = next(iter(plan.batch.values())).shape[0]
     ahead = ', tokens encoded ahead, so the step runs no VQGAN' if 'tokens' in plan.batch else ''
     print(f'batch {size:,}, {size / mesh.size:g} a chip{ahead}', flush=True)
-    fits = report(plan, plan.step(), mesh)
-    if pictures and config.objective == 'dalle':
+    fits = report(plan, plan.step(), mesh) if 'step' in programs else True
+    if 'sampler' in programs and config.objective == 'dalle':
       fits &= report(plan, plan.sampler(pictures), mesh)
   return fits
 
@@ -127,8 +139,8 @@ def main(argv: list[str]) -> int:
       raise ValueError(f'this config has the stages {", ".join(config.stages)}; choose one: --config FILE.py:STAGE.')
     devices = devices_of(options.topology)
     config = config.copy_and_resolve_references()
-    sizes = dict(vqgan=options.vqgan, batch_per_chip=options.batch_per_chip, pictures=options.sampler)
-    fits = check(config, devices, **sizes)
+    sizes = dict(vqgan=options.vqgan, batch_per_chip=options.batch_per_chip, pictures=options.pictures)
+    fits = check(config, devices, programs=options.program, **sizes)
   except errors.EXPECTED as e:
     return errors.report(e, '--debug' in argv)
   return 0 if fits else 1

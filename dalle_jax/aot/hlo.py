@@ -331,6 +331,9 @@ def _traffic(one: Instruction, computation: Computation, computations: dict[str,
     return 2 * far(one.arrays)
   if one.opcode == 'dynamic-update-slice':
     return 2 * far(operands[1])
+  if one.opcode in ('slice-start', 'dynamic-slice-start'):  # it gives what it takes, and then the slice
+    moved = one.arrays[len(operands[0])]
+    return far((moved,)) + (0.0 if operands[0][0].near else moved.bytes)
   if one.opcode.endswith('-start'):  # a copy: what it gives is the place it goes to, and what it takes once more
     return far(one.arrays[:1]) + (far(operands[0]) if operands else 0.0)
   if one.opcode != 'fusion':
