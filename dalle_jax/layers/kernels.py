@@ -6,6 +6,7 @@ picture.
 """
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from dalle_jax.layers.basic import mesh_axes, platform, split
 from dalle_jax.layers.patterns import Pattern
 
 KERNELS = ('auto', 'xla', 'cudnn', 'splash')
+QUERIES = 256  # of a block of causal attention by XLA, and more are two blocks at least
 LANES = 128  # of a TPU: the smallest block of a mask
 NEVER = -1e30
 
@@ -71,7 +73,25 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool
   if odd and kernel == 'cudnn':  # nothing sees what comes after it
     longer = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
     return jax.nn.dot_product_attention(*longer, is_causal=is_causal, implementation=kernel)[:, :-1]
+  if kernel == 'xla' and is_causal and q.shape[1] > QUERIES and split('seq') == 1:
+    return causal(q, k, v)
   return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=kernel)
+
+
+def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Causal attention by XLA, by blocks of queries, each over the keys up to its last: half the products of all.
+
+  The backward pass computes the scores again instead of keeping them (as FlashAttention, Dao et al., 2022).
+  """
+  n = q.shape[1]
+  count = max(2, n // QUERIES)
+  bounds = [n * i // count for i in range(count + 1)]
+  block = jax.checkpoint(lambda q, k, v, mask: jax.nn.dot_product_attention(q, k, v, mask=mask, implementation='xla'))
+  found = []
+  for first, end in itertools.pairwise(bounds):
+    mask = jnp.asarray(np.tri(end - first, end, first, dtype=bool))[None, None]
+    found.append(block(q[:, first:end], k[:, :end], v[:, :end], mask))
+  return jnp.concatenate(found, axis=1)
 
 
 def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
