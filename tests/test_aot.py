@@ -5,6 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from configs import common
 from dalle_jax.aot import __main__ as command
@@ -320,6 +321,8 @@ def test_plans_that_cannot_be_made():
   with sharding.use(config.mesh, config.rules) as mesh:
     with pytest.raises(ValueError, match='a batch of 8 is not divisible by 16'):
       Plan(config, mesh, vqgan='test', batch_per_chip=1)
+    with pytest.raises(ValueError, match='only the sampler of the objective dalle is compiled, not that of vqgan'):
+      command.check(ConfigDict(dict(objective='vqgan')), [], vqgan='test', programs=['sampler'])
     config.frozen.clip = ''
     with pytest.raises(ValueError, match='frozen has clip'):
       Plan(config, mesh, vqgan='test')

@@ -63,7 +63,9 @@ def check(
   programs: Sequence[str] = PROGRAMS,
   pictures: int = 1,
 ) -> bool:
-  """Compiles, prints, and returns whether all of it fits."""
+  """Compiles, prints, and returns whether all of it fits. Raises ValueError when there is nothing to compile."""
+  if 'step' not in programs and config.objective != 'dalle':
+    raise ValueError(f'only the sampler of the objective dalle is compiled, not that of {config.objective}; use step.')
   with sharding.use(config.mesh, config.rules, devices) as mesh:
     plan = Plan(config, mesh, vqgan=vqgan, batch_per_chip=batch_per_chip)
     shape = ', '.join(f'{k} {v}' for k, v in mesh.shape.items())

@@ -18,7 +18,7 @@ from dalle_jax.layers.basic import mesh_axes, platform, split
 from dalle_jax.layers.patterns import Pattern
 
 KERNELS = ('auto', 'xla', 'cudnn', 'splash')
-QUERIES = 256  # of a block of causal attention by XLA, and more are two blocks at least
+QUERIES = 256  # of a block of causal attention by XLA: longer streams are in two or more, of 128 to 383 queries
 LANES = 128  # of a TPU: the smallest block of a mask
 NEVER = -1e30
 

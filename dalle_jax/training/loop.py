@@ -213,6 +213,10 @@ def train(
   target = state_lib.abstract_state(params, mutable, optimizer, c.ema > 0, mesh, c.offload_optimizer)
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
   device = mesh.devices.flat[0]
+  if c.offload_optimizer and 'pinned_host' not in {m.kind for m in device.addressable_memories()}:
+    raise ValueError(
+      f'{device.device_kind} cannot keep arrays in the memory of the host; set train.offload_optimizer=False.'
+    )
   say(f'devices: {mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(mesh.shape)}')
   for name, tree in params.items():
     say(f'{name}: {count(tree):,} parameters{" (frozen)" if name in optimizer.frozen else ""}')

@@ -64,7 +64,7 @@ def logical_rules(rules: Rules) -> tuple[tuple[str, tuple[str, ...] | None], ...
 
 
 def rules_without(axis: str) -> contextlib.AbstractContextManager[None]:
-  """The rules in use without a mesh axis that a shard_map around has already split by."""
+  """The rules in use without a mesh axis that a vmap around (`spmd_axis_name`) has already split by."""
   rules = nn.get_logical_axis_rules()
   return nn.logical_axis_rules(logical_rules([(k, [a for a in _as_tuple(v) if a != axis]) for k, v in rules]))
 
