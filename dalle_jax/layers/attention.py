@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.layers import kernels
 from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init
@@ -122,6 +123,7 @@ class Attention(nn.Module):
     out = Einsum(
       (*shape[1:], d), (*axes[1:], 'embed'), bias_axes=(2,), dtype=self.dtype, kernel_init=self.out_init, name='out'
     )
+    y = checkpoint_name(y, 'attention')  # with remat 'dots' not computed again
     return out('BSHK,HKD->BSD', y), cache
 
 

@@ -45,35 +45,15 @@ def boxed(init: Init, axes: Axes) -> Init:
   return nn.with_logical_partitioning(init, axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
   """The last `axes` axes of x[..., I] contracted with the first ones of kernel[I, O]: [..., O].
 
-  On the CPU the gradient of the kernel is x^T g or (g^T x)^T, whichever transposes less: XLA transposes one of them on
-  one core, and left to itself computes it again, with all that leads to it, in the transposed copy. That was a quarter
-  of a step of the quickstart's stories.
+  On the CPU as a product of two matrices, and so are its gradients: sums over two axes XLA would first transpose.
   """
-  return jnp.tensordot(x, kernel, axes)
-
-
-def _product_forward(x, kernel, axes):
-  return product(x, kernel, axes), (x, kernel)
-
-
-def _product_backward(axes, saved, g):
-  x, kernel = saved
-  rows, outer = x.ndim - axes, kernel.ndim - axes
-  leading = tuple(range(rows))
-  into_x = jax.lax.dot_general(g, kernel, ((tuple(range(rows, g.ndim)), tuple(range(axes, axes + outer))), ((), ())))
-  if platform() == 'cpu':
-    x, g = jax.lax.optimization_barrier((x, g))  # what is transposed is there already
-    if x.size > g.size:
-      into_kernel = jax.lax.dot_general(g, x, ((leading, leading), ((), ())))
-      return into_x, jnp.moveaxis(into_kernel, range(outer), range(axes, kernel.ndim))
-  return into_x, jax.lax.dot_general(x, g, ((leading, leading), ((), ())))
-
-
-product.defvjp(_product_forward, _product_backward)
+  if platform() != 'cpu' or split('seq') > 1:  # one axis of batch and sequence cannot be split over both
+    return jnp.tensordot(x, kernel, axes)
+  inner, (rows, outer) = math.prod(kernel.shape[:axes]), (x.shape[: x.ndim - axes], kernel.shape[axes:])
+  return (x.reshape(-1, inner) @ kernel.reshape(inner, -1)).reshape(*rows, *outer)
 
 
 class Einsum(nn.Module):
@@ -205,11 +185,19 @@ class LayerNorm(nn.Module):
 def layer_norm(
   x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float = 1e-5, dtype: jnp.dtype = jnp.float32
 ) -> jax.Array:
-  """Normalises the last axis of x[..., D] in float32 and applies float32[D] scale and bias."""
-  x = x.astype(jnp.float32)
-  mean = x.mean(-1, keepdims=True)
-  var = jnp.square(x - mean).mean(-1, keepdims=True)
-  return ((x - mean) * jax.lax.rsqrt(var + eps) * scale + bias).astype(dtype)
+  """Normalises the last axis of x[..., D] in float32 and applies float32[D] scale and bias.
+
+  The backward pass has x alone and computes the rest again: layers that are scanned keep all that it is not told to.
+  """
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def normalise(x, scale, bias):
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    var = jnp.square(x - mean).mean(-1, keepdims=True)
+    return ((x - mean) * jax.lax.rsqrt(var + eps) * scale + bias).astype(dtype)
+
+  return normalise(x, scale, bias)
 
 
 def sinusoid(length: int, width: int) -> jax.Array:

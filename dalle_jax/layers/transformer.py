@@ -87,7 +87,8 @@ class Block(nn.Module):
     def mlp(y: jax.Array) -> jax.Array:
       wide = normal_init((2 * d) ** -0.5)
       y = Dense(self.mlp or 4 * d, ('embed', 'mlp'), dtype=self.dtype, kernel_init=wide, name='mlp_in')(y)
-      y = ACTIVATIONS[self.activation](y)
+      # Of what leads to its slope nothing is kept: each array is as large as y.
+      y = jax.checkpoint(ACTIVATIONS[self.activation], prevent_cse=False)(y)
       return Dense(d, ('mlp', 'embed'), dtype=self.dtype, kernel_init=outer, name='mlp_out')(y)
 
     x = around(x, 'norm_1', attend)
@@ -195,7 +196,9 @@ class Stack(nn.Module):
     turns = self.depth // self.period
     body: type[nn.Module] = Period
     if self.remat != 'none':
-      policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == 'dots' else None
+      keep = jax.checkpoint_policies
+      kept = (keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names('attention'))
+      policy = keep.save_from_both_policies(*kept) if self.remat == 'dots' else None
       body = nn.remat(Period, prevent_cse=False, policy=policy)
     scan = nn.scan(
       body,
