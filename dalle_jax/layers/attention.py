@@ -123,8 +123,7 @@ class Attention(nn.Module):
     out = Einsum(
       (*shape[1:], d), (*axes[1:], 'embed'), bias_axes=(2,), dtype=self.dtype, kernel_init=self.out_init, name='out'
     )
-    y = checkpoint_name(y, 'attention')  # with remat 'dots' not computed again
-    return out('BSHK,HKD->BSD', y), cache
+    return out('BSHK,HKD->BSD', checkpoint_name(y, kernels.FOUND)), cache
 
 
 def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, kernel: str) -> jax.Array:

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.layers import kernels
 from dalle_jax.layers.basic import boxed, constrain, layer_norm, normal_init, product
@@ -119,6 +120,6 @@ def look(x: jax.Array, context: Context, looking: jax.Array) -> jax.Array:
   """x[B, T, D] plus what it finds in the source of one layer, at the positions of bool[T] `looking` alone."""
   y = layer_norm(x, context.scale, context.bias, dtype=x.dtype)
   q = product(y, context.query) + context.query_bias
-  y = kernels.attend(q, (context.k, context.v, None))
+  y = checkpoint_name(kernels.attend(q, (context.k, context.v, None)), kernels.FOUND)
   y = product(y, context.out, 2) + context.out_bias
   return x + jnp.where(looking[:, None], y, 0)

@@ -21,6 +21,7 @@ KERNELS = ('auto', 'xla', 'cudnn', 'splash')
 QUERIES = 256  # of a block of causal attention by XLA: longer streams are in two or more, of 128 to 383 queries
 LANES = 128  # of a TPU: the smallest block of a mask
 NEVER = -1e30
+FOUND = 'attention'  # the name by which remat can keep what attention finds
 
 
 def over_stream(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, kernel: str = 'auto') -> jax.Array:
@@ -79,60 +80,58 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Causal attention by XLA, by blocks of queries, each over the keys up to its last: half the products of all.
-
-  The backward pass computes the scores again instead of keeping them (as FlashAttention, Dao et al., 2022).
-  """
+  """Causal attention by XLA, by blocks of queries, each over the keys up to its last: half the products of all."""
   n = q.shape[1]
   count = max(2, n // QUERIES)
   bounds = [n * i // count for i in range(count + 1)]
-  q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-
-  @jax.checkpoint
-  def block(q, k, v, mask):
-    scores = jnp.einsum('bhtk,bhsk->bhts', q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(mask, scores, NEVER)).astype(q.dtype)
-    return jnp.einsum('bhts,bhsk->bhtk', weights, v)
-
+  k, v = (x.swapaxes(1, 2) for x in (k, v))
   found = []
   for first, end in itertools.pairwise(bounds):
     mask = jnp.asarray(np.tri(end - first, end, first, dtype=bool))
-    found.append(block(q[:, :, first:end], k[:, :, :end], v[:, :, :end], mask))
-  return jnp.concatenate(found, axis=2).swapaxes(1, 2)
+    found.append(attend(q[:, first:end], (k[:, :, :end], v[:, :, :end], mask)))
+  return jnp.concatenate(found, axis=1)
 
 
+@jax.checkpoint
 def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
   """Attention of q[B, T, H, K] over all of `parts` at once: [B, T, H, K]; softmax in float32.
 
-  A part is k and v [B, H, n, K], laid out as products read them, and bool[n], which of them count; None for all.
+  A part is k and v [B, H, n, K], laid out as products read them, and bool[n] or [T, n], which of them count; None for
+  all. The backward pass computes the scores again instead of keeping them (as FlashAttention, Dao et al., 2022).
   """
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  scores = [product('bthk,bhnk->bhtn', q, k) * q.shape[-1] ** -0.5 for k, _, _ in parts]
+  q = q.swapaxes(1, 2) * q.shape[-1] ** -0.5
+  scores = [product('bhtk,bhnk->bhtn', q, k) for k, _, _ in parts]
   scores = [s if p[2] is None else jnp.where(p[2], s, NEVER) for s, p in zip(scores, parts, strict=True)]
-  top = functools.reduce(jnp.maximum, [s.max(-1) for s in scores if s.shape[-1]])
-  scores = [jnp.exp(s - jax.lax.stop_gradient(top)[..., None]) for s in scores]
-  total = sum(s.sum(-1) for s in scores)
-  found = sum(product('bhtn,bhnk->bthk', s.astype(q.dtype), v) for s, (_, v, _) in zip(scores, parts, strict=True))
-  return (found / total.swapaxes(1, 2)[..., None]).astype(q.dtype)
+  top = functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores if s.shape[-1]])
+  scores = [jnp.exp(s - jax.lax.stop_gradient(top)) for s in scores]
+  total = sum(s.sum(-1, keepdims=True) for s in scores)
+  weights = [(s / total).astype(q.dtype) for s in scores]
+  found = sum(product('bhtn,bhnk->bhtk', w, v) for w, (_, v, _) in zip(weights, parts, strict=True))
+  return found.swapaxes(1, 2).astype(q.dtype)
 
 
 # --- Blocks of a picture
 
 
+@jax.checkpoint
 def two_parts(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, text_k: jax.Array, text_v: jax.Array
 ) -> jax.Array:
-  """Attention of q[B, R, Q, H, K] over a whole text [B, P, H, K] and, by bool[R, Q, T] `mask`, k, v[B, R, T, H, K]."""
+  """Attention of q[B, R, Q, H, K] over a whole text [B, P, H, K] and, by bool[R, Q, T] `mask`, k, v[B, R, T, H, K].
+
+  As of `attend`, the scores are computed again in the backward pass.
+  """
   scale, dtype = q.shape[-1] ** -0.5, q.dtype
   scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   near = jnp.where(mask, scores('brqhk,brthk->bhrqt', q, k) * scale, NEVER)
   text = scores('brqhk,bphk->bhrqp', q, text_k) * scale
   top = jax.lax.stop_gradient(jnp.maximum(near.max(-1), text.max(-1)))[..., None]
   near, text = jnp.exp(near - top), jnp.exp(text - top)
-  total = (near.sum(-1) + text.sum(-1)).transpose(0, 2, 3, 1)[..., None]  # (B, R, Q, H, 1)
+  total = near.sum(-1, keepdims=True) + text.sum(-1, keepdims=True)
+  near, text = ((x / total).astype(dtype) for x in (near, text))
   sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  out = sums('bhrqt,brthk->brqhk', near.astype(dtype), v) + sums('bhrqp,bphk->brqhk', text.astype(dtype), text_v)
-  return (out / total).astype(dtype)
+  return (sums('bhrqt,brthk->brqhk', near, v) + sums('bhrqp,bphk->brqhk', text, text_v)).astype(dtype)
 
 
 @functools.lru_cache(maxsize=32)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dalle_jax.layers import kernels
 from dalle_jax.layers.attention import Attention, KVCache, Stream
 from dalle_jax.layers.basic import Dense, LayerNorm, constrain, normal_init, split
 from dalle_jax.layers.cross import Context, look, of_turn
@@ -137,7 +138,7 @@ class Stack(nn.Module):
 
   Attributes:
     remat: what the backward pass computes again: 'none', 'full' (all but the inputs of each turn), 'dots' (all but
-      products of matrices with parameters).
+      products of matrices with parameters and what attention finds).
     unroll: turns of the scan that are compiled one after the other, without a loop. On the CPU four are 5 to 15% faster
       than one by one; with twelve XLA sums up the residual stream of all turns before for each of them. Compilation
       takes longer.
@@ -197,7 +198,7 @@ class Stack(nn.Module):
     body: type[nn.Module] = Period
     if self.remat != 'none':
       keep = jax.checkpoint_policies
-      kept = (keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names('attention'))
+      kept = (keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names(kernels.FOUND))
       policy = keep.save_from_both_policies(*kept) if self.remat == 'dots' else None
       body = nn.remat(Period, prevent_cse=False, policy=policy)
     scan = nn.scan(
