@@ -18,6 +18,9 @@ Axes = tuple[str | None, ...]
 
 normal_init = nn.initializers.normal
 constrain = nn.with_logical_constraint  # a no-op without a mesh; an axis that does not divide stays whole
+# For functions whose backward pass has their inputs alone and computes the rest again: layers that are scanned keep all
+# that it is not told to. Forward and backward pass are loops of their own, which XLA does not merge.
+recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
@@ -185,12 +188,9 @@ class LayerNorm(nn.Module):
 def layer_norm(
   x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float = 1e-5, dtype: jnp.dtype = jnp.float32
 ) -> jax.Array:
-  """Normalises the last axis of x[..., D] in float32 and applies float32[D] scale and bias.
+  """Normalises the last axis of x[..., D] in float32 and applies float32[D] scale and bias."""
 
-  The backward pass has x alone and computes the rest again: layers that are scanned keep all that it is not told to.
-  """
-
-  @functools.partial(jax.checkpoint, prevent_cse=False)
+  @recomputed
   def normalise(x, scale, bias):
     x = x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dalle_jax.layers.basic import mesh_axes, platform, split
+from dalle_jax.layers.basic import mesh_axes, platform, recomputed, split
 from dalle_jax.layers.patterns import Pattern
 
 KERNELS = ('auto', 'xla', 'cudnn', 'splash')
@@ -92,7 +92,7 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   return jnp.concatenate(found, axis=1)
 
 
-@jax.checkpoint
+@recomputed
 def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
   """Attention of q[B, T, H, K] over all of `parts` at once: [B, T, H, K]; softmax in float32.
 
@@ -114,7 +114,7 @@ def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array | None]) 
 # --- Blocks of a picture
 
 
-@jax.checkpoint
+@recomputed
 def two_parts(
   q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, text_k: jax.Array, text_v: jax.Array
 ) -> jax.Array:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dalle_jax.layers import kernels
 from dalle_jax.layers.attention import Attention, KVCache, Stream
-from dalle_jax.layers.basic import Dense, LayerNorm, constrain, normal_init, split
+from dalle_jax.layers.basic import Dense, LayerNorm, constrain, normal_init, recomputed, split
 from dalle_jax.layers.cross import Context, look, of_turn
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -88,8 +88,7 @@ class Block(nn.Module):
     def mlp(y: jax.Array) -> jax.Array:
       wide = normal_init((2 * d) ** -0.5)
       y = Dense(self.mlp or 4 * d, ('embed', 'mlp'), dtype=self.dtype, kernel_init=wide, name='mlp_in')(y)
-      # Of what leads to its slope nothing is kept: each array is as large as y.
-      y = jax.checkpoint(ACTIVATIONS[self.activation], prevent_cse=False)(y)
+      y = recomputed(ACTIVATIONS[self.activation])(y)
       return Dense(d, ('mlp', 'embed'), dtype=self.dtype, kernel_init=outer, name='mlp_out')(y)
 
     x = around(x, 'norm_1', attend)
