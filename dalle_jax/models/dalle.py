@@ -41,7 +41,7 @@ VARIANTS = {
   # 256 + 1,024 tokens with the sizes of the GPT family, and the paper's.
   'small': dict(d_model=768, depth=12, heads=12),
   '300m': dict(d_model=1024, depth=24, heads=16, remat='dots'),
-  '1.3b': dict(d_model=2048, depth=24, heads=16, remat='full'),
+  '1.3b': dict(d_model=2048, depth=24, heads=16, remat='dots'),
   '12b': dict(d_model=3968, depth=64, heads=62, head='tied', period=4, remat='full'),
   # Public models, whose weights `convert` reads.
   'mindalle': dict(
