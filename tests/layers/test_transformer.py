@@ -34,6 +34,14 @@ def test_period_and_remat_change_no_value_and_no_gradient():
   np.testing.assert_allclose(other, value, rtol=1e-5)
 
 
+def test_a_scanned_layer_keeps_no_slopes():
+  stack = Stack(2, 2)
+  program = jax.make_jaxpr(jax.grad(lambda params: stack.apply({'params': params}, X)[0].sum()))(init(stack))
+  forward = next(e for e in program.eqns if e.primitive.name == 'scan')
+  wide = [v.aval.shape for v in forward.outvars if v.aval.shape[-1] == 4 * X.shape[-1]]
+  assert 1 <= len(wide) <= 2, wide  # of the MLP what goes into its activation, and what comes out
+
+
 @pytest.mark.parametrize('period', [1, 2])
 def test_each_layer_sees_by_the_pattern_of_its_kind(period):
   stream = Stream((Pattern('full', 2, (2, 2)), Pattern('column', 2, (2, 2))))
