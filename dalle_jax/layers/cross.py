@@ -1,6 +1,6 @@
 """Retro-fitted cross-attention: the stream of a trained transformer looks at a source (StoryDALL-E, section 3.3).
 
-Axis legend: L layers that look, B batch, T queries, C source positions, D embed, H heads, K head_dim.
+Axis legend: L layers that look, B sources, R rows, T queries, C source positions, D embed, H heads, K head_dim.
 
 Its parameters live beside the transformer's, stacked over layers, so that a retro-fitted model is the pretrained tree
 with another one next to it. Whatever does not depend on the stream (keys and values) is computed once, for training
@@ -8,7 +8,6 @@ and for sampling alike; the transformer carries the rest through its scan as a `
 """
 
 import operator
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -42,16 +41,9 @@ class Context:
   out: jax.Array
   out_bias: jax.Array
 
-  def repeat(self, n: int) -> 'Context':
-    """Every source n times: frames of one story, candidates of one frame."""
-    return self._rows(lambda x: jnp.repeat(x, n, axis=-4))
-
   def tile(self, n: int) -> 'Context':
     """All sources, n times over: the halves of guidance."""
-    return self._rows(lambda x: jnp.concatenate([x] * n, axis=-4))
-
-  def _rows(self, change: Callable[[jax.Array], jax.Array]) -> 'Context':
-    put = lambda x: constrain(change(x), ('layers', *AXES)[-x.ndim :])
+    put = lambda x: constrain(jnp.concatenate([x] * n, axis=-4), ('layers', *AXES)[-x.ndim :])
     return self.replace(k=put(self.k), v=put(self.v))
 
   def turns(self, turns: int) -> 'Context':
@@ -117,9 +109,12 @@ class CrossAttention(nn.Module):
 
 
 def look(x: jax.Array, context: Context, looking: jax.Array) -> jax.Array:
-  """x[B, T, D] plus what it finds in the source of one layer, at the positions of bool[T] `looking` alone."""
+  """x[R, T, D] plus what it finds in the source of one layer, at the positions of bool[T] `looking` alone.
+
+  Of B sources each has R / B rows, one after the other: frames of a story, candidates of a frame.
+  """
   y = layer_norm(x, context.scale, context.bias, dtype=x.dtype)
   q = product(y, context.query) + context.query_bias
-  y = checkpoint_name(kernels.attend(q, (context.k, context.v, None)), kernels.FOUND)
-  y = product(y, context.out, 2) + context.out_bias
+  found = kernels.attend(q.reshape(len(context.k), -1, *q.shape[1:]), (context.k, context.v, None))
+  y = product(checkpoint_name(found.reshape(q.shape), kernels.FOUND), context.out, 2) + context.out_bias
   return x + jnp.where(looking[:, None], y, 0)

@@ -94,21 +94,23 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 @recomputed
 def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
-  """Attention of q[B, T, H, K] over all of `parts` at once: [B, T, H, K]; softmax in float32.
+  """Attention of q[B, ..., T, H, K] over all of `parts` at once: [B, ..., T, H, K]; softmax in float32.
 
   A part is k and v [B, H, n, K], laid out as products read them, and bool[n] or [T, n], which of them count; None for
-  all. The backward pass computes the scores again instead of keeping them (as FlashAttention, Dao et al., 2022).
+  all. Rows of q that share a part are never given copies of it: XLA for CPUs (of jaxlib 0.10) reads beyond the end of a
+  bfloat16 operand that is a broadcast, in the backward pass. The backward pass computes the scores again instead of
+  keeping them (as FlashAttention, Dao et al., 2022).
   """
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  q = q.swapaxes(1, 2) * q.shape[-1] ** -0.5
-  scores = [product('bhtk,bhnk->bhtn', q, k) for k, _, _ in parts]
+  q = jnp.moveaxis(q, -2, 1) * q.shape[-1] ** -0.5
+  scores = [product('bh...tk,bhnk->bh...tn', q, k) for k, _, _ in parts]
   scores = [s if p[2] is None else jnp.where(p[2], s, NEVER) for s, p in zip(scores, parts, strict=True)]
   top = functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores if s.shape[-1]])
   scores = [jnp.exp(s - jax.lax.stop_gradient(top)) for s in scores]
   total = sum(s.sum(-1, keepdims=True) for s in scores)
   weights = [(s / total).astype(q.dtype) for s in scores]
-  found = sum(product('bhtn,bhnk->bhtk', w, v) for w, (_, v, _) in zip(weights, parts, strict=True))
-  return found.swapaxes(1, 2).astype(q.dtype)
+  found = sum(product('bh...tn,bhnk->bh...tk', w, v) for w, (_, v, _) in zip(weights, parts, strict=True))
+  return jnp.moveaxis(found, 1, -2).astype(q.dtype)
 
 
 # --- Blocks of a picture

@@ -146,7 +146,7 @@ class StoryCache:
     return self.replace(kv=self.kv.longer(n))
 
   def repeat(self, n: int) -> 'StoryCache':
-    return StoryCache(self.kv.repeat(n), self.context and tuple(one.repeat(n) for one in self.context))
+    return self.replace(kv=self.kv.repeat(n))
 
 
 class StoryDALLE(nn.Module):
@@ -201,7 +201,6 @@ class StoryDALLE(nn.Module):
     """
     extra, context = self.look(text, source, sentences, rng)
     rows = lambda x: x.reshape(-1, x.shape[-1])
-    context = context and context.repeat(text.shape[1])
     return self.dalle(rows(text if read is None else read), rows(image), extra, context)
 
   def look(
@@ -221,7 +220,7 @@ class StoryDALLE(nn.Module):
   def prefill(
     self, text: jax.Array, image: jax.Array, extra: jax.Array, context: Context | None
   ) -> tuple[jax.Array, StoryCache]:
-    """Reads text int32[R, N] and the first image tokens int32[R, k] after `extra`; `context` has R rows, too."""
+    """Reads text int32[R, N] and the first image tokens int32[R, k] after `extra`."""
     each = context and context.layers()
     logits, kv = self.dalle.prefill(text, image, extra, each)
     return logits, StoryCache(kv, each)
@@ -240,7 +239,6 @@ def sampler(
   With guidance a second half of rows follows, which differ in the caption alone. Arguments as of `StoryDALLE.look`.
   """
   extra, context = model.apply({'params': params}, text, source, sentences, method='look')
-  context = context and context.repeat(text.shape[1])
 
   def apply(*args, method: str):
     if method == 'prefill':
