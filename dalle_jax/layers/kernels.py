@@ -98,8 +98,8 @@ def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array | None]) 
 
   A part is k and v [B, H, n, K], laid out as products read them, and bool[n] or [T, n], which of them count; None for
   all. Rows of q that share a part are never given copies of it: XLA for CPUs (of jaxlib 0.10) reads beyond the end of a
-  bfloat16 operand that is a broadcast, in the backward pass. The backward pass computes the scores again instead of
-  keeping them (as FlashAttention, Dao et al., 2022).
+  second operand that is broadcast over the batch. The backward pass computes the scores again instead of keeping them
+  (as FlashAttention, Dao et al., 2022).
   """
   product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   q = jnp.moveaxis(q, -2, 1) * q.shape[-1] ** -0.5

@@ -99,6 +99,11 @@ def make_step(
     if accum == 1:
       grads, metrics, mutable = gradients(state.params, context, batch)
     elif apart:
+      if jax.tree.leaves(state.mutable):
+        raise ValueError(
+          f'{type(objective).__name__} has a state of its own, {", ".join(sharding.flatten(state.mutable))}, whose '
+          'updates replicas would lose: rows_apart is not for it.'
+        )
       grads, metrics, mutable = by_replica(state.params, context, batch)
     else:
       grads, metrics, mutable = accumulated(state.params, context, batch, sharding.BATCH_AXES)

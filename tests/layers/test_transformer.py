@@ -9,6 +9,7 @@ import pytest
 from dalle_jax.layers.attention import Stream
 from dalle_jax.layers.patterns import Pattern
 from dalle_jax.layers.transformer import Stack
+from tests import runs
 
 X = jax.random.normal(jax.random.key(0), (2, 6, 8))
 CAUSAL = np.tri(6, dtype=bool)
@@ -34,12 +35,28 @@ def test_period_and_remat_change_no_value_and_no_gradient():
   np.testing.assert_allclose(other, value, rtol=1e-5)
 
 
-def test_a_scanned_layer_keeps_no_slopes():
-  stack = Stack(2, 2)
-  program = jax.make_jaxpr(jax.grad(lambda params: stack.apply({'params': params}, X)[0].sum()))(init(stack))
+def kept(stack, x, stream=None):
+  """Shapes of what a scan over layers keeps for the backward pass, beside its result."""
+  params = runs.parameters(stack.init, x)['params']
+  program = jax.make_jaxpr(jax.grad(lambda params: stack.apply({'params': params}, x, None, stream)[0].sum()))(params)
   forward = next(e for e in program.eqns if e.primitive.name == 'scan')
-  wide = [v.aval.shape for v in forward.outvars if v.aval.shape[-1] == 4 * X.shape[-1]]
+  return [v.aval.shape for v in forward.outvars[1:]]
+
+
+def test_a_scanned_layer_keeps_no_slopes_statistics_or_scores():
+  x, stream = jnp.zeros((1, 514, 16)), Stream((Pattern('full', 2, (16, 32)),))
+  every = kept(Stack(2, 2), x, stream)
+  wide = [shape for shape in every if shape[-1] == 4 * 16]
   assert 1 <= len(wide) <= 2, wide  # of the MLP what goes into its activation, and what comes out
+  assert not [shape for shape in every if shape[-1] == 1], every  # of norms
+  assert not [shape for shape in every if sum(size > 64 for size in shape) > 1], every  # queries by keys
+
+
+def test_dots_keep_what_attention_finds_and_full_the_input_of_a_layer():
+  x, stream = jnp.zeros((1, 514, 16)), Stream((Pattern('full', 2, (16, 32)),))
+  dots = kept(Stack(2, 2, remat='dots'), x, stream)
+  assert dots.count((2, 1, 514, 2, 8)) == 1 and not [shape for shape in dots if shape[-1] in (1, 514)], dots
+  assert kept(Stack(2, 2, remat='full'), x, stream) == [(2, 1, 514, 16)]
 
 
 @pytest.mark.parametrize('period', [1, 2])

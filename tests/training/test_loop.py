@@ -135,7 +135,7 @@ def test_accumulation_equals_full_batch(tmp_path):
 def test_replicas_reduce_their_gradients_once_an_update(tmp_path):
   def reduced(accum, apart):
     """Bytes of all all-reduces of an update."""
-    objective, c = toy.Toy(), toy.config(tmp_path)
+    objective, c = toy.Toy(counts=False), toy.config(tmp_path)
     objective.rows_apart = apart
     with sharding.use(dict(data=4), c.rules, jax.devices()[:4]) as mesh:
       spec = state_lib.batch_spec(next(toy.batches()))
@@ -152,6 +152,26 @@ def test_replicas_reduce_their_gradients_once_an_update(tmp_path):
 
   assert reduced(4, True) == pytest.approx(reduced(1, False), rel=0.05)  # beside gradients there are metrics
   assert reduced(4, False) > 3 * reduced(1, False)
+
+
+def test_replicas_draw_noise_of_their_own(tmp_path):
+  class Dice(toy.Toy):
+    rows_apart = True
+
+    def loss(self, params, ctx, batch):
+      loss, (values, mutable) = super().loss(params, ctx, batch)
+      drawn = jax.nn.one_hot(jax.random.randint(ctx.rng, (), 0, 64), 64)
+      return loss, (values | {f'drew_{i}': x for i, x in enumerate(drawn)}, mutable)
+
+  c = toy.config(tmp_path, steps=1, log_every=1, accum=2)
+  c.mesh.update(data=4, fsdp=2)
+  toy.run(c, Dice(counts=False))
+  (row,) = metrics.read(tmp_path / 'metrics.jsonl')
+  drawn = [v for k, v in row.items() if k.startswith('drew_') and v]
+  assert len(drawn) > 4 and sum(drawn) == pytest.approx(1)  # of eight; two, if replicas drew alike
+  c.run_dir = str(tmp_path / 'other')
+  with pytest.raises(ValueError, match='Dice has a state of its own, seen, whose updates replicas would lose'):
+    toy.run(c, Dice())
 
 
 def test_accumulation_keeps_groups_together(tmp_path):

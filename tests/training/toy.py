@@ -24,16 +24,16 @@ class Net(nn.Module):
 
 
 class Toy:
-  """Learns to copy; `noise` makes the loss depend on ctx.rng, `critic` adds a second player."""
+  """Learns to copy; `noise` makes the loss depend on ctx.rng, `critic` adds a second player; `counts`: has a state."""
 
-  def __init__(self, noise=0.0, critic=False, nan_at=-1):
-    self.noise, self.critic, self.nan_at, self.net = noise, critic, nan_at, Net()
+  def __init__(self, noise=0.0, critic=False, nan_at=-1, counts=True):
+    self.noise, self.critic, self.nan_at, self.counts, self.net = noise, critic, nan_at, counts, Net()
 
   def init(self, rng, batch):
     params = {'net': self.net.init(rng, batch['ids'])['params']}
     if self.critic:
       params['critic'] = self.net.init(jax.random.fold_in(rng, 1), batch['ids'])['params']
-    return params, {'seen': jnp.int32(0)}
+    return params, {'seen': jnp.int32(0)} if self.counts else {}
 
   def loss(self, params, ctx, batch):
     logits = sum(self.net.apply({'params': p}, batch['ids']) for p in params.values())
@@ -43,7 +43,7 @@ class Toy:
     loss = scale * -jnp.take_along_axis(jax.nn.log_softmax(logits), batch['ids'][..., None], -1).mean()
     loss = loss * jnp.where(ctx.step == self.nan_at, jnp.nan, 1.0)
     accuracy = (logits.argmax(-1) == batch['ids']).mean()
-    return loss, ({'accuracy': accuracy}, {'seen': ctx.mutable['seen'] + 1})
+    return loss, ({'accuracy': accuracy}, {name: n + 1 for name, n in ctx.mutable.items()})
 
   def sample(self, params, ctx, batch):
     ids = self.net.apply({'params': params['net']}, batch['ids']).argmax(-1)
