@@ -48,15 +48,16 @@ def boxed(init: Init, axes: Axes) -> Init:
   return nn.with_logical_partitioning(init, axes)
 
 
-def product(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
-  """The last `axes` axes of x[..., I] contracted with the first ones of kernel[I, O]: [..., O].
+def product(x: jax.Array, kernel: jax.Array, axes: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
+  """The last `axes` axes of x[..., I] contracted with the first ones of kernel[I, O]: [..., O], as `dtype` if given.
 
   On the CPU as a product of two matrices, and so are its gradients: sums over two axes XLA would first transpose.
   """
   if platform() != 'cpu' or split('seq') > 1:  # one axis of batch and sequence cannot be split over both
-    return jnp.tensordot(x, kernel, axes)
+    return jnp.tensordot(x, kernel, axes, preferred_element_type=dtype)
   inner, (rows, outer) = math.prod(kernel.shape[:axes]), (x.shape[: x.ndim - axes], kernel.shape[axes:])
-  return (x.reshape(-1, inner) @ kernel.reshape(inner, -1)).reshape(*rows, *outer)
+  y = jnp.dot(x.reshape(-1, inner), kernel.reshape(inner, -1), preferred_element_type=dtype)
+  return y.reshape(*rows, *outer)
 
 
 class Einsum(nn.Module):

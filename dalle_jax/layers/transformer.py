@@ -17,8 +17,15 @@ from dalle_jax.layers.attention import Attention, KVCache, Stream
 from dalle_jax.layers.basic import Dense, LayerNorm, constrain, normal_init, recomputed, split
 from dalle_jax.layers.cross import Context, look, of_turn
 
+
+def gelu(x: jax.Array) -> jax.Array:
+  """x Phi(x) by erf, in float32, as PyTorch has it; `jax.nn.gelu` takes erfc, of which XLA computes both branches."""
+  y = x.astype(jnp.float32)
+  return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-  'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+  'gelu': gelu,
   'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
   'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),  # of the OpenAI CLIP weights
   'relu': jax.nn.relu,

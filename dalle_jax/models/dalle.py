@@ -19,7 +19,7 @@ import numpy as np
 
 from dalle_jax.layers import variants
 from dalle_jax.layers.attention import KVCache, Stream
-from dalle_jax.layers.basic import LayerNorm, boxed, constrain, look_up, normal_init
+from dalle_jax.layers.basic import LayerNorm, boxed, constrain, look_up, normal_init, product
 from dalle_jax.layers.cross import Context
 from dalle_jax.layers.patterns import Pattern, layer_kinds
 from dalle_jax.layers.transformer import Stack
@@ -297,7 +297,7 @@ class DALLE(nn.Module):
 
   def _logits(self, x: jax.Array, head: jax.Array, bias: jax.Array | None) -> jax.Array:
     """[..., D] -> float32[..., vocab]."""
-    y = jnp.einsum('...D,VD->...V', x, head.astype(self.dtype), preferred_element_type=jnp.float32)
+    y = product(x, head.astype(self.dtype).T, dtype=jnp.float32)
     y = y if bias is None else y + bias
     return constrain(y, ('batch', *(None,) * (y.ndim - 2), 'vocab'))
 

@@ -1,5 +1,7 @@
 """The stack: periods and rematerialisation change nothing, layers see by their patterns, errors."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 
 from dalle_jax.layers.attention import Stream
 from dalle_jax.layers.patterns import Pattern
-from dalle_jax.layers.transformer import Stack
+from dalle_jax.layers.transformer import ACTIVATIONS, Stack
 from tests import runs
 
 X = jax.random.normal(jax.random.key(0), (2, 6, 8))
@@ -57,6 +59,16 @@ def test_dots_keep_what_attention_finds_and_full_the_input_of_a_layer():
   dots = kept(Stack(2, 2, remat='dots'), x, stream)
   assert dots.count((2, 1, 514, 2, 8)) == 1 and not [shape for shape in dots if shape[-1] in (1, 514)], dots
   assert kept(Stack(2, 2, remat='full'), x, stream) == [(2, 1, 514, 16)]
+
+
+def test_gelu_is_exact_in_float32_and_rounds_once_in_bfloat16():
+  x = jnp.linspace(-6, 6, 1001)
+  gelu_by_erfc = functools.partial(jax.nn.gelu, approximate=False)
+  np.testing.assert_allclose(ACTIVATIONS['gelu'](x), gelu_by_erfc(x), atol=1e-6)
+  np.testing.assert_allclose(jax.vmap(jax.grad(ACTIVATIONS['gelu']))(x), jax.vmap(jax.grad(gelu_by_erfc))(x), atol=1e-6)
+  half = x.astype(jnp.bfloat16)
+  expected = gelu_by_erfc(half.astype(jnp.float32)).astype(jnp.bfloat16)
+  np.testing.assert_allclose(ACTIVATIONS['gelu'](half), expected, rtol=2**-7, atol=1e-6)
 
 
 @pytest.mark.parametrize('period', [1, 2])
