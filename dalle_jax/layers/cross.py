@@ -16,7 +16,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.layers import kernels
-from dalle_jax.layers.basic import boxed, constrain, layer_norm, normal_init, product
+from dalle_jax.layers.basic import boxed, constrain, layer_norm, normal_init, product, split
 
 AXES = ('batch', 'heads', None, None)  # of keys and values in one layer
 
@@ -115,6 +115,8 @@ def look(x: jax.Array, context: Context, looking: jax.Array) -> jax.Array:
   """
   y = layer_norm(x, context.scale, context.bias, dtype=x.dtype)
   q = product(y, context.query) + context.query_bias
-  found = kernels.attend(q.reshape(len(context.k), -1, *q.shape[1:]), (context.k, context.v, None))
+  # Rows of a source are one axis of queries; where the sequence is split over a mesh, it stays an axis of its own.
+  rows = q.shape[2:] if split('seq') == 1 else q.shape[1:]
+  found = kernels.attend(q.reshape(len(context.k), -1, *rows), (context.k, context.v, None))
   y = product(checkpoint_name(found.reshape(q.shape), kernels.FOUND), context.out, 2) + context.out_bias
   return x + jnp.where(looking[:, None], y, 0)
