@@ -9,7 +9,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.layers import kernels
 from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init
@@ -123,7 +122,7 @@ class Attention(nn.Module):
     out = Einsum(
       (*shape[1:], d), (*axes[1:], 'embed'), bias_axes=(2,), dtype=self.dtype, kernel_init=self.out_init, name='out'
     )
-    return out('BSHK,HKD->BSD', checkpoint_name(y, kernels.FOUND)), cache
+    return out('BSHK,HKD->BSD', y), cache
 
 
 def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, kernel: str) -> jax.Array:
@@ -132,7 +131,7 @@ def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, ker
     return kernels.fused(q, k, v, kernel)
   mask = jnp.asarray(mask)
   mask = mask[None, None] if mask.ndim == 2 else mask[:, None]  # (B or 1, 1, T, T)
-  return jax.nn.dot_product_attention(q, k, v, mask=mask)
+  return kernels.plain(q, k, v, mask)
 
 
 def by_kind(q: jax.Array, k: jax.Array, v: jax.Array, stream: Stream, kind: jax.Array | int, kernel: str) -> jax.Array:

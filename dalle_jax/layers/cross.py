@@ -13,7 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.layers import kernels
 from dalle_jax.layers.basic import boxed, constrain, layer_norm, normal_init, product, split
@@ -118,5 +117,5 @@ def look(x: jax.Array, context: Context, looking: jax.Array) -> jax.Array:
   # Rows of a source are one axis of queries; where the sequence is split over a mesh, it stays an axis of its own.
   rows = q.shape[2:] if split('seq') == 1 else q.shape[1:]
   found = kernels.attend(q.reshape(len(context.k), -1, *rows), (context.k, context.v, None))
-  y = product(checkpoint_name(found.reshape(q.shape), kernels.FOUND), context.out, 2) + context.out_bias
+  y = product(found.reshape(q.shape), context.out, 2) + context.out_bias
   return x + jnp.where(looking[:, None], y, 0)

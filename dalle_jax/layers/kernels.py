@@ -7,10 +7,12 @@ picture.
 
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -35,15 +37,20 @@ def over_stream(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, kern
   if kernel == 'splash' and platform() != 'tpu':
     raise ValueError(f'attention kernel "splash" is for TPUs, this is {platform()}; use model.kernel="auto".')
   if platform() == 'tpu' and kernel in ('auto', 'splash'):
-    return splash(q, k, v, pattern)
+    return kept(splash(q, k, v, pattern))
   if pattern.kind == 'full' or q.shape[1] <= pattern.prefix:
     return fused(q, k, v, kernel, is_causal=True)
   if pattern.kind == 'wrapped':
-    return jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(pattern.mask(q.shape[1]))[None, None])
+    return plain(q, k, v, jnp.asarray(pattern.mask(q.shape[1]))[None, None])
   return in_blocks(q, k, v, pattern)
 
 
 # --- XLA, cuDNN
+
+
+def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+  """By XLA, for a bool[B or 1, H or 1, T, S] mask of any form."""
+  return kept(jax.nn.dot_product_attention(q, k, v, mask=mask))
 
 
 def has_flash() -> bool:
@@ -73,10 +80,10 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool
   kernel = 'cudnn' if fits and kernel != 'xla' else 'xla'
   if odd and kernel == 'cudnn':  # nothing sees what comes after it
     longer = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    return jax.nn.dot_product_attention(*longer, is_causal=is_causal, implementation=kernel)[:, :-1]
+    return kept(jax.nn.dot_product_attention(*longer, is_causal=is_causal, implementation=kernel)[:, :-1])
   if kernel == 'xla' and is_causal and q.shape[1] > QUERIES and split('seq') == 1:
     return causal(q, k, v)
-  return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=kernel)
+  return kept(jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=kernel))
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -92,25 +99,69 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   return jnp.concatenate(found, axis=1)
 
 
-@recomputed
+def kept(found: jax.Array) -> jax.Array:
+  """Marks what attention finds for remat."""
+  return checkpoint_name(found, FOUND)
+
+
+Parts = tuple[tuple[jax.Array, jax.Array, jax.Array | None], ...]
+
+
 def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
   """Attention of q[B, ..., T, H, K] over all of `parts` at once: [B, ..., T, H, K]; softmax in float32.
 
   A part is k and v [B, H, n, K], laid out as products read them, and bool[n] or [T, n], which of them count; None for
   all. Rows of q that share a part are never given copies of it: XLA for CPUs (of jaxlib 0.10) reads beyond the end of a
-  second operand that is broadcast over the batch. The backward pass computes the scores again instead of keeping them
-  (as FlashAttention, Dao et al., 2022).
+  second operand that is broadcast over the batch.
   """
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  q = jnp.moveaxis(q, -2, 1) * q.shape[-1] ** -0.5
-  scores = [product('bh...tk,bhnk->bh...tn', q, k) for k, _, _ in parts]
-  scores = [s if p[2] is None else jnp.where(p[2], s, NEVER) for s, p in zip(scores, parts, strict=True)]
+  return _attend(q * q.shape[-1] ** -0.5, parts)
+
+
+def _scores(q: jax.Array, parts: Parts) -> list[jax.Array]:
+  """Of q[B, H, ..., T, K] with each part, float32[B, H, ..., T, n]."""
+  scores = [jnp.einsum('bh...tk,bhnk->bh...tn', q, k, preferred_element_type=jnp.float32) for k, _, _ in parts]
+  return [s if p[2] is None else jnp.where(p[2], s, NEVER) for s, p in zip(scores, parts, strict=True)]
+
+
+@jax.custom_vjp
+def _attend(q: jax.Array, parts: Parts) -> jax.Array:
+  return _found(q, parts)[0]
+
+
+def _found(q: jax.Array, parts: Parts) -> tuple[jax.Array, tuple[Any, ...]]:
+  """What q finds, and what the backward pass has: not the scores, but the logarithm of their sum (FlashAttention, Dao
+  et al., 2022, section 3.1)."""
+  scores = _scores(jnp.moveaxis(q, -2, 1), parts)
   top = functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores if s.shape[-1]])
-  scores = [jnp.exp(s - jax.lax.stop_gradient(top)) for s in scores]
+  scores = [jnp.exp(s - top) for s in scores]
   total = sum(s.sum(-1, keepdims=True) for s in scores)
   weights = [(s / total).astype(q.dtype) for s in scores]
-  found = sum(product('bh...tn,bhnk->bh...tk', w, v) for w, (_, v, _) in zip(weights, parts, strict=True))
-  return jnp.moveaxis(found, 1, -2).astype(q.dtype)
+  product = functools.partial(jnp.einsum, 'bh...tn,bhnk->bh...tk', preferred_element_type=jnp.float32)
+  found = sum(product(w, v) for w, (_, v, _) in zip(weights, parts, strict=True))
+  found = kept(jnp.moveaxis(found, 1, -2).astype(q.dtype))
+  return found, (q, parts, found, kept(top + jnp.log(total)))
+
+
+def _gradients(residuals: tuple[Any, ...], slope: jax.Array) -> tuple[jax.Array, Any]:
+  q, parts, found, log_total = residuals
+  # What the weights lose to their sum is the slope along what was found: no sum over keys is needed.
+  along = (slope.astype(jnp.float32) * found.astype(jnp.float32)).sum(-1)
+  q, slope, along = jnp.moveaxis(q, -2, 1), jnp.moveaxis(slope, -2, 1), jnp.moveaxis(along, -1, 1)[..., None]
+  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+  queries = 'mt'[5 - q.ndim :]
+  of_q, of_parts = 0.0, []
+  for scores, (k, v, _) in zip(_scores(q, parts), parts, strict=True):
+    weights = jnp.exp(scores - log_total)
+    of_scores = (weights * (product('bh...tk,bhnk->bh...tn', slope, v) - along)).astype(q.dtype)
+    of_q += product('bh...tn,bhnk->bh...tk', of_scores, k)
+    of_k, of_v = (
+      product(f'bh{queries}n,bh{queries}k->bhnk', x, y) for x, y in ((of_scores, q), (weights.astype(q.dtype), slope))
+    )
+    of_parts.append((of_k.astype(k.dtype), of_v.astype(v.dtype), None))
+  return jnp.moveaxis(of_q, 1, -2).astype(q.dtype), tuple(of_parts)
+
+
+_attend.defvjp(_found, _gradients)
 
 
 # --- Blocks of a picture
@@ -167,7 +218,7 @@ def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern) -> jax
 
   text = [x[:, :prefix] for x in (q, k, v)]
   keys, values = with_rows_above(picture(k)), with_rows_above(picture(v))
-  drawn = two_parts(picture(q), keys, values, jnp.asarray(_block_mask(pattern, rows, reach)), *text[1:])
+  drawn = kept(two_parts(picture(q), keys, values, jnp.asarray(_block_mask(pattern, rows, reach)), *text[1:]))
   drawn = drawn.swapaxes(1, 2) if pattern.kind == 'column' else drawn
   drawn = drawn.reshape(b, rows * w, heads, head_dim)[:, : n - prefix]
   return jnp.concatenate([fused(*text, 'xla', is_causal=True), drawn], axis=1)
