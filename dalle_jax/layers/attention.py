@@ -140,7 +140,7 @@ def by_kind(q: jax.Array, k: jax.Array, v: jax.Array, stream: Stream, kind: jax.
   if isinstance(kind, int):
     return ways[kind](q, k, v)
   # Computed again in the backward pass: else every layer would keep room for the scores of every pattern.
-  return jax.lax.switch(kind, [jax.checkpoint(way) for way in ways], q, k, v)
+  return kernels.kept(jax.lax.switch(kind, [jax.checkpoint(way) for way in ways], q, k, v))
 
 
 def look_back(q: jax.Array, text: Pair, image: Pair, index: jax.Array, pattern: Pattern) -> jax.Array:

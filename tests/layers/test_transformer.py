@@ -37,10 +37,11 @@ def test_period_and_remat_change_no_value_and_no_gradient():
   np.testing.assert_allclose(other, value, rtol=1e-5)
 
 
-def kept(stack, x, stream=None):
+def kept(stack, x, stream, kinds=None):
   """Shapes of what a scan over layers keeps for the backward pass, beside its result."""
   params = runs.parameters(stack.init, x)['params']
-  program = jax.make_jaxpr(jax.grad(lambda params: stack.apply({'params': params}, x, None, stream)[0].sum()))(params)
+  run = lambda params: stack.apply({'params': params}, x, None, stream, kinds)[0].sum()
+  program = jax.make_jaxpr(jax.grad(run))(params)
   forward = next(e for e in program.eqns if e.primitive.name == 'scan')
   return [v.aval.shape for v in forward.outvars[1:]]
 
@@ -57,7 +58,9 @@ def test_a_scanned_layer_keeps_no_slopes_statistics_or_scores():
 def test_dots_keep_what_attention_finds_and_full_the_input_of_a_layer():
   x, stream = jnp.zeros((1, 514, 16)), Stream((Pattern('full', 2, (16, 32)),))
   dots = kept(Stack(2, 2, remat='dots'), x, stream)
-  assert dots.count((2, 1, 257, 2, 8)) == 2, dots  # each half of the queries
+  assert dots.count((2, 1, 257, 2, 8)) == dots.count((2, 1, 2, 257, 1)) == 2, dots  # of each half of the queries
+  patterns = Stream((Pattern('row', 2, (16, 32)), Pattern('column', 2, (16, 32))))
+  assert (2, 1, 514, 2, 8) in kept(Stack(2, 2, remat='dots'), x, patterns, kinds=(0, 1))
   assert kept(Stack(2, 2, remat='full'), x, stream) == [(2, 1, 514, 16)]
 
 
