@@ -189,16 +189,50 @@ class LayerNorm(nn.Module):
 def layer_norm(
   x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float = 1e-5, dtype: jnp.dtype = jnp.float32
 ) -> jax.Array:
-  """Normalises the last axis of x[..., D] in float32 and applies float32[D] scale and bias."""
+  """Normalises the last axis of x[..., D] in float32 and applies float32[D] scale and bias.
 
-  @recomputed
-  def normalise(x, scale, bias):
-    x = x.astype(jnp.float32)
-    mean = x.mean(-1, keepdims=True)
-    var = jnp.square(x - mean).mean(-1, keepdims=True)
-    return ((x - mean) * jax.lax.rsqrt(var + eps) * scale + bias).astype(dtype)
+  The backward pass keeps x alone and normalises it again.
+  """
+  return _layer_norm(x, scale, bias, eps, dtype)
 
-  return normalise(x, scale, bias)
+
+def _normalised(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+  """x in float32 with mean 0 and variance 1 along the last axis, and what it was multiplied by, [..., 1]."""
+  x = x.astype(jnp.float32)
+  x = x - x.mean(-1, keepdims=True)
+  factor = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+  return x * factor, factor
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, dtype: jnp.dtype) -> jax.Array:
+  return (_normalised(x, eps)[0] * scale + bias).astype(dtype)
+
+
+def _layer_norm_kept(x, scale, bias, eps, dtype):
+  return _layer_norm(x, scale, bias, eps, dtype), (x, scale)
+
+
+def _layer_norm_gradients(eps, dtype, kept, slope):
+  x, scale = kept
+  y, factor = _normalised(x, eps)
+  slope, rows = slope.astype(jnp.float32), tuple(range(x.ndim - 1))
+  of_y = slope * scale
+  # What the mean and the variance take away: of_y's part along 1 and along y.
+  of_x = factor * (of_y - of_y.mean(-1, keepdims=True) - y * (along(of_y, y) / x.shape[-1]))
+  return of_x.astype(x.dtype), (slope * y).sum(rows), slope.sum(rows)
+
+
+_layer_norm.defvjp(_layer_norm_kept, _layer_norm_gradients)
+
+
+def along(x: jax.Array, y: jax.Array) -> jax.Array:
+  """The products of x and y summed up over the last axis: float32[..., 1].
+
+  As a product of vectors, which takes XLA for CPUs (of jaxlib 0.10) a tenth of the time of (x * y).sum(-1).
+  """
+  x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+  return jnp.einsum('...d,...d->...', x, y, precision=jax.lax.Precision.HIGHEST)[..., None]
 
 
 def sinusoid(length: int, width: int) -> jax.Array:

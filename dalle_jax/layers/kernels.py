@@ -16,11 +16,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dalle_jax.layers.basic import mesh_axes, platform, recomputed, split
+from dalle_jax.layers.basic import along, mesh_axes, platform, split
 from dalle_jax.layers.patterns import Pattern
 
 KERNELS = ('auto', 'xla', 'cudnn', 'splash')
-QUERIES = 256  # of a block of causal attention by XLA: longer streams are in two or more, of 128 to 383 queries
+QUERIES = 256  # of a block of causal attention by XLA, at most
 LANES = 128  # of a TPU: the smallest block of a mask
 NEVER = -1e30
 FOUND = 'attention'  # the name by which remat can keep what attention finds
@@ -50,7 +50,7 @@ def over_stream(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, kern
 
 def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
   """By XLA, for a bool[B or 1, H or 1, T, S] mask of any form."""
-  return kept(jax.nn.dot_product_attention(q, k, v, mask=mask))
+  return attend(q, (k.swapaxes(1, 2), v.swapaxes(1, 2), mask))
 
 
 def has_flash() -> bool:
@@ -77,21 +77,20 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool
       f'attention kernel "cudnn" does not take {q.dtype}{list(q.shape)} on {jax.devices()[0].device_kind}; it needs '
       'an NVIDIA GPU (Ampere or later), bfloat16, heads of at most 128; use model.kernel="auto".'
     )
-  kernel = 'cudnn' if fits and kernel != 'xla' else 'xla'
-  if odd and kernel == 'cudnn':  # nothing sees what comes after it
-    longer = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    return kept(jax.nn.dot_product_attention(*longer, is_causal=is_causal, implementation=kernel)[:, :-1])
-  if kernel == 'xla' and is_causal and q.shape[1] > QUERIES and split('seq') == 1:
-    return causal(q, k, v)
-  return kept(jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation=kernel))
+  if not fits or kernel == 'xla':
+    k, v = (x.swapaxes(1, 2) for x in (k, v))
+    return causal(q, k, v) if is_causal else attend(q, (k, v, None))
+  n = q.shape[1]
+  q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))  # nothing sees what comes after it
+  return kept(jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation='cudnn')[:, :n])
 
 
 def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Causal attention by XLA, by blocks of queries, each over the keys up to its last: half the products of all."""
+  """Of q[B, T, H, K] over k, v[B, H, T, K] by XLA; by blocks of queries over the keys up to their last, so that half of
+  all products are made."""
   n = q.shape[1]
-  count = max(2, n // QUERIES)
+  count = -(-n // QUERIES) if split('seq') == 1 else 1
   bounds = [n * i // count for i in range(count + 1)]
-  k, v = (x.swapaxes(1, 2) for x in (k, v))
   found = []
   for first, end in itertools.pairwise(bounds):
     mask = jnp.asarray(np.tri(end - first, end, first, dtype=bool))
@@ -108,18 +107,30 @@ Parts = tuple[tuple[jax.Array, jax.Array, jax.Array | None], ...]
 
 
 def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array | None]) -> jax.Array:
-  """Attention of q[B, ..., T, H, K] over all of `parts` at once: [B, ..., T, H, K]; softmax in float32.
+  """Attention of q[B, T, H, K], or q[B, R, T, H, K], over all of `parts` at once, in its shape; softmax in float32.
 
-  A part is k and v [B, H, n, K], laid out as products read them, and bool[n] or [T, n], which of them count; None for
-  all. Rows of q that share a part are never given copies of it: XLA for CPUs (of jaxlib 0.10) reads beyond the end of a
-  second operand that is broadcast over the batch.
+  A part is k and v [B, H, n, K], laid out as products read them, or [B, H, R, n, K] where each of R has its own; and
+  which of them count, bool of a shape that broadcasts to the scores [B, H, T, n] or [B, H, R, T, n]; None for all. What
+  R share is never copied for them: XLA for CPUs (of jaxlib 0.10) reads beyond the end of a second operand that is
+  broadcast over the batch.
   """
   return _attend(q * q.shape[-1] ** -0.5, parts)
 
 
+def _product(kind: str, x: jax.Array, y: jax.Array, own: bool) -> jax.Array:
+  """'tk,nk->tn' and the like of every row, head and, where x has them, each of R; in float32."""
+  first, rest = kind.split(',')
+  second, result = rest.split('->')
+  blocks = 'r' * (x.ndim - 4)
+  of_keys = blocks if own else ''  # gradients of shared keys are summed up over R
+  second = f'bh{of_keys if second[0] == "n" else blocks}{second}'
+  result = f'bh{blocks if "t" in result else of_keys}{result}'
+  return jnp.einsum(f'bh{blocks}{first},{second}->{result}', x, y, preferred_element_type=jnp.float32)
+
+
 def _scores(q: jax.Array, parts: Parts) -> list[jax.Array]:
-  """Of q[B, H, ..., T, K] with each part, float32[B, H, ..., T, n]."""
-  scores = [jnp.einsum('bh...tk,bhnk->bh...tn', q, k, preferred_element_type=jnp.float32) for k, _, _ in parts]
+  """Of q[B, H, T, K] (or [B, H, R, T, K]) with each part, float32[B, H, T, n]."""
+  scores = [_product('tk,nk->tn', q, k, k.ndim == 5) for k, _, _ in parts]
   return [s if p[2] is None else jnp.where(p[2], s, NEVER) for s, p in zip(scores, parts, strict=True)]
 
 
@@ -136,8 +147,7 @@ def _found(q: jax.Array, parts: Parts) -> tuple[jax.Array, tuple[Any, ...]]:
   scores = [jnp.exp(s - top) for s in scores]
   total = sum(s.sum(-1, keepdims=True) for s in scores)
   weights = [(s / total).astype(q.dtype) for s in scores]
-  product = functools.partial(jnp.einsum, 'bh...tn,bhnk->bh...tk', preferred_element_type=jnp.float32)
-  found = sum(product(w, v) for w, (_, v, _) in zip(weights, parts, strict=True))
+  found = sum(_product('tn,nk->tk', w, v, v.ndim == 5) for w, (_, v, _) in zip(weights, parts, strict=True))
   found = kept(jnp.moveaxis(found, 1, -2).astype(q.dtype))
   return found, (q, parts, found, kept(top + jnp.log(total)))
 
@@ -145,18 +155,15 @@ def _found(q: jax.Array, parts: Parts) -> tuple[jax.Array, tuple[Any, ...]]:
 def _gradients(residuals: tuple[Any, ...], slope: jax.Array) -> tuple[jax.Array, Any]:
   q, parts, found, log_total = residuals
   # What the weights lose to their sum is the slope along what was found: no sum over keys is needed.
-  along = (slope.astype(jnp.float32) * found.astype(jnp.float32)).sum(-1)
-  q, slope, along = jnp.moveaxis(q, -2, 1), jnp.moveaxis(slope, -2, 1), jnp.moveaxis(along, -1, 1)[..., None]
-  product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  queries = 'mt'[5 - q.ndim :]
+  q, slope, lost = (jnp.moveaxis(x, -2, 1) for x in (q, slope, along(slope, found)))
   of_q, of_parts = 0.0, []
   for scores, (k, v, _) in zip(_scores(q, parts), parts, strict=True):
+    own = k.ndim == 5
     weights = jnp.exp(scores - log_total)
-    of_scores = (weights * (product('bh...tk,bhnk->bh...tn', slope, v) - along)).astype(q.dtype)
-    of_q += product('bh...tn,bhnk->bh...tk', of_scores, k)
-    of_k, of_v = (
-      product(f'bh{queries}n,bh{queries}k->bhnk', x, y) for x, y in ((of_scores, q), (weights.astype(q.dtype), slope))
-    )
+    of_scores = (weights * (_product('tk,nk->tn', slope, v, own) - lost)).astype(q.dtype)
+    of_q += _product('tn,nk->tk', of_scores, k, own)
+    of_k = _product('tk,tn->kn', q, of_scores, own).swapaxes(-1, -2)
+    of_v = _product('tk,tn->kn', slope, weights.astype(q.dtype), own).swapaxes(-1, -2)
     of_parts.append((of_k.astype(k.dtype), of_v.astype(v.dtype), None))
   return jnp.moveaxis(of_q, 1, -2).astype(q.dtype), tuple(of_parts)
 
@@ -165,26 +172,6 @@ _attend.defvjp(_found, _gradients)
 
 
 # --- Blocks of a picture
-
-
-@recomputed
-def two_parts(
-  q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, text_k: jax.Array, text_v: jax.Array
-) -> jax.Array:
-  """Attention of q[B, R, Q, H, K] over a whole text [B, P, H, K] and, by bool[R, Q, T] `mask`, k, v[B, R, T, H, K].
-
-  As of `attend`, the scores are computed again in the backward pass.
-  """
-  scale, dtype = q.shape[-1] ** -0.5, q.dtype
-  scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  near = jnp.where(mask, scores('brqhk,brthk->bhrqt', q, k) * scale, NEVER)
-  text = scores('brqhk,bphk->bhrqp', q, text_k) * scale
-  top = jax.lax.stop_gradient(jnp.maximum(near.max(-1), text.max(-1)))[..., None]
-  near, text = jnp.exp(near - top), jnp.exp(text - top)
-  total = near.sum(-1, keepdims=True) + text.sum(-1, keepdims=True)
-  near, text = ((x / total).astype(dtype) for x in (near, text))
-  sums = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-  return (sums('bhrqt,brthk->brqhk', near, v) + sums('bhrqp,bphk->brqhk', text, text_v)).astype(dtype)
 
 
 @functools.lru_cache(maxsize=32)
@@ -200,28 +187,29 @@ def _block_mask(pattern: Pattern, rows: int, reach: int) -> np.ndarray:
 
 def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern) -> jax.Array:
   """The patterns 'row', 'column' and 'conv': each row (column) of image tokens over the text and the rows it sees."""
-  b, n, heads, head_dim = q.shape
-  prefix, w = pattern.prefix, pattern.grid[1]
+  n, prefix, w = q.shape[1], pattern.prefix, pattern.grid[1]
   rows = -(-(n - prefix) // w)
   reach = min({'row': 1, 'column': 0, 'conv': pattern.conv_kernel // 2}[pattern.kind], rows - 1)
+  text, k, v = q[:, :prefix], k.swapaxes(1, 2), v.swapaxes(1, 2)
+  of_text = (k[:, :, :prefix], v[:, :, :prefix])
 
-  def picture(x):
-    x = jnp.pad(x[:, prefix:], ((0, 0), (0, prefix + rows * w - n), (0, 0), (0, 0)))
-    x = x.reshape(b, rows, w, heads, head_dim)
-    return x.swapaxes(1, 2) if pattern.kind == 'column' else x
+  def blocks(x):  # (..., rows, w, K)
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, prefix + rows * w - n), (0, 0)))[:, :, prefix:]
+    x = x.reshape(*x.shape[:2], rows, w, x.shape[-1])
+    return x.swapaxes(2, 3) if pattern.kind == 'column' else x
 
   def with_rows_above(x):
     if not reach:
       return x
-    x = jnp.pad(x, ((0, 0), (reach, 0), (0, 0), (0, 0), (0, 0)))
-    return jnp.concatenate([x[:, i : i + rows] for i in range(reach + 1)], axis=2)
+    x = jnp.pad(x, ((0, 0), (0, 0), (reach, 0), (0, 0), (0, 0)))
+    return jnp.concatenate([x[:, :, i : i + rows] for i in range(reach + 1)], axis=3)
 
-  text = [x[:, :prefix] for x in (q, k, v)]
-  keys, values = with_rows_above(picture(k)), with_rows_above(picture(v))
-  drawn = kept(two_parts(picture(q), keys, values, jnp.asarray(_block_mask(pattern, rows, reach)), *text[1:]))
-  drawn = drawn.swapaxes(1, 2) if pattern.kind == 'column' else drawn
-  drawn = drawn.reshape(b, rows * w, heads, head_dim)[:, : n - prefix]
-  return jnp.concatenate([fused(*text, 'xla', is_causal=True), drawn], axis=1)
+  image = jnp.moveaxis(blocks(q.swapaxes(1, 2)), 1, -2)
+  mask = jnp.asarray(_block_mask(pattern, rows, reach))
+  found = attend(image, (*of_text, None), (with_rows_above(blocks(k)), with_rows_above(blocks(v)), mask))
+  found = found.swapaxes(1, 2) if pattern.kind == 'column' else found
+  found = found.reshape(len(q), rows * w, *q.shape[2:])[:, : n - prefix]
+  return jnp.concatenate([causal(text, *of_text), found], axis=1)
 
 
 # --- TPU

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.layers.basic import BatchNorm, Einsum, follow, product
+from dalle_jax.layers.basic import BatchNorm, Einsum, follow, layer_norm, product
 
 
 @pytest.mark.parametrize(('shapes', 'axes', 'eqn'), [
@@ -22,6 +22,24 @@ def test_product_and_its_gradients_are_those_of_einsum(shapes, axes, eqn):
 def test_an_einsum_that_is_no_product_is_refused():
   with pytest.raises(ValueError, match='the last axes of the input must be the first ones of the kernel'):
     Einsum((3, 5), (None, None)).init(jax.random.key(0), 'BSD,SF->BDF', jnp.ones((2, 3, 4)))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_gradients_of_layer_norm_are_those_of_its_formula(dtype):
+  draw = lambda i, *shape: 1 + 2 * jax.random.normal(jax.random.key(i), shape)
+  x, scale, bias = draw(0, 2, 3, 8).astype(dtype), draw(1, 8), draw(2, 8)
+
+  def formula(x, scale, bias):
+    x = x.astype(jnp.float32)
+    return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-3) * scale + bias
+
+  ours = lambda *args: jnp.sin(layer_norm(*args, eps=1e-3)).sum()
+  theirs = lambda *args: jnp.sin(formula(*args)).sum()
+  for a, b in zip(*(jax.grad(f, (0, 1, 2))(x, scale, bias) for f in (ours, theirs)), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(
+      a.astype(jnp.float32), b.astype(jnp.float32), rtol=2e-2 if dtype != jnp.float32 else 1e-5, atol=1e-5
+    )
 
 
 def test_batch_norm_goes_by_the_batch_in_training_and_by_what_followed_it_afterwards():

@@ -47,21 +47,21 @@ def kept(stack, x, stream, kinds=None):
 
 
 def test_a_scanned_layer_keeps_no_slopes_statistics_or_scores():
-  x, stream = jnp.zeros((1, 514, 16)), Stream((Pattern('full', 2, (16, 32)),))
+  x, stream = jnp.zeros((1, 512, 16)), Stream((Pattern('full', 2, (16, 32)),))
   every = kept(Stack(2, 2), x, stream)
   wide = [shape for shape in every if shape[-1] == 4 * 16]
   assert 1 <= len(wide) <= 2, wide  # of the MLP what goes into its activation, and what comes out
-  assert not [shape for shape in every if shape[-1] == 1 and shape[-2] == 514], every  # of norms
+  assert not [shape for shape in every if shape[-1] == 1 and shape[-2] == 512], every  # of norms
   assert not [shape for shape in every if sum(size > 64 for size in shape) > 1], every  # queries by keys
 
 
 def test_dots_keep_what_attention_finds_and_full_the_input_of_a_layer():
-  x, stream = jnp.zeros((1, 514, 16)), Stream((Pattern('full', 2, (16, 32)),))
+  x, stream = jnp.zeros((1, 512, 16)), Stream((Pattern('full', 2, (16, 32)),))
   dots = kept(Stack(2, 2, remat='dots'), x, stream)
-  assert dots.count((2, 1, 257, 2, 8)) == dots.count((2, 1, 2, 257, 1)) == 2, dots  # of each half of the queries
+  assert dots.count((2, 1, 256, 2, 8)) == dots.count((2, 1, 2, 256, 1)) == 2, dots  # of each half of the queries
   patterns = Stream((Pattern('row', 2, (16, 32)), Pattern('column', 2, (16, 32))))
-  assert (2, 1, 514, 2, 8) in kept(Stack(2, 2, remat='dots'), x, patterns, kinds=(0, 1))
-  assert kept(Stack(2, 2, remat='full'), x, stream) == [(2, 1, 514, 16)]
+  assert (2, 1, 512, 2, 8) in kept(Stack(2, 2, remat='dots'), x, patterns, kinds=(0, 1))
+  assert kept(Stack(2, 2, remat='full'), x, stream) == [(2, 1, 512, 16)]
 
 
 def test_gelu_is_exact_in_float32_and_rounds_once_in_bfloat16():
