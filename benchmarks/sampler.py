@@ -55,7 +55,7 @@ def setup():
   inputs = (text, image, image[:, 0]) if _STORY.value else (text, image)
   shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)['params'])
   params = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(1), x.shape), shapes)
-  params = decoding.compute_params(params, m.dtype)
+  params = decoding.compute_params(params, m.dtype, few_rows=jax.default_backend() == 'cpu')
   flat = sharding.flatten(params)
   read = sum(v.nbytes for k, v in flat.items() if 'blocks/' in k or 'image_head' in k or '/cross/' in k)
   params = {**params, 'dalle': decoding.by_layer(params['dalle'])} if _STORY.value else decoding.by_layer(params)

@@ -4,6 +4,7 @@ Axis legend: B sequences, V vocabulary.
 """
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -69,9 +70,19 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
   if sampling.guided:
     logits = guide(logits, sampling.guidance)
   if sampling.temperature == 0:
-    return logits.argmax(-1).astype(jnp.int32)
+    return first_largest(logits)
   logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-  return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+  noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)  # Gumbel-max, as categorical does
+  return first_largest(logits + noise)
+
+
+def first_largest(x: jax.Array) -> jax.Array:
+  """The index of the largest of x[..., V], the first where several are: int32[...].
+
+  As argmax, which takes XLA for CPUs (of jaxlib 0.10) ten times as long.
+  """
+  index = jnp.where(x == x.max(-1, keepdims=True), jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape[-1] - 1)
+  return index.min(-1)
 
 
 @struct.dataclass
@@ -91,19 +102,56 @@ def to_int8(x: jax.Array, axis: int) -> Int8:
   return Int8(jnp.round(x / scale).astype(jnp.int8), scale.astype(jnp.float32))
 
 
-def compute_params(params: Any, dtype: Any, int8: bool = False) -> Any:
+@struct.dataclass
+class ByOutput:
+  """Weights [I, O] that lie as [O, I] under the shape of the weights, for products with few rows on a CPU.
+
+  For those who read them by `astype` and multiply by `product`. Plain weights XLA for CPUs (of jaxlib 0.10) reads at
+  half of the rate of memory or less where there are two rows or more, these at nearly all of it.
+  """
+
+  values: jax.Array  # float32
+
+  def astype(self, dtype: Any) -> 'ByOutput':
+    return ByOutput(self.values.astype(dtype))
+
+  @property
+  def T(self) -> 'ByOutput':
+    """Of a head, [O, I] by its shape as well."""
+    return ByOutput(self.values.reshape(self.values.shape[::-1]))
+
+  def product(self, x: jax.Array, axes: int, dtype: Any) -> jax.Array:
+    """As `layers.basic.product`."""
+    inner, outer = math.prod(self.values.shape[:axes]), self.values.shape[axes:]
+    y = jnp.dot(self.values.reshape(-1, inner), x.reshape(-1, inner).T, preferred_element_type=dtype)
+    y = jax.lax.optimization_barrier(y).T  # XLA would change the operands' places, and read by columns again
+    return y.reshape(*x.shape[: x.ndim - axes], *outer)
+
+
+def by_output(x: jax.Array, axes: int) -> ByOutput:
+  """Of weights [L, ...] of L layers, whose next `axes` axes are summed over."""
+  inner = math.prod(x.shape[1 : 1 + axes])
+  return ByOutput(x.reshape(len(x), inner, -1).swapaxes(1, 2).reshape(x.shape))
+
+
+def compute_params(params: Any, dtype: Any, int8: bool = False, few_rows: bool = False) -> Any:
   """Kernels and heads of a transformer in the type of its computation: the same results, and a step reads half as much.
 
   With `int8` what every step reads whole (the blocks with what they look at, the heads) is rounded to eight bits, a
-  quarter of float32. Other parameters (norms, biases, embeddings) are used in float32, and stay so.
+  quarter of float32. With `few_rows` it is laid out as `ByOutput` where it stays float32: for one CPU. Other parameters
+  (norms, biases, embeddings) are used in float32, and stay so.
   """
 
   def cast(path: Any, x: jax.Array) -> Any:
     name = jax.tree_util.keystr(path, simple=True, separator='/')
     if not name.endswith(('kernel', '_head')) or x.dtype != jnp.float32:
       return x
-    if int8 and (name.endswith('_head') or 'blocks/' in name or 'cross/' in name):
-      return to_int8(x, -1 if name.endswith('_head') else 1)  # kernels of layers are [L, in, ...]
+    head = name.endswith('_head')
+    if int8 and (head or 'blocks/' in name or 'cross/' in name):
+      return to_int8(x, -1 if head else 1)  # kernels of layers are [L, in, ...]
+    by_rows = 'blocks/' in name or name.endswith(('cross/query_kernel', 'cross/out_kernel'))
+    if few_rows and dtype == jnp.float32 and (head or by_rows):
+      return ByOutput(x) if head else by_output(x, 2 if name.endswith(('/out/kernel', '/out_kernel')) else 1)
     return x.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(cast, params)

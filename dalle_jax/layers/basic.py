@@ -51,8 +51,11 @@ def boxed(init: Init, axes: Axes) -> Init:
 def product(x: jax.Array, kernel: jax.Array, axes: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
   """The last `axes` axes of x[..., I] contracted with the first ones of kernel[I, O]: [..., O], as `dtype` if given.
 
-  On the CPU as a product of two matrices, and so are its gradients: sums over two axes XLA would first transpose.
+  On the CPU as a product of two matrices, and so are its gradients: sums over two axes XLA would first transpose. A
+  kernel that has a `product` of its own (`functional.decoding.ByOutput`) is multiplied by that.
   """
+  if hasattr(kernel, 'product'):
+    return kernel.product(x, axes, dtype)
   if platform() != 'cpu' or split('seq') > 1:  # one axis of batch and sequence cannot be split over both
     return jnp.tensordot(x, kernel, axes, preferred_element_type=dtype)
   inner, (rows, outer) = math.prod(kernel.shape[:axes]), (x.shape[: x.ndim - axes], kernel.shape[axes:])

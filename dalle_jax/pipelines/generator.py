@@ -144,8 +144,9 @@ class TokenGenerator(Generator):
 
   def _to_draw_with(self, dtype: Any, *players: str) -> None:
     """Keeps the parameters of 'dalle' and other players as drawing reads them."""
+    few_rows = self.mesh is None and jax.default_backend() == 'cpu'
     for player in ('dalle', *players):
-      self.params[player] = decoding.compute_params(self.params[player], dtype, self.int8)
+      self.params[player] = decoding.compute_params(self.params[player], dtype, self.int8, few_rows)
     self.params['dalle'] = decoding.by_layer(self.params['dalle'])
 
   # --- Under jit

@@ -1,5 +1,7 @@
 """Filters against their definitions; the scan against a loop in Python."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,6 +106,14 @@ def test_sampling_follows_the_probabilities():
   np.testing.assert_allclose(np.bincount(cold) / 4000, np.array([0.25, 0.09, 0.04]) / 0.38, atol=0.03)
 
 
+def test_the_first_of_the_largest_is_taken_as_by_argmax():
+  logits = jax.random.randint(jax.random.key(0), (64, 50), 0, 9).astype(jnp.float32)
+  np.testing.assert_array_equal(decoding.first_largest(logits), logits.argmax(-1))
+  keys = jax.random.split(jax.random.key(1), 64)
+  drawn = jax.vmap(jax.random.categorical)(keys, logits)
+  np.testing.assert_array_equal(decoding.choose(logits, keys, Sampling()), drawn)
+
+
 def test_guidance():
   cond, uncond = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 4.0]])
   np.testing.assert_allclose(decoding.guide(jnp.concatenate([cond, uncond]), 3.0), [[3.0, -2.0]])
@@ -127,6 +137,25 @@ def test_a_model_draws_nearly_the_same_with_them():
   run = jax.jit(lambda p: model.apply({'params': p}, text, image[:, :3], method='prefill')[0])
   full, close = run(params), run(small)
   assert 0 < jnp.abs(full - close).max() < 0.05 * jnp.abs(full).max()
+
+
+def test_a_model_draws_the_same_with_weights_laid_out_for_few_rows():
+  model = dalle.build('test')
+  text, image = jnp.ones((2, 6), jnp.int32), jnp.arange(32).reshape(2, 16) % 16
+  params = runs.parameters(model.init, text, image)['params']
+  laid_out = decoding.compute_params(params, jnp.float32, few_rows=True)
+  attention = laid_out['blocks']['blocks']['block_0']['attention']
+  assert all(isinstance(attention[name]['kernel'], decoding.ByOutput) for name in ('query', 'out'))
+  assert isinstance(laid_out['image_head'], decoding.ByOutput)
+
+  @jax.jit
+  def run(params):
+    logits, cache = model.apply({'params': decoding.by_layer(params)}, text, image[:, :3], method='prefill')
+    step = functools.partial(model.apply, {'params': decoding.by_layer(params)}, method='step')
+    return logits, step(image[:, 3], jnp.int32(3), cache.longer(5))[0]
+
+  for ours, plain in zip(run(laid_out), run(params), strict=True):
+    np.testing.assert_allclose(ours, plain, atol=1e-5)
 
 
 @pytest.mark.parametrize(
