@@ -117,21 +117,23 @@ def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array | None]) 
   return _attend(q * q.shape[-1] ** -0.5, parts)
 
 
-def _product(kind: str, x: jax.Array, y: jax.Array, own: bool) -> jax.Array:
-  """'tk,nk->tn' and the like of every row, head and, where x has them, each of R; in float32."""
-  first, rest = kind.split(',')
-  second, result = rest.split('->')
-  blocks = 'r' * (x.ndim - 4)
-  of_keys = blocks if own else ''  # gradients of shared keys are summed up over R
-  second = f'bh{of_keys if second[0] == "n" else blocks}{second}'
-  result = f'bh{blocks if "t" in result else of_keys}{result}'
-  return jnp.einsum(f'bh{blocks}{first},{second}->{result}', x, y, preferred_element_type=jnp.float32)
+def _equations(q: jax.Array, k: jax.Array) -> tuple[str, str]:
+  """Axes of queries and of keys of a part, as of `jnp.einsum`."""
+  rows = 'r' * (q.ndim - 4)
+  return f'bh{rows}tk', f'bh{rows if k.ndim == q.ndim else ""}nk'
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _scores(q: jax.Array, parts: Parts) -> list[jax.Array]:
   """Of q[B, H, T, K] (or [B, H, R, T, K]) with each part, float32[B, H, T, n]."""
-  scores = [_product('tk,nk->tn', q, k, k.ndim == 5) for k, _, _ in parts]
-  return [s if p[2] is None else jnp.where(p[2], s, NEVER) for s, p in zip(scores, parts, strict=True)]
+  every = []
+  for k, _, mask in parts:
+    of_q, of_k = _equations(q, k)
+    scores = _product(f'{of_q},{of_k}->{of_q[:-1]}n', q, k)
+    every.append(scores if mask is None else jnp.where(mask, scores, NEVER))
+  return every
 
 
 @jax.custom_vjp
@@ -147,7 +149,10 @@ def _found(q: jax.Array, parts: Parts) -> tuple[jax.Array, tuple[Any, ...]]:
   scores = [jnp.exp(s - top) for s in scores]
   total = sum(s.sum(-1, keepdims=True) for s in scores)
   weights = [(s / total).astype(q.dtype) for s in scores]
-  found = sum(_product('tn,nk->tk', w, v, v.ndim == 5) for w, (_, v, _) in zip(weights, parts, strict=True))
+  found = 0.0
+  for w, (_, v, _) in zip(weights, parts, strict=True):
+    of_q, of_k = _equations(q, v)
+    found += _product(f'{of_q[:-1]}n,{of_k}->{of_q}', w, v)
   found = kept(jnp.moveaxis(found, 1, -2).astype(q.dtype))
   return found, (q, parts, found, kept(top + jnp.log(total)))
 
@@ -157,13 +162,20 @@ def _gradients(residuals: tuple[Any, ...], slope: jax.Array) -> tuple[jax.Array,
   # What the weights lose to their sum is the slope along what was found: no sum over keys is needed.
   q, slope, lost = (jnp.moveaxis(x, -2, 1) for x in (q, slope, along(slope, found)))
   of_q, of_parts = 0.0, []
-  for scores, (k, v, _) in zip(_scores(q, parts), parts, strict=True):
-    own = k.ndim == 5
-    weights = jnp.exp(scores - log_total)
-    of_scores = (weights * (_product('tk,nk->tn', slope, v, own) - lost)).astype(q.dtype)
-    of_q += _product('tn,nk->tk', of_scores, k, own)
-    of_k = _product('tk,tn->kn', q, of_scores, own).swapaxes(-1, -2)
-    of_v = _product('tk,tn->kn', slope, weights.astype(q.dtype), own).swapaxes(-1, -2)
+  for k, v, mask in parts:
+    # Scores with the keys first: so two of three gradients are products of what lies as products read it.
+    own = k.ndim == q.ndim
+    queries, keys = _equations(q, k)
+    turned = f'{keys[:-1]}t' if own else f'bhn{queries[2:-1]}'
+    turn = lambda x, own=own: jnp.moveaxis(x, -1, -2 if own else 2)
+    scores = _product(f'{keys},{queries}->{turned}', k, q)
+    if mask is not None:
+      scores = jnp.where(turn(jnp.expand_dims(mask, tuple(range(q.ndim - mask.ndim)))), scores, NEVER)
+    weights = jnp.exp(scores - turn(log_total))
+    of_scores = (weights * (_product(f'{keys},{queries}->{turned}', v, slope) - turn(lost))).astype(q.dtype)
+    of_q += _product(f'{turned},{keys}->{queries}', of_scores, k)
+    of_k = _product(f'{turned},{queries}->{keys}', of_scores, q)
+    of_v = _product(f'{turned},{queries}->{keys}', weights.astype(q.dtype), slope)
     of_parts.append((of_k.astype(k.dtype), of_v.astype(v.dtype), None))
   return jnp.moveaxis(of_q, 1, -2).astype(q.dtype), tuple(of_parts)
 
