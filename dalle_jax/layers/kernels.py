@@ -110,7 +110,7 @@ def attend(q: jax.Array, *parts: tuple[jax.Array, jax.Array, jax.Array | None]) 
   """Attention of q[B, T, H, K], or q[B, R, T, H, K], over all of `parts` at once, in its shape; softmax in float32.
 
   A part is k and v [B, H, n, K], laid out as products read them, or [B, H, R, n, K] where each of R has its own; and
-  which of them count, bool of a shape that broadcasts to the scores [B, H, T, n] or [B, H, R, T, n]; None for all. Every
+  which of them count, bool of a shape that broadcasts to the scores [B, H, T, n] or [B, H, R, T, n]; None for all. A
   query must see something. What R share is never copied for them: XLA for CPUs (of jaxlib 0.10) reads beyond the end of
   a second operand that is broadcast over the batch.
   """
