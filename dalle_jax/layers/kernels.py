@@ -85,19 +85,6 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool
   return kept(jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation='cudnn')[:, :n])
 
 
-def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Of q[B, T, H, K] over k, v[B, H, T, K] by XLA; by blocks of queries over the keys up to their last, so that half of
-  all products are made."""
-  n = q.shape[1]
-  count = -(-n // QUERIES) if split('seq') == 1 else 1
-  bounds = [n * i // count for i in range(count + 1)]
-  found = []
-  for first, end in itertools.pairwise(bounds):
-    mask = jnp.asarray(np.tri(end - first, end, first, dtype=bool))
-    found.append(attend(q[:, first:end], (k[:, :, :end], v[:, :, :end], mask)))
-  return jnp.concatenate(found, axis=1)
-
-
 def kept(found: jax.Array) -> jax.Array:
   """Marks what attention finds for remat."""
   return checkpoint_name(found, FOUND)
@@ -181,6 +168,56 @@ def _gradients(residuals: tuple[Any, ...], slope: jax.Array) -> tuple[jax.Array,
 
 
 _attend.defvjp(_found, _gradients)
+
+
+def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  """Of q[B, T, H, K] over k, v[B, H, T, K] by XLA; by blocks of queries over the keys up to their last, so that half of
+  all products are made."""
+  return _causal(q * q.shape[-1] ** -0.5, k, v)
+
+
+def _blocks(n: int) -> list[tuple[int, int]]:
+  """The first query of each block, and the first after it."""
+  count = -(-n // QUERIES) if split('seq') == 1 else 1
+  bounds = [n * i // count for i in range(count + 1)]
+  return list(itertools.pairwise(bounds))
+
+
+def _up_to(k: jax.Array, v: jax.Array, first: int, end: int) -> Parts:
+  """What the queries first, ..., end - 1 see."""
+  return ((k[:, :, :end], v[:, :, :end], jnp.asarray(np.tri(end - first, end, first, dtype=bool))),)
+
+
+@jax.custom_vjp
+def _causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+  return _causal_found(q, k, v)[0]
+
+
+def _causal_found(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
+  """Of each block as `_found`."""
+  each = [_found(q[:, a:b], _up_to(k, v, a, b)) for a, b in _blocks(q.shape[1])]
+  found, log_total = [x for x, _ in each], [rest[-1] for _, rest in each]
+  return jnp.concatenate(found, axis=1), (q, k, v, found, log_total)
+
+
+def _causal_gradients(residuals: tuple[Any, ...], slope: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  q, k, v, found, log_total = residuals
+  blocks = _blocks(q.shape[1])
+  each = [
+    _gradients((q[:, a:b], _up_to(k, v, a, b), *own), slope[:, a:b])
+    for (a, b), *own in zip(blocks, found, log_total, strict=True)
+  ]
+  # Keys of a block are seen from its queries on. Left to JAX, every sum would be one of arrays padded to the whole.
+  of_k, of_v = (
+    jnp.concatenate(
+      [sum(parts[0][i][:, :, a:b] for _, parts in each[block:]) for block, (a, b) in enumerate(blocks)], axis=2
+    )
+    for i in (0, 1)
+  )
+  return jnp.concatenate([of_q for of_q, _ in each], axis=1), of_k, of_v
+
+
+_causal.defvjp(_causal_found, _causal_gradients)
 
 
 # --- Blocks of a picture
