@@ -79,7 +79,7 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
 def first_largest(x: jax.Array) -> jax.Array:
   """The index of the largest of x[..., V], the first where several are: int32[...].
 
-  As argmax, which takes XLA for CPUs (of jaxlib 0.10) ten times as long.
+  As argmax, which takes XLA for CPUs (of jaxlib 0.10) much longer.
   """
   index = jnp.where(x == x.max(-1, keepdims=True), jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape[-1] - 1)
   return index.min(-1)
@@ -149,8 +149,8 @@ def compute_params(params: Any, dtype: Any, int8: bool = False, few_rows: bool =
     head = name.endswith('_head')
     if int8 and (head or 'blocks/' in name or 'cross/' in name):
       return to_int8(x, -1 if head else 1)  # kernels of layers are [L, in, ...]
-    by_rows = 'blocks/' in name or name.endswith(('cross/query_kernel', 'cross/out_kernel'))
-    if few_rows and dtype == jnp.float32 and (head or by_rows):
+    read_whole = 'blocks/' in name or name.endswith(('cross/query_kernel', 'cross/out_kernel'))
+    if few_rows and dtype == jnp.float32 and (head or read_whole):
       return ByOutput(x) if head else by_output(x, 2 if name.endswith(('/out/kernel', '/out_kernel')) else 1)
     return x.astype(dtype)
 
