@@ -29,20 +29,32 @@ FOUND = 'attention'  # the name by which remat can keep what attention finds
 def over_stream(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, kernel: str = 'auto') -> jax.Array:
   """The attention of a stream, from its first position on, by a pattern: [B, S, H, K].
 
-  'auto' takes splash on a TPU, cuDNN for the pattern 'full' where it can be, and else XLA: sparse patterns cost less
-  than 'full' with each of them. Raises ValueError for a kernel that is unknown, or cannot run.
+  'auto' takes splash on a TPU, cuDNN for the pattern 'full' where it can be, and else XLA. Rows, columns and windows
+  cost less than 'full' with each of them: splash leaves out blocks that nothing is seen of, XLA goes by rows (columns)
+  of the picture, of which a window of conv lies in a few. Raises ValueError for a kernel that is unknown, or not of
+  this platform.
   """
-  if kernel not in KERNELS:
-    raise ValueError(f'attention kernel {kernel!r} is unknown; there are {", ".join(KERNELS)}.')
-  if kernel == 'splash' and platform() != 'tpu':
-    raise ValueError(f'attention kernel "splash" is for TPUs, this is {platform()}; use model.kernel="auto".')
+  check(kernel)
   if platform() == 'tpu' and kernel in ('auto', 'splash'):
-    return kept(splash(q, k, v, pattern))
+    return splash(q, k, v, pattern)
   if pattern.kind == 'full' or q.shape[1] <= pattern.prefix:
     return fused(q, k, v, kernel, is_causal=True)
   if pattern.kind == 'wrapped':
     return plain(q, k, v, jnp.asarray(pattern.mask(q.shape[1]))[None, None])
   return in_blocks(q, k, v, pattern)
+
+
+def check(kernel: str) -> None:
+  """Raises ValueError for a kernel that is unknown, or not of this platform."""
+  if kernel not in KERNELS:
+    raise ValueError(f'attention kernel {kernel!r} is unknown; there are {", ".join(KERNELS)}.')
+  if kernel == 'splash' and platform() != 'tpu':
+    raise ValueError(f'attention kernel "splash" is for TPUs, this is {platform()}; use model.kernel="auto".')
+  if kernel == 'cudnn' and not has_flash():
+    device = jax.devices()[0].device_kind
+    raise ValueError(
+      f'attention kernel "cudnn" is for NVIDIA GPUs (Ampere or later), this is {device}; use model.kernel="auto".'
+    )
 
 
 # --- XLA, cuDNN
@@ -67,22 +79,27 @@ def fused(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool
   'cudnn' is the flash attention of NVIDIA's GPUs, 'xla' runs everywhere; 'auto' is the former where it can be. Raises
   ValueError for an unknown kernel, and for 'cudnn' where it cannot be.
   """
-  if kernel not in KERNELS:
-    raise ValueError(f'attention kernel {kernel!r} is unknown; there are {", ".join(KERNELS)}.')
+  check(kernel)
   odd = q.shape[1] % 2  # the kernel takes even lengths alone
   numbers = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-  fits = numbers and (is_causal or not odd) and has_flash()
+  whole = split('seq') == 1  # cuDNN has no queries of one device over the keys of all
+  fits = numbers and (is_causal or not odd) and whole and has_flash()
   if kernel == 'cudnn' and not fits:
     raise ValueError(
-      f'attention kernel "cudnn" does not take {q.dtype}{list(q.shape)} on {jax.devices()[0].device_kind}; it needs '
-      'an NVIDIA GPU (Ampere or later), bfloat16, heads of at most 128; use model.kernel="auto".'
+      f'attention kernel "cudnn" does not take {q.dtype}{list(q.shape)} with {split("seq")} parts of the sequence; it '
+      'needs bfloat16, heads of at most 128, without a mask even lengths, one part; use model.kernel="auto".'
     )
   if not fits or kernel == 'xla':
     k, v = (x.swapaxes(1, 2) for x in (k, v))
     return causal(q, k, v) if is_causal else attend(q, (k, v, None))
   n = q.shape[1]
   q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))  # nothing sees what comes after it
-  return kept(jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation='cudnn')[:, :n])
+  return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation='cudnn')[:, :n]
+
+
+def of_flash(primitive: Any, *_: Any, **params: Any) -> bool:
+  """Whether this is cuDNN's forward pass: a policy of remat, as what it leaves for the backward pass has no name."""
+  return primitive.name.startswith('dot_product_attention_fwd')
 
 
 def kept(found: jax.Array) -> jax.Array:
@@ -306,6 +323,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, interpret
     head_shards=head_parts,
     q_seq_shards=parts,
     interpret=interpret,
+    residual_checkpoint_name=FOUND,
   )
   order = _order(pattern, n)
 

@@ -204,8 +204,9 @@ class Stack(nn.Module):
     body: type[nn.Module] = Period
     if self.remat != 'none':
       keep = jax.checkpoint_policies
-      kept = (keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names(kernels.FOUND))
-      policy = keep.save_from_both_policies(*kept) if self.remat == 'dots' else None
+      both, found = keep.save_from_both_policies, keep.save_only_these_names(kernels.FOUND)
+      dots = both(keep.dots_with_no_batch_dims_saveable, both(found, kernels.of_flash))
+      policy = dots if self.remat == 'dots' else None
       body = nn.remat(Period, prevent_cse=False, policy=policy)
     scan = nn.scan(
       body,

@@ -73,8 +73,9 @@ def test_sparse_patterns_cost_less():
 def test_the_flash_kernel_gets_even_lengths_and_its_absence_is_one_line(monkeypatch):
   q, k, v = qkv(5, dtype=jnp.bfloat16)
   plain = kernels.fused(q, k, v, 'auto', is_causal=True)
-  with pytest.raises(ValueError, match='kernel "cudnn" does not take bfloat16'):
-    kernels.fused(q, k, v, 'cudnn', is_causal=True)
+  for pattern in (Pattern('full', 2, (2, 2)), Pattern('row', 2, (2, 2))):
+    with pytest.raises(ValueError, match='kernel "cudnn" is for NVIDIA GPUs'):
+      kernels.over_stream(q, k, v, pattern, 'cudnn')
   with pytest.raises(ValueError, match="kernel 'flash' is unknown"):
     kernels.fused(q, k, v, 'flash')
   with pytest.raises(ValueError, match="kernel 'flash' is unknown"):
@@ -94,6 +95,10 @@ def test_the_flash_kernel_gets_even_lengths_and_its_absence_is_one_line(monkeypa
   kernels.fused(q, k, v, 'auto')  # without a mask the padding would be seen
   kernels.fused(q, k, v, 'xla', is_causal=True)
   kernels.fused(*(x.astype(jnp.float32) for x in (q, k, v)), 'auto', is_causal=True)
+  with sharding.use(dict(data=4, sequence=2), common.RULES):  # it does not take queries apart from their keys
+    kernels.fused(q, k, v, 'auto', is_causal=True)
+    with pytest.raises(ValueError, match=r'"cudnn" does not take bfloat16\[2, 5, 2, 8\] with 2 parts of the sequence'):
+      kernels.fused(q, k, v, 'cudnn', is_causal=True)
   assert asked == [(6, 'cudnn')]
 
 

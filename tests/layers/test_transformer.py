@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
+from dalle_jax.layers import kernels
 from dalle_jax.layers.attention import Stream
 from dalle_jax.layers.patterns import Pattern
 from dalle_jax.layers.transformer import ACTIVATIONS, Stack
@@ -98,3 +100,19 @@ def test_each_layer_sees_by_the_pattern_of_its_kind(period):
 def test_errors(fields, message):
   with pytest.raises(ValueError, match=message):
     init(Stack(**{'depth': 4, 'heads': 2, **fields}))
+
+
+@pytest.mark.parametrize('kernel', ['cudnn', 'splash'])
+def test_dots_keep_what_the_backward_pass_of_a_kernel_reads(kernel, monkeypatch):
+  """Else its forward pass would run again. The program is for a GPU or a TPU: it is traced here, not compiled."""
+  if kernel == 'cudnn':
+    monkeypatch.setattr(kernels, 'has_flash', lambda: True)
+    monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91_100)
+  else:
+    monkeypatch.setattr(kernels, 'platform', lambda: 'tpu')
+  x, stream = jnp.zeros((1, 512, 16), jnp.bfloat16), Stream((Pattern('full', 2, (16, 32)),))
+  stack = functools.partial(Stack, 2, 2, dtype=jnp.bfloat16, kernel=kernel)
+  dots = kept(stack(remat='dots'), x, stream)
+  found = (2, 1, 512, 2, 8) if kernel == 'cudnn' else (2, 1, 2, 512, 8)
+  assert dots.count(found) == dots.count((2, 1, 2, 512)) == 1, dots  # and the logarithm of the sum of each query
+  assert kept(stack(remat='full'), x, stream) == [(2, 1, 512, 16)]
