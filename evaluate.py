@@ -3,6 +3,7 @@
   python evaluate.py --run runs/quickstart/story --split test_unseen --stories 200
   python evaluate.py --run RUN --path DATA --classifier RUN --resize 64 --out results/pororo
   python evaluate.py --run RUN --clip RUN --n 4          # the best of four by CLIP is scored
+  python evaluate.py --run IMPORTED --source pororo --path DATA
 Writes OUT/frames/STORY_FRAME.png, OUT/storyboards.png (the first stories), OUT/predictions.json (a row a frame) and
 OUT/metrics.json. Frames, scores and the sha256 of the reference are a function of data, runs and flags. Scores: what an
 oracle reads, for story_shapes (no network needed); with --classifier or --clip the FID to the true frames at the
@@ -37,8 +38,9 @@ FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
 integer = lambda name, default, text, low=0: flags.DEFINE_integer(name, default, text, low, flag_values=FLAGS)
 string('run', '', 'run directory of a StoryDALL-E or StoryGANc')
-string('split', 'test', 'of the data that the run was trained on')
-string('path', '', 'where that data is, if not where it was in training')
+string('split', 'test', 'of the data')
+string('source', '', 'data other than what the run was trained on, e.g. pororo; with --path')
+string('path', '', 'where the data is, if not where it was in training')
 string('classifier', '', 'run directory of a classifier: FID by its features, characters')
 string('clip', '', 'run directory of a CLIP: ranks candidates, FID by its embeddings')
 integer('stories', 0, 'only the first ones; 0: all')
@@ -51,6 +53,7 @@ flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale; 1: none', f
 integer('resize', 0, "side in pixels that frames are brought to before FID; 0: the network's own")
 string('out', 'evaluation', 'directory for what is written')
 integer('batch_size', 64, 'pictures at once', 1)
+flags.DEFINE_bool('int8', False, 'weights in eight bits', flag_values=FLAGS)
 integer('step', 0, 'a checkpoint other than the newest')
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
@@ -60,12 +63,10 @@ def run() -> None:
     raise ValueError('give --run RUN_DIR, the run directory of a trained StoryDALL-E or StoryGANc.')
   if FLAGS.n > 1 and not FLAGS.clip:
     raise ValueError(f'--n {FLAGS.n} needs --clip RUN_DIR, which picks the best of the candidates.')
-  model = generator.load(FLAGS.run, clip=FLAGS.clip, step=FLAGS.step or None)
+  model = generator.load(FLAGS.run, clip=FLAGS.clip, step=FLAGS.step or None, int8=FLAGS.int8)
   if not isinstance(model, StoryTeller):
     raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}, which continues no stories; give one that does.')
-  data = ConfigDict(model.config['data'])
-  data.path = FLAGS.path or data.path
-  data.source_args = {k: v for k, v in data.source_args.items() if k != 'unit'}
+  data = data_of(model)
   source = sources.load(data, FLAGS.split)
   for line in source.report() if hasattr(source, 'report') else []:
     print(f'{FLAGS.split}: {line}', flush=True)
@@ -74,12 +75,23 @@ def run() -> None:
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
   out = Path(FLAGS.out)
   evaluation.run(out)
-  names = ('run', 'split', 'seed', 'n', 'temperature', 'top_k', 'top_p', 'guidance', 'clip', 'classifier')
+  names = ('run', 'split', 'seed', 'n', 'temperature', 'top_k', 'top_p', 'guidance', 'int8', 'clip', 'classifier')
   settings = {k: getattr(FLAGS, k) for k in names} | {'step': model.step, 'source': data.source, 'path': data.path}
   metrics = evaluation.metrics()
   checkpoint.write_json(out / 'metrics.json', settings | metrics)
   print('\n'.join(f'{k}: {v}' for k, v in metrics.items()))
   print(f'wrote {len(evaluation.rows)} frames, storyboards.png, predictions.json and metrics.json to {out}')
+
+
+def data_of(model: StoryTeller) -> ConfigDict:
+  """The source, path and arguments of the data: of --source, or else those of training. Raises ValueError without."""
+  trained = model.config['data']
+  kind = FLAGS.source or trained.get('source', '')
+  if not kind:
+    raise ValueError(f'{FLAGS.run} was imported, without data; give them, e.g. --source pororo --path DATA.')
+  own = trained if kind == trained.get('source') else {}
+  args = {k: v for k, v in own.get('source_args', {}).items() if k != 'unit'}
+  return ConfigDict(dict(source=kind, path=FLAGS.path or own.get('path', ''), source_args=args))
 
 
 class Evaluation:

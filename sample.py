@@ -3,6 +3,7 @@
   python sample.py --run runs/quickstart/dalle --clip runs/quickstart/clip --prompt "a large red circle at the top"
   python sample.py --run RUN --prompts captions.txt --n 8 --guidance 2       # one caption a line
   python sample.py --run RUN --prompt "..." --init_image photo.png --keep_rows 3     # completes the lower part
+  python sample.py --run RUN --prompts captions.txt --mesh data=-1,fsdp=1 --distributed   # by every process of a job
   python sample.py --run runs/quickstart/story --story story.json --source frame.png  # {"captions": ["...", "..."]}
 Writes OUT/NUMBER_RANK.png, OUT/grid.png (best first with --clip), OUT/samples.json, for a story OUT/storyboard.png.
 `--debug` shows tracebacks.
@@ -11,7 +12,9 @@ Writes OUT/NUMBER_RANK.png, OUT/grid.png (best first with --clip), OUT/samples.j
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -23,7 +26,7 @@ from dalle_jax.data.restricted import open_array
 from dalle_jax.pipelines import generator
 from dalle_jax.pipelines.grids import caption_grid, storyboard
 from dalle_jax.pipelines.stories import StoryTeller
-from dalle_jax.training import errors, sharding
+from dalle_jax.training import distributed, errors, sharding
 
 FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
@@ -48,6 +51,7 @@ flags.DEFINE_integer('batch_size', 64, 'pictures at once', 1, flag_values=FLAGS)
 flags.DEFINE_integer('step', 0, 'a checkpoint other than the newest', 0, flag_values=FLAGS)
 flags.DEFINE_bool('int8', False, 'weights in eight bits, faster on an accelerator', flag_values=FLAGS)
 string('mesh', '', 'over all devices, e.g. data=-1,fsdp=1,tensor=1; empty: one device')
+distributed.define_flags(FLAGS)
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
 
@@ -101,6 +105,9 @@ def run() -> None:
   if FLAGS.source and not FLAGS.story:
     raise ValueError('--source is the first frame of a story; give its captions with --story FILE.')
   asked, sizes = story() if FLAGS.story else prompts(), mesh_sizes()
+  distributed.join(FLAGS)
+  if distributed.joined() and not sizes:
+    raise ValueError('several processes draw over one mesh; give it, e.g. --mesh data=-1.')
   if sizes:
     with sharding.use(sizes, common.RULES) as mesh:
       draw(asked, mesh=mesh, rules=common.RULES)
@@ -119,18 +126,25 @@ def draw(asked: list[str], **layout) -> None:
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
   names = ('n', 'seed', 'temperature', 'top_k', 'top_p', 'guidance', 'batch_size')
   options = {name: getattr(FLAGS, name) for name in names}
-  out, best = Path(FLAGS.out), FLAGS.best or FLAGS.n
-  out.mkdir(parents=True, exist_ok=True)
   if FLAGS.story:
     vectors = np.array(open_array(FLAGS.vectors, 'sentence vectors, one a caption')) if FLAGS.vectors else None
     drawn = model.continue_story(FLAGS.source, asked, vectors=vectors, **options)
     none = [None] * len(asked)
     results = zip(asked, drawn.frames, drawn.candidates, none if drawn.scores is None else drawn.scores, strict=True)
-    storyboard(drawn.source, drawn.frames[:, 0], asked).save(out / 'storyboard.png')
+    board = storyboard(drawn.source, drawn.frames[:, 0], asked)
   else:
     samples = model.sample(asked, init_image=FLAGS.init_image or None, keep_rows=FLAGS.keep_rows, **options)
-    results = ((s.prompt, s.images, s.candidates, s.scores) for s in samples)
-  table, rows = [], []
+    results, board = ((s.prompt, s.images, s.candidates, s.scores) for s in samples), None
+  if jax.process_index() == 0:
+    write(Path(FLAGS.out), results, board)
+
+
+def write(out: Path, results: Iterable[tuple[Any, ...]], board: Image.Image | None) -> None:
+  """Pictures, grid and table of (caption, pictures, numbers, scores) each, and the storyboard of a story."""
+  out.mkdir(parents=True, exist_ok=True)
+  if board:
+    board.save(out / 'storyboard.png')
+  table, rows, best = [], [], FLAGS.best or FLAGS.n
   for i, (caption, images, candidates, scores) in enumerate(results, bool(FLAGS.story)):  # frame 0 is the source
     files = [f'{i:03d}_{rank}.png' for rank in range(min(best, len(images)))]
     for file, image in zip(files, images, strict=False):

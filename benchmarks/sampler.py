@@ -56,8 +56,9 @@ def setup():
   shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)['params'])
   params = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(1), x.shape), shapes)
   params = decoding.compute_params(params, m.dtype, few_rows=jax.default_backend() == 'cpu')
-  flat = sharding.flatten(params)
-  read = sum(v.nbytes for k, v in flat.items() if 'blocks/' in k or 'image_head' in k or '/cross/' in k)
+  flat, once = sharding.flatten(params), ('/cross/key', '/cross/value')  # read for the source, and not for a token
+  read = sum(v.nbytes for k, v in flat.items() if any(name in k for name in ('blocks/', 'image_head', '/cross/')))
+  read -= sum(v.nbytes for k, v in flat.items() if any(name in k for name in once))
   params = {**params, 'dalle': decoding.by_layer(params['dalle'])} if _STORY.value else decoding.by_layer(params)
   count = _TOKENS.value or m.image_length
   return functools.partial(draw_story if _STORY.value else draw, model, count), params, m, text, count, read

@@ -3,9 +3,9 @@
   python train.py --config configs/story_flintstones.py --config.data.path=FLINTSTONES \\
     --config.run_dir=runs/flintstones --config.init.path=runs/dalle --config.frozen.vqgan=runs/f8
   python train.py --config configs/story_flintstones.py:prompt ...       # the DALL-E frozen: prompt tuning
-dalle_jax/data/sources/flintstones.py tells the layout of FLINTSTONES. Sentence vectors come with the data;
-`sentences=own` does without them, `sentences=clip` takes --config.frozen.clip=RUN. To match on test: FID 26.49,
-character F1 73.43, frame accuracy 55.19; by prompt tuning 53.71, 42.48, 32.54.
+dalle_jax/data/sources/flintstones.py tells the layout of FLINTSTONES. The DALL-E may have any size: config.init.path.
+Sentence vectors come with the data; `sentences=own` does without them, `sentences=clip` takes --config.frozen.clip=RUN.
+To match on test: FID 26.49, character F1 73.43, frame accuracy 55.19; by prompt tuning 53.71, 42.48, 32.54.
 """
 
 from configs import common
@@ -14,5 +14,5 @@ NAMES = ('fred', 'barney', 'wilma', 'betty', 'pebbles', 'dino', 'slate')
 
 
 def get_config(arg: str = ''):
-  arg = common.parse_arg(arg, adapt='finetune', variant='1.3b', sentences='data', batch=4, lr=1e-5)
+  arg = common.parse_arg(arg, adapt='finetune', variant='init', sentences='data', batch=4, lr=1e-5)
   return common.story('flintstones', arg, stories=20_132, new_tokens=NAMES)

@@ -3,9 +3,9 @@
   python train.py --config configs/story_pororo.py --config.data.path=PORORO \\
     --config.run_dir=runs/pororo --config.init.path=runs/dalle --config.frozen.vqgan=runs/f8
   python train.py --config configs/story_pororo.py:prompt ...       # the DALL-E frozen: prompt tuning
-dalle_jax/data/sources/pororo.py tells the layout of PORORO. Sentence vectors come with the data;
-`sentences=own` does without them, `sentences=clip` takes --config.frozen.clip=RUN. To match on test: FID 25.90,
-character F1 36.97, frame accuracy 17.26; by prompt tuning 61.23, 29.68, 11.65.
+dalle_jax/data/sources/pororo.py tells the layout of PORORO. The DALL-E may have any size: config.init.path.
+Sentence vectors come with the data; `sentences=own` does without them, `sentences=clip` takes --config.frozen.clip=RUN.
+To match on test: FID 25.90, character F1 36.97, frame accuracy 17.26; by prompt tuning 61.23, 29.68, 11.65.
 """
 
 from configs import common
@@ -14,5 +14,5 @@ NAMES = ('pororo', 'loopy', 'eddy', 'harry', 'poby', 'tongtong', 'crong', 'rody'
 
 
 def get_config(arg: str = ''):
-  arg = common.parse_arg(arg, adapt='finetune', variant='1.3b', sentences='data', batch=4, lr=1e-4)
+  arg = common.parse_arg(arg, adapt='finetune', variant='init', sentences='data', batch=4, lr=1e-4)
   return common.story('pororo', arg, stories=10_191, new_tokens=NAMES)

@@ -1,6 +1,7 @@
 #!/bin/bash
 # Trains on several nodes of a Slurm cluster, one task a GPU:
-#   sbatch launch/slurm.sh --config configs/dalle_paper.py:1.3b --config.data.path=/shared/pictures --config.run_dir=/shared/run
+#   sbatch launch/slurm.sh --config configs/dalle_paper.py:1.3b,accum=8 --config.data.path=/shared/pictures \
+#     --config.frozen.vqgan=/shared/f8 --config.run_dir=/shared/run
 # To change: nodes, GPUs a node (twice), time, and how Python is found. The run directory and the data have to be on
 # storage that all nodes share. One task a node instead: --ntasks-per-node=1 and, so that it takes all GPUs,
 # `export JAX_LOCAL_DEVICE_IDS=0,1,2,3,4,5,6,7`, as JAX gives each task the GPU of its number on the node.

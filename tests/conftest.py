@@ -6,10 +6,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 # Tests compile far more than they compute, so what they do is compiled quickly and runs slowly.
-xla_flags = ['--xla_force_host_platform_device_count=8', '--xla_cpu_parallel_codegen_split_count=1']
-if version('jaxlib') < '0.11':  # XLA aborts at flags that it does not know
-  xla_flags.append('--xla_cpu_use_fusion_emitters=false')
-os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *xla_flags])
+# From jaxlib 0.11 on there are fusion emitters alone, and XLA aborts at the flag.
+os.environ['XLA_FLAGS'] = (
+  f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'
+  ' --xla_cpu_parallel_codegen_split_count=1'
+  f'{" --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else ""}'
+)
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(Path(__file__).parents[1] / '.pytest_cache' / 'jax'))

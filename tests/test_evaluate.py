@@ -41,7 +41,8 @@ def root(tmp_path_factory):
 
   model = story_dalle.build('test', text_vocab=WORDS.vocab_size + 6)
   codes = np.zeros((1, 1, 16), np.int32)
-  for name, source in (('story', data), ('pororo', {**data, 'source': 'pororo', 'source_args': {'seed': 1}})):
+  pororo = {**data, 'source': 'pororo', 'source_args': {'seed': 1}}
+  for name, source in (('story', data), ('pororo', pororo), ('imported', {'image_size': SIZE})):
     c = {'model': {'variant': 'test'}, 'data': source}
     write(root / name, 'story_dalle', model, c, text, codes, codes[0], frozen=['vqgan'], players=True)
   return root
@@ -133,6 +134,7 @@ def test_mistakes_are_one_line(root, run, tmp_path, capsys):
     ([*story, '--n', 2], '--n 2 needs --clip RUN_DIR'),
     ([*story, '--step', 7], 'has no checkpoint of step 7'),
     ([*story, '--path', folder], "the data source 'story_shapes' does not take path"),
+    (['--run', root / 'imported'], 'was imported, without data; give them, e.g. --source pororo'),
     (['--run', root / 'story'], "unknown split 'test'; expected one of train, val, test_seen, test_unseen"),
     ([*story, '--classifier', root / 'vqgan'], 'looking at pictures needs a classifier or a clip'),
     ([*story, 'more'], "arguments ['more'] are not understood"),
@@ -142,5 +144,5 @@ def test_mistakes_are_one_line(root, run, tmp_path, capsys):
     assert message in err and err.count('\n') == 1, err
   for name in CLIPS[5:]:
     (folder / name).unlink()
-  assert run('--run', root / 'pororo', '--path', folder) == 2
+  assert run('--run', root / 'imported', '--source', 'pororo', '--path', folder, '--int8') == 2
   assert f'none of 2 stories is usable; {CLIPS[5]}: FileNotFoundError' in capsys.readouterr().err

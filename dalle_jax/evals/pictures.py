@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dalle_jax.training import sharding
@@ -32,7 +32,7 @@ def build(
   """A picture `samples` of `objective.sample` for the same records and noise every time; nothing without `sample`."""
   if not hasattr(objective, 'sample'):
     return lambda params, context: {}
-  sample = jax.jit(objective.sample, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  sample = jax.jit(objective.sample, out_shardings=sharding.whole(mesh))
   if config.train.pictures < 1:
     raise ValueError(f'train.pictures is {config.train.pictures}; expected 1 or more, or train.evals without pictures.')
   shards = sharding.batch_shards(mesh)

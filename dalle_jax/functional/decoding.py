@@ -137,9 +137,9 @@ def by_output(x: jax.Array, axes: int) -> ByOutput:
 def compute_params(params: Any, dtype: Any, int8: bool = False, few_rows: bool = False) -> Any:
   """Kernels and heads of a transformer in the type of its computation: the same results, and a step reads half as much.
 
-  With `int8` what every step reads whole (the blocks with what they look at, the heads) is rounded to eight bits, a
-  quarter of float32. With `few_rows` it is laid out as `ByOutput` where it stays float32: for one CPU. Other parameters
-  (norms, biases, embeddings) are used in float32, and stay so.
+  With `int8` the blocks and the heads, which every step reads whole, are rounded to eight bits, a quarter of float32.
+  With `few_rows` what every step reads whole is laid out as `ByOutput` where it stays float32: for one CPU. Other
+  parameters (norms, biases, embeddings) are used in float32, and stay so.
   """
 
   def cast(path: Any, x: jax.Array) -> Any:
@@ -147,7 +147,7 @@ def compute_params(params: Any, dtype: Any, int8: bool = False, few_rows: bool =
     if not name.endswith(('kernel', '_head')) or x.dtype != jnp.float32:
       return x
     head = name.endswith('_head')
-    if int8 and (head or 'blocks/' in name or 'cross/' in name):
+    if int8 and (head or 'blocks/' in name):
       return to_int8(x, -1 if head else 1)  # kernels of layers are [L, in, ...]
     read_whole = 'blocks/' in name or name.endswith(('cross/query_kernel', 'cross/out_kernel'))
     if few_rows and dtype == jnp.float32 and (head or read_whole):

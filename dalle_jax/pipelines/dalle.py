@@ -12,7 +12,7 @@ import numpy as np
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import dalle, image_tokenizer
-from dalle_jax.pipelines.generator import TokenGenerator, check_numbers, decode_codes, request_keys
+from dalle_jax.pipelines.generator import TokenGenerator, check_numbers, decode_codes, in_one_call, request_keys
 from dalle_jax.training import checkpoint, sharding
 
 
@@ -43,7 +43,7 @@ class DallE(TokenGenerator):
     super().__init__(run, frozen, *layout)
     self.model = dalle.build(**{**self.config['model'], **self.sizes})
     self._to_draw_with(self.model.dtype)
-    self._draw = jax.jit(functools.partial(draw, self.model, self.vqgan), static_argnames='sampling')
+    self._draw = self._jit(functools.partial(draw, self.model, self.vqgan), static_argnames='sampling')
 
   def sample(
     self,
@@ -84,8 +84,7 @@ class DallE(TokenGenerator):
     images = np.zeros((len(prompts), n, self.image_size, self.image_size, 3), np.uint8)
     tokens = np.zeros((len(prompts), n, h * w), np.int32)
     shards = sharding.batch_shards(self.mesh) if self.mesh else 1
-    each, together = min(n, batch_size), min(max(1, batch_size // n), len(prompts))  # candidates, prompts of one call
-    together = -(-together // shards) * shards
+    each, together = min(n, batch_size), in_one_call(len(prompts), batch_size // n, shards)  # candidates, prompts
     names = np.array([zlib.crc32(p.encode()) for p in prompts], np.uint32)
     with self._context():
       for first in range(0, n, each):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -58,7 +58,7 @@ def encode_dataset(
   shards = sharding.batch_shards(mesh) if mesh else 1
   batch_size = -(-batch_size // shards) * shards  # so that every device has its share
 
-  @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()) if mesh else None)
+  @functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
   def encode(params: Any, images: jax.Array) -> jax.Array:
     flat = to_float(images.reshape(-1, *images.shape[-3:]))  # frames of a story are pictures
     return model.apply({'params': params}, flat, method='encode').reshape(images.shape[0], -1)

@@ -1,6 +1,7 @@
 """What every pipeline that draws shares: a run with its words and a mesh; for some, image tokens."""
 
 import contextlib
+import functools
 import importlib
 import logging
 from pathlib import Path
@@ -45,6 +46,7 @@ class Generator:
     self.words = text_encoder(run.tokenizer, self.config['tokenizer'])
     self.image_size = self.config['data']['image_size']
     self.step, self.params, self.int8 = run.step, dict(run.params), int8
+    self._jit = functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
 
   @classmethod
   def load(
@@ -60,10 +62,11 @@ class Generator:
     """Loads the run in `path` (its EMA if it has one) and, with `clip`, the run of a CLIP.
 
     Either may be the name of a repository of Hugging Face that holds a run directory (with the extra `hf`).
-    Any checkpoint loads onto any mesh: with `mesh` parameters and pictures are split over it by `rules`; without it
-    everything is on one device. With `int8` a transformer over tokens keeps its weights in eight bits: on an
-    accelerator, where reading them is what a token takes, that is faster, and pictures differ a little. Raises
-    FileNotFoundError when there is no checkpoint (of that `step`), ValueError when a run is of another kind.
+    Any checkpoint loads onto any mesh: with `mesh` parameters and pictures are split over it by `rules`, and where it
+    spans several processes all ask for the same and get all; without it everything is on one device. With `int8` a
+    transformer over tokens keeps its weights in eight bits: where reading them is what a token takes, a quarter of
+    float32 is to be read, and pictures differ a little. Raises FileNotFoundError when there is no checkpoint (of that
+    `step`), ValueError when a run is of another kind.
     """
     run = checkpoint.load_run(path, mesh=mesh, rules=rules, step=step)
     if run.config.get('objective') != cls.OBJECTIVE:
@@ -104,7 +107,7 @@ class Generator:
     return images
 
   def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-    return sharding.put_batch(batch, self.mesh) if self.mesh else batch
+    return sharding.put_whole(batch, self.mesh) if self.mesh else batch
 
   def _context(self) -> contextlib.AbstractContextManager:
     """The mesh and rules that the layers see."""
@@ -130,7 +133,7 @@ class TokenGenerator(Generator):
     self.grid = self.vqgan.grid(self.image_size)
     self.sizes = dalle.sizes(self.config['tokenizer'], self.vqgan, self.image_size)
     self.params['vqgan'] = frozen['vqgan'].network('vqgan')
-    self._encode, self._decode = jax.jit(self._encode_images), jax.jit(self._decode_codes)
+    self._encode, self._decode = self._jit(self._encode_images), self._jit(self._decode_codes)
 
   def encode(self, images: np.ndarray) -> np.ndarray:
     """uint8[B, H, W, 3] of the model's size -> image tokens int32[B, I]."""
@@ -172,6 +175,15 @@ def check_numbers(n: int, batch_size: int, seed: int) -> None:
     raise ValueError(f'n is {n} and batch_size {batch_size}; both must be 1 or more.')
   if not 0 <= seed < 2**32:
     raise ValueError(f'seed is {seed}; expected 0 to {2**32 - 1}.')
+
+
+def in_one_call(count: int, most: int, shards: int) -> int:
+  """How many of `count` requests are drawn at once: `most`, where there are fewer the next power of two.
+
+  So a program is compiled for few sizes, whatever is asked for; a multiple of `shards`, the parts of a batch.
+  """
+  together = min(max(1, most), 1 << (count - 1).bit_length())
+  return -(-together // shards) * shards
 
 
 def request_keys(seed: jax.Array, names: jax.Array, numbers: jax.Array) -> jax.Array:

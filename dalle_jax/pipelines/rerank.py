@@ -21,11 +21,12 @@ BATCH = 256  # pictures at once
 class Reranker:
   """A CLIP with its tokenizer; `Reranker.load(run)`."""
 
-  def __init__(self, model: clip.CLIP, params: Any, encode_text: TextEncoder):
+  def __init__(self, model: clip.CLIP, params: Any, encode_text: TextEncoder, mesh: Mesh | None = None):
     self.model, self.params, self.encode_text = model, params, encode_text
     apply = lambda params, x, method: model.apply({'params': params}, x, method=method)
-    self._text = jax.jit(functools.partial(apply, method='encode_text'))
-    self._image = jax.jit(lambda params, images: apply(params, self._resize(images), method='encode_image'))
+    jit = functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
+    self._text = jit(functools.partial(apply, method='encode_text'))
+    self._image = jit(lambda params, images: apply(params, self._resize(images), method='encode_image'))
 
   @classmethod
   def load(cls, path: str | Path, *, mesh: Mesh | None = None, rules: sharding.Rules = ()) -> 'Reranker':
@@ -36,7 +37,7 @@ class Reranker:
         f'{path} is a run of {run.config.get("objective")!r}; reranking needs one of the objective clip.'
       )
     words = text_encoder(run.tokenizer, run.config['tokenizer'])
-    return cls(clip.of_run(run.config), run.network('clip'), words)
+    return cls(clip.of_run(run.config), run.network('clip'), words, mesh)
 
   def scores(self, prompts: Sequence[str], images: np.ndarray) -> np.ndarray:
     """Cosines float32[B, n] between each of B prompts and its n pictures, uint8[B, n, H, W, 3]."""

@@ -10,7 +10,7 @@ import numpy as np
 
 from dalle_jax.data.bpe import TextEncoder, text_encoder
 from dalle_jax.functional.decoding import Sampling
-from dalle_jax.pipelines.generator import Generator, check_numbers
+from dalle_jax.pipelines.generator import Generator, check_numbers, in_one_call
 from dalle_jax.training import checkpoint, sharding
 
 
@@ -44,7 +44,7 @@ class StoryTeller(Generator):
 
   def __init__(self, *run: Any):
     super().__init__(*run)
-    self._draw = jax.jit(self._draw_frames, static_argnames='sampling')
+    self._draw = self._jit(self._draw_frames, static_argnames='sampling')
 
   def continue_story(
     self, source: Any, captions: Sequence[str], n: int = 4, seed: int = 0, *, vectors: Any = None, **options: Any
@@ -100,9 +100,7 @@ class StoryTeller(Generator):
     count, t = batch['name'].shape
     frames = np.zeros((count, t, n, *sources.shape[1:]), np.uint8)
     shards = sharding.batch_shards(self.mesh) if self.mesh else 1
-    each = min(n, max(1, batch_size // t))  # candidates and stories of one call
-    together = min(max(1, batch_size // (n * t)), count)
-    together = -(-together // shards) * shards
+    each, together = min(n, max(1, batch_size // t)), in_one_call(count, batch_size // (n * t), shards)
     with self._context():
       for first in range(0, n, each):
         for start in range(0, count, together):

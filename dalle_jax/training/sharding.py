@@ -150,6 +150,11 @@ def batch_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[a] for a in BATCH_AXES if a in mesh.axis_names)
 
 
+def whole(mesh: Mesh | None) -> NamedSharding | None:
+  """For what every process reads: a copy on each device of the mesh; None without one."""
+  return NamedSharding(mesh, PartitionSpec()) if mesh else None
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
   """This process's rows of a batch as global arrays split over (data, fsdp)."""
   sharding = batch_sharding(mesh)

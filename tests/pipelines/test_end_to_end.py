@@ -129,6 +129,9 @@ def test_samples_are_ranked_and_depend_on_prompt_seed_and_number_alone(model):
 
 def test_a_mesh_draws_the_same_pictures(root, model):
   expected = model.sample(PROMPTS, n=2, seed=1, guidance=2.0)
+  compiled = model._draw._cache_size()
+  model.sample(['one', 'prompt', 'more', 'than before'], n=2, seed=2, guidance=2.0)
+  assert model._draw._cache_size() == compiled
   for sizes in (dict(data=8, fsdp=1, tensor=1), dict(data=2, fsdp=2, tensor=2)):
     with sharding.use(sizes, common.RULES) as mesh:
       split = DallE.load(root / 'dalle', clip=root / 'clip', mesh=mesh, rules=common.RULES)

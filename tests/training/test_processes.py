@@ -1,5 +1,6 @@
 """Two processes do what one does, go down together, and leave a checkpoint that any number of them goes on from."""
 
+import functools
 import os
 import socket
 import subprocess
@@ -8,9 +9,14 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import sample
 import train
+from dalle_jax.data import bpe
+from dalle_jax.models import clip, dalle, vqgan
 from dalle_jax.training import checkpoint, metrics, sharding
+from tests import runs
 from tests.runs import ROOT
 from tests.training import toy
 
@@ -68,6 +74,41 @@ def straight(tmp_path_factory):
 
 def params(path):
   return checkpoint.load_run(path, ema=False).params
+
+
+def test_two_processes_draw_what_one_does(tmp_path):
+  """Over one mesh; process 0 writes."""
+  words, text = bpe.train(['a red heart'] * 3, 300), np.zeros((1, 6), np.int32)
+  c = {'data': {'image_size': 24}, 'tokenizer': {'vocab_size': words.vocab_size, 'length': 6}}
+  fields, picture = dict(variant='test', image_size=24, patch=3), np.zeros((1, 24, 24, 3), np.float32)
+  write = functools.partial(runs.write, words=words)
+  write(tmp_path / 'vqgan', 'vqgan', vqgan.build(**fields), c | {'model': fields}, picture)
+  c['model'] = {'variant': 'test'}
+  write(tmp_path / 'clip', 'clip', clip.of_run(c), c, picture, text)
+  model = dalle.build('test', text_vocab=words.vocab_size + 6)
+  write(tmp_path / 'dalle', 'dalle', model, c, text, np.zeros((1, 16), np.int32), frozen=['vqgan'])
+  asked = [
+    '--run',
+    tmp_path / 'dalle',
+    '--clip',
+    tmp_path / 'clip',
+    '--n',
+    3,
+    '--prompt',
+    'a red heart',
+    '--prompt',
+    'b',
+  ]
+  over = [*map(str, asked), '--mesh=data=2,tensor=2', f'--out={tmp_path}/two']
+  first, second = ends(start('sample.py', *over))
+  assert (first[0], second[0]) == (0, 0), first[3] + second[3]
+  assert 'devices: 4 x cpu' in first[1] and 'wrote 6 pictures' in first[1] and 'devices' not in second[1]
+  assert runs.call(sample, *asked, '--out', tmp_path / 'one') == 0
+  for name in ('000_0.png', '000_2.png', '001_1.png'):
+    two, one = (np.asarray(Image.open(tmp_path / k / name), int) for k in ('two', 'one'))
+    np.testing.assert_allclose(two, one, atol=1)
+  (first, *_), _ = ends(start('sample.py', *map(str, asked)))
+  assert first == 2
 
 
 def test_two_processes_equal_one(tmp_path, straight):
