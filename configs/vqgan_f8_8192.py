@@ -2,8 +2,9 @@
 
   python train.py --config configs/vqgan_f8_8192.py --config.run_dir=runs/f8 --config.data.path=PICTURES
   python train.py --config configs/vqgan_f8_8192.py:source=tfds:imagenet2012,batch=96 --config.run_dir=runs/f8
-Numbers: Esser et al., 2021, and the public vqgan_gumbel_f8. With --config.loss.lpips_path=VGG_WEIGHTS the loss
-has LPIPS; without it is L1 + L2 and says so. To match on ImageNet val: reconstruction FID 1.49.
+Numbers: Esser et al., 2021, and the public vqgan_gumbel_f8. Perceptual loss: `python -m dalle_jax.convert --from lpips
+--path FOLDER --out runs/lpips`, then --config.frozen.lpips=runs/lpips; without it the loss is L1, and says so. To match
+on ImageNet val: reconstruction FID 1.49.
 """
 
 from configs import common

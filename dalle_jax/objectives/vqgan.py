@@ -155,7 +155,7 @@ class VQGANObjective:
 def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> VQGANObjective:
   """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields).
 
-  LPIPS weights come from the frozen run 'lpips' or the file `loss.lpips_path`; without them the loss is L1 and L2.
+  LPIPS weights come from the frozen run 'lpips' or the file `loss.lpips_path`; without them the loss is that of pixels.
   Raises ValueError for an unknown field and what `lpips.load` raises.
   """
   defaults = {**DEFAULTS, 'data_init': not config.init.path}
@@ -164,7 +164,8 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> VQGANO
   model.grid(config.data.image_size)
   given = c.lpips_weight and (c.lpips_path or 'lpips' in frozen_configs)
   if not given:
-    print('VQGAN: no LPIPS weights (config.frozen.lpips, loss.lpips_path), so the loss is L1 + L2', flush=True)
+    weights = ' + '.join(f'{w} {name}' for name, w in (('L1', c.l1_weight), ('L2', c.l2_weight)) if w)
+    print(f'VQGAN: no LPIPS weights (config.frozen.lpips), so the loss is that of pixels, {weights}', flush=True)
   fields = (
     frozen_configs.get('lpips', {}).get('model', {'variant': 'vgg16'}) if not c.lpips_path else {'variant': 'vgg16'}
   )

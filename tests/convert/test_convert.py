@@ -62,8 +62,11 @@ def test_an_imported_run_draws_and_is_fine_tuned_into_a_storyteller(mindalle, tm
 
 
 def test_an_imported_vqgan_is_fine_tuned_with_its_discriminator_and_lpips(tmp_path, capsys):
-  base, run = tmp_path / 'f4', tmp_path / 'mine'
-  assert convert('--from=taming', f'--path={FIXTURES}/taming_vqgan', f'--out={base}')[0] == 0
+  base, run, logs = tmp_path / 'f4', tmp_path / 'mine', tmp_path / 'logs'
+  for name, folder in (('last.ckpt', 'checkpoints'), ('model.yaml', 'configs')):  # as their training leaves them
+    (logs / folder).mkdir(parents=True)
+    shutil.copy(FIXTURES / 'taming_vqgan' / name, logs / folder)
+  assert convert('--from=taming', f'--path={logs}', f'--out={base}')[0] == 0
   arguments = [
     '--config.data.source=shapes', '--config.data.augment=', '--config.data.workers=0', '--config.data.batch_size=8',
     '--config.train.steps=1', '--config.train.eval_every=0', '--config.train.log_every=1', f'--config.run_dir={run}',
@@ -94,7 +97,8 @@ def test_a_run_may_be_named_by_its_repository(mindalle, tmp_path, monkeypatch):
   hub = types.SimpleNamespace(snapshot_download=lambda name: asked.append(name) or str(mindalle))
   monkeypatch.setitem(sys.modules, 'huggingface_hub', hub)
   monkeypatch.chdir(tmp_path)
-  assert checkpoint.load_run('owner/mindalle').config['objective'] == 'dalle' and asked == ['owner/mindalle']
+  for name, objective in (('owner/mindalle', 'dalle'), ('owner/mindalle/frozen/vqgan', 'vqgan')):
+    assert checkpoint.load_run(name).config['objective'] == objective and set(asked) == {'owner/mindalle'}
   hub.snapshot_download = lambda name: (_ for _ in ()).throw(RuntimeError('404:\nno such repository'))
   with pytest.raises(FileNotFoundError, match=r'no directory, and Hugging Face .*404: no such repository'):
     checkpoint.load_run('owner/other')

@@ -1,7 +1,8 @@
 """taming-transformers: VQModel and GumbelVQ with discriminator and LPIPS (Esser et al., 2021), and what shares their
 layout: stage 1 of minDALL-E, the image tokenizer of ru-DALLE.
 
-Files: a checkpoint of pytorch-lightning (last.ckpt) and its config (model.yaml), in one folder.
+Files: a checkpoint of pytorch-lightning (last.ckpt) and its config (model.yaml), in one folder or as their logs have
+them, in checkpoints/ and configs/.
 """
 
 import re
@@ -14,7 +15,7 @@ from dalle_jax.convert.engine import Imported, Network, Row, conv, conv2d, conve
 from dalle_jax.convert.sources import lpips
 from dalle_jax.models import patchgan, vqgan
 
-EXPECTED = 'a folder with last.ckpt and model.yaml of taming-transformers'
+EXPECTED = 'last.ckpt and model.yaml of taming-transformers in a folder, or in its checkpoints/ and configs/'
 NAMES = (  # ours -> theirs, without the leaf
   (r'(encoder|decoder)/(down|up)_(\d+)_(block|attn)_(\d+)/(\w+)', r'\1.\2.\3.\4.\5.\6'),
   (r'(encoder|decoder)/(down|up)_(\d+)_(downsample|upsample)/conv', r'\1.\2.\3.\4.conv'),
@@ -98,8 +99,10 @@ def discriminator(source: str, theirs: Mapping[str, Any], layers: int, width: in
 
 def read(path: Path, **options: Any) -> Imported:
   """A VQGAN and, where the file has them, its discriminator and LPIPS. Raises ValueError and OSError of one line."""
-  weights = files.find(path, '*.ckpt', '*.pt', '*.pth', '*.safetensors', expected=EXPECTED)
-  description = files.find(weights.parent, 'model.yaml', '*.yaml', '*.yml', expected=EXPECTED)
+  logs = ('checkpoints/last.ckpt', 'checkpoints/*.ckpt')
+  weights = files.find(path, 'last.ckpt', '*.ckpt', '*.pt', '*.pth', '*.safetensors', *logs, expected=EXPECTED)
+  folder = weights.parent.parent / 'configs' if weights.parent.name == 'checkpoints' else weights.parent
+  description = files.find(folder, 'model.yaml', '*project.yaml', '*.yaml', '*.yml', expected=EXPECTED)
   config = files.config(description)
   config = config.get('model', config)
   known = files.fields(description, config, 'target', 'params.embed_dim', 'params.n_embed', 'params.ddconfig')
