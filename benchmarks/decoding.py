@@ -1,12 +1,11 @@
 """Seconds a token with and without the cache of keys and values, for a full 1,024-token picture.
 
-python benchmarks/decoding.py --variant=small --batch_size=4
+python -m benchmarks.decoding --variant=small --batch_size=4
 Without a cache each token needs a pass over everything before it; that is timed at eight lengths and averaged, which
 favours it: a real one would compile for each length or always pass over the whole stream (also shown).
 """
 
 import functools
-import time
 
 import flax.linen as nn
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks import limits
 from dalle_jax.functional import decoding
 from dalle_jax.models import dalle
 
@@ -22,17 +22,6 @@ _BATCH = flags.DEFINE_integer('batch_size', 1, 'pictures at once')
 _WIDTH = flags.DEFINE_integer('d_model', 0, 'another width; 0: that of the variant')
 _DEPTH = flags.DEFINE_integer('depth', 0, 'another depth; 0: that of the variant')
 _DTYPE = flags.DEFINE_string('dtype', '', 'float32 or bfloat16; empty: bfloat16, float32 on a CPU')
-
-
-def seconds(function, repeats: int = 3) -> float:
-  """The fastest of `repeats` calls after one that compiles."""
-  jax.block_until_ready(function())
-  times = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(function())
-    times.append(time.perf_counter() - start)
-  return min(times)
 
 
 def main(_):
@@ -47,6 +36,9 @@ def main(_):
   params = nn.unbox(jax.jit(model.init)(jax.random.key(0), text, image)['params'])
   keys = jax.random.split(jax.random.key(1), batch)
 
+  # As a pipeline keeps them for drawing.
+  ready = decoding.by_layer(decoding.compute_params(params, model.dtype, few_rows=on_cpu))
+
   @jax.jit
   def cached(params):
     apply = functools.partial(model.apply, {'params': params})
@@ -57,14 +49,15 @@ def main(_):
   whole = jax.jit(lambda params, image: model.apply({'params': params}, text, image)[1])
 
   print(f'{jax.devices()[0].device_kind}, {_VARIANT.value} {changes}, {model.dtype}, {batch} x {count} tokens')
-  one = seconds(lambda: cached(params), 2) / count
+  one = limits.seconds(cached, ready, repeats=2) / count
   lengths = [count * (2 * i + 1) // 16 for i in range(8)]
-  each = [seconds(lambda n=n: prefix(params, image[:, :n])) for n in lengths]
-  full = seconds(lambda: whole(params, image))
+  each = [limits.seconds(prefix, params, image[:, :n], repeats=3) for n in lengths]
+  full = limits.seconds(whole, params, image, repeats=3)
   print(f'{"":<28}{"ms a token":>12}{"ratio":>8}')
   for name, value in (('cached', one), ('uncached, growing prefix', float(np.mean(each))), ('uncached, whole', full)):
     print(f'{name:<28}{1e3 * value:>12.2f}{value / one:>8.1f}')
-  codes, logits = cached(params), whole(params, cached(params))
+  codes = cached(ready)
+  logits = whole(params, codes)
   print(f'greedy codes equal to those of the whole pass: {100 * float((codes == logits.argmax(-1)).mean()):.2f}%')
 
 

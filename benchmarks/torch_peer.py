@@ -3,17 +3,22 @@
 Eager by default. Attention is one linear layer each for queries, keys and values, scores, a mask, softmax; sparse kinds
 are computed over rows, columns and windows of the picture as DALLE-pytorch computes them; sampling keeps keys and
 values in a list that grows by concatenation, and where attention is sparse runs the whole stream again for every token.
+On the CPU alone.
 """
 
 import time
 from collections.abc import Callable
 
+import jax
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from dalle_jax.layers.patterns import layer_kinds
 from dalle_jax.models.dalle import DALLE
+
+if jax.default_backend() != 'cpu':
+  raise SystemExit('--peer=torch compares on a CPU alone, this is a run on an accelerator; leave it out.')
 
 
 class Attention(nn.Module):

@@ -25,8 +25,8 @@ SIZES = {  # name -> variant, changes, pixels, what is measured
 }
 
 
-def measure(model: vqgan.VQGAN, size: int, names: tuple[str, ...]) -> dict[str, float]:
-  """Seconds of each."""
+def measure(model: vqgan.VQGAN, size: int, names: tuple[str, ...]) -> dict[str, tuple[float, float]]:
+  """Seconds and FLOPs of each."""
   x = jax.random.uniform(jax.random.key(0), (_BATCH.value, size, size, 3), minval=-1)
   params = nn.unbox(jax.jit(model.init)(jax.random.key(1), x)['params'])
   options = host.known_options(common.CONVOLUTIONS_ON_CPU, x.sharding) if jax.default_backend() == 'cpu' else None
@@ -44,17 +44,22 @@ def measure(model: vqgan.VQGAN, size: int, names: tuple[str, ...]) -> dict[str, 
     return optax.apply_updates(params, updates), state
 
   calls = {
-    'encode': lambda: limits.seconds(apply('encode'), params, x, repeats=2),
-    'decode': lambda: limits.seconds(apply('decode_codes'), params, codes, repeats=2),
-    'train': lambda: limits.seconds(train, params, optimizer.init(params), repeats=2),
+    'encode': (apply('encode'), params, x),
+    'decode': (apply('decode_codes'), params, codes),
+    'train': (train, params, optimizer.init(params)),
   }
-  return {name: calls[name]() for name in names}
+
+  def of(call, *args):
+    return limits.seconds(call, *args, repeats=2), call.lower(*args).cost_analysis()['flops']
+
+  return {name: of(*calls[name]) for name in names}
 
 
 def main(_):
   if jax.default_backend() == 'cpu':
     host.keep_memory()  # as train.py does; the peer has it, too
-  print(f'{jax.devices()[0].device_kind}, {limits.matmul() / 1e12:.2f} TFLOP/s measured; {_BATCH.value} pictures')
+  limit = limits.matmul()
+  print(f'{jax.devices()[0].device_kind}, {limit / 1e12:.2f} TFLOP/s measured; {_BATCH.value} pictures')
   for size, (variant, changes, pixels, names) in SIZES.items():
     model = vqgan.build(variant, **changes, dtype=sizes.dtype())
     ours, peer = measure(model, pixels, names), {}
@@ -62,9 +67,10 @@ def main(_):
       from benchmarks import torch_peer
 
       peer = torch_peer.vqgan_seconds(model, pixels, _BATCH.value, names)
-    for name, value in ours.items():
+    for name, (value, flops) in ours.items():
       ratio = f'; torch {peer[name]:.3f} s, {peer[name] / value:.2f} times as long' if peer else ''
-      print(f'{size} {name} at {pixels} x {pixels}: {value:.3f} s{ratio}', flush=True)
+      speed = f'{_BATCH.value / value:.2f} pictures/s, {100 * flops / value / limit:.0f}% of the FLOP/s measured'
+      print(f'{size} {name} at {pixels} x {pixels}: {value:.3f} s, {speed}{ratio}', flush=True)
 
 
 if __name__ == '__main__':
