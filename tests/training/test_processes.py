@@ -87,19 +87,8 @@ def test_two_processes_draw_what_one_does(tmp_path):
   write(tmp_path / 'clip', 'clip', clip.of_run(c), c, picture, text)
   model = dalle.build('test', text_vocab=words.vocab_size + 6)
   write(tmp_path / 'dalle', 'dalle', model, c, text, np.zeros((1, 16), np.int32), frozen=['vqgan'])
-  asked = [
-    '--run',
-    tmp_path / 'dalle',
-    '--clip',
-    tmp_path / 'clip',
-    '--n',
-    3,
-    '--prompt',
-    'a red heart',
-    '--prompt',
-    'b',
-  ]
-  over = [*map(str, asked), '--mesh=data=2,tensor=2', f'--out={tmp_path}/two']
+  asked = [f'--run={tmp_path}/dalle', f'--clip={tmp_path}/clip', '--n=3', '--prompt=a red heart', '--prompt=b']
+  over = [*asked, '--mesh=data=2,tensor=2', f'--out={tmp_path}/two']
   first, second = ends(start('sample.py', *over))
   assert (first[0], second[0]) == (0, 0), first[3] + second[3]
   assert 'devices: 4 x cpu' in first[1] and 'wrote 6 pictures' in first[1] and 'devices' not in second[1]
@@ -107,8 +96,8 @@ def test_two_processes_draw_what_one_does(tmp_path):
   for name in ('000_0.png', '000_2.png', '001_1.png'):
     two, one = (np.asarray(Image.open(tmp_path / k / name), int) for k in ('two', 'one'))
     np.testing.assert_allclose(two, one, atol=1)
-  (first, *_), _ = ends(start('sample.py', *map(str, asked)))
-  assert first == 2
+  refused, _ = ends(start('sample.py', *asked))
+  assert refused[0] == 2 and 'several processes draw over one mesh; give it, e.g. --mesh data=-1' in refused[3]
 
 
 def test_two_processes_equal_one(tmp_path, straight):
