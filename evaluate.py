@@ -1,186 +1,149 @@
-"""Continues the stories of a held-out split by a trained StoryDALL-E or StoryGANc and scores every frame.
+"""Scores a trained model on a held-out split: continued stories, pictures for captions, or reconstructions.
 
-  python evaluate.py --run runs/quickstart/story --split test_unseen --stories 200
+  python evaluate.py --run runs/quickstart/story --split test_unseen --count 200     # a StoryDALL-E or StoryGANc
+  python evaluate.py --run runs/quickstart/dalle --clip runs/quickstart/clip --n 8   # a DALL-E; the best of 8 is scored
+  python evaluate.py --run runs/quickstart/vqgan                                     # an image tokenizer
+  python evaluate.py --run IMPORTED --source folder --path PICTURES --inception runs/inception
   python evaluate.py --run RUN --path DATA --classifier RUN --resize 64 --out results/pororo
-  python evaluate.py --run RUN --clip RUN --n 4          # the best of four by CLIP is scored
-  python evaluate.py --run IMPORTED --source pororo --path DATA
-Writes OUT/frames/STORY_FRAME.png, OUT/storyboards.png (the first stories), OUT/predictions.json (a row a frame) and
-OUT/metrics.json. Frames, scores and the sha256 of the reference are a function of data, runs and flags. Scores: what an
-oracle reads, for story_shapes (no network needed); with --classifier or --clip the FID to the true frames at the
-model's size, by the features of the former if both are given; with --classifier and labels the characters, for drawn
-and for true frames (the ceiling). Published StoryDALL-E figures resize to 64 pixels before FID (--resize 64) and see
-through an Inception-v3, so compare FIDs only where metrics.json has the same network, resize and reference beside them.
+Writes OUT/pictures/NUMBER.png, OUT/grid.png (the first ones), OUT/predictions.json (a row a picture) and
+OUT/metrics.json. Pictures, scores and the sha256 of the reference are a function of data, runs and flags. Scores: what
+an oracle reads, for the procedural worlds; the FID to the true pictures through --inception (as published ones), or
+else through --classifier or --clip; with --clip the mean cosine of captions and pictures; with --classifier and labels
+the characters, for drawn and for true pictures (the ceiling); of reconstructions PSNR, L1, the codes in use and, where
+the run has one or --lpips is given, LPIPS. Published StoryDALL-E figures resize to 64 pixels before FID (--resize 64):
+compare FIDs only where metrics.json has the same network, resize and reference beside them.
 """
 
-import itertools
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from PIL import Image
 
-from dalle_jax.data import pipeline, sources
-from dalle_jax.evals import characters, fid
-from dalle_jax.evals.oracle import COLUMNS, Oracle, score_moments
+from configs import common
+from dalle_jax.data import sources
+from dalle_jax.evals import captions, fid, reconstructions, split, stories
+from dalle_jax.models import image_tokenizer
 from dalle_jax.pipelines import generator
-from dalle_jax.pipelines.grids import stacked, storyboard
-from dalle_jax.pipelines.stories import StorySample, StoryTeller
-from dalle_jax.training import checkpoint, errors
+from dalle_jax.pipelines.image_tokenizer import ImageTokenizer
+from dalle_jax.pipelines.stories import StoryTeller
+from dalle_jax.training import checkpoint, errors, layout
 
-SHOWN = 6  # stories in storyboards.png
-Record = tuple[int, dict[str, np.ndarray], list[str]]  # number, arrays of all F frames, F captions
 FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
 integer = lambda name, default, text, low=0: flags.DEFINE_integer(name, default, text, low, flag_values=FLAGS)
-string('run', '', 'run directory of a StoryDALL-E or StoryGANc')
+string('run', '', 'run directory of a StoryDALL-E, StoryGANc, DALL-E, VQGAN or dVAE')
 string('split', 'test', 'of the data')
 string('source', '', 'data other than what the run was trained on, e.g. pororo; with --path')
 string('path', '', 'where the data is, if not where it was in training')
+string('inception', '', 'run directory of an imported Inception-v3: FID as published')
 string('classifier', '', 'run directory of a classifier: FID by its features, characters')
-string('clip', '', 'run directory of a CLIP: ranks candidates, FID by its embeddings')
-integer('stories', 0, 'only the first ones; 0: all')
-integer('n', 1, 'candidates a frame, of which CLIP picks the best', 1)
-integer('seed', 0, 'same seed, same frames')
+string('clip', '', 'run directory of a CLIP: ranks candidates, CLIP score, FID by its embeddings')
+string('lpips', '', 'run directory of an imported LPIPS, for reconstructions')
+integer('count', 0, 'only the first records; 0: all')
+integer('n', 1, 'candidates a picture, of which CLIP picks the best', 1)
+integer('seed', 0, 'same seed, same pictures')
 flags.DEFINE_float('temperature', 1.0, '0: the most probable token, no noise in a GAN', flag_values=FLAGS)
 integer('top_k', 0, 'only the k most probable tokens; 0: all')
 flags.DEFINE_float('top_p', 1.0, 'only the most probable tokens of this mass', flag_values=FLAGS)
 flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale; 1: none', flag_values=FLAGS)
-integer('resize', 0, "side in pixels that frames are brought to before FID; 0: the network's own")
+integer('resize', 0, "side in pixels that pictures are brought to before FID; 0: the network's own")
+integer('image_size', 0, 'of reconstructions; 0: that of training')
 string('out', 'evaluation', 'directory for what is written')
 integer('batch_size', 64, 'pictures at once', 1)
 flags.DEFINE_bool('int8', False, 'weights in eight bits', flag_values=FLAGS)
 integer('step', 0, 'a checkpoint other than the newest')
+layout.define_flags(FLAGS)
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
+SAMPLING = ('temperature', 'top_k', 'top_p', 'guidance')
+DRAWING = ('clip', 'n', 'seed', *SAMPLING, 'int8')  # flags of models that draw
 
 
 def run() -> None:
   if not FLAGS.run:
-    raise ValueError('give --run RUN_DIR, the run directory of a trained StoryDALL-E or StoryGANc.')
+    raise ValueError('give --run RUN_DIR, the run directory of a trained model.')
   if FLAGS.n > 1 and not FLAGS.clip:
     raise ValueError(f'--n {FLAGS.n} needs --clip RUN_DIR, which picks the best of the candidates.')
-  model = generator.load(FLAGS.run, clip=FLAGS.clip, step=FLAGS.step or None, int8=FLAGS.int8)
-  if not isinstance(model, StoryTeller):
-    raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}, which continues no stories; give one that does.')
+  with layout.asked(FLAGS, common.MESHES['data'], common.RULES) as where:
+    score(where)
+
+
+def score(where: dict[str, Any]) -> None:
+  model, kind = load(where)
   data = data_of(model)
   source = sources.load(data, FLAGS.split)
   for line in source.report() if hasattr(source, 'report') else []:
     print(f'{FLAGS.split}: {line}', flush=True)
-  seen_by = FLAGS.classifier or FLAGS.clip
-  evaluation = Evaluation(model, source, data.source, fid.Network.load(seen_by) if seen_by else None)
+  evaluation = build(model, kind, source)
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
   out = Path(FLAGS.out)
-  evaluation.run(out)
-  names = ('run', 'split', 'seed', 'n', 'temperature', 'top_k', 'top_p', 'guidance', 'int8', 'clip', 'classifier')
-  settings = {k: getattr(FLAGS, k) for k in names} | {'step': model.step, 'source': data.source, 'path': data.path}
+  evaluation.run(out, FLAGS.count)
+  names = ('run', 'split', 'inception', 'classifier', *(DRAWING if kind is not reconstructions.Reconstructions else ()))
+  settings = {k: getattr(FLAGS, k) for k in names}
+  settings |= {'step': model.step, 'source': data.source, 'path': data.path, 'image_size': model.image_size}
   metrics = evaluation.metrics()
   checkpoint.write_json(out / 'metrics.json', settings | metrics)
   print('\n'.join(f'{k}: {v}' for k, v in metrics.items()))
-  print(f'wrote {len(evaluation.rows)} frames, storyboards.png, predictions.json and metrics.json to {out}')
+  print(f'wrote {len(evaluation.rows)} pictures, grid.png, predictions.json and metrics.json to {out}')
 
 
-def data_of(model: StoryTeller) -> ConfigDict:
+def load(where: dict[str, Any]) -> tuple[Any, type[split.Evaluation]]:
+  """The pipeline of the run, and what evaluates it. Raises ValueError for flags that it has no use for."""
+  step = FLAGS.step or None
+  if checkpoint.read_config(FLAGS.run).get('objective') in image_tokenizer.ROOMS:
+    if given := [k for k in DRAWING if FLAGS[k].value != FLAGS[k].default and k != 'clip']:
+      raise ValueError(f'{FLAGS.run} is an image tokenizer, which draws nothing; leave out --{", --".join(given)}.')
+    tokenizer = ImageTokenizer.load(FLAGS.run, image_size=FLAGS.image_size, step=step, **where)
+    return tokenizer, reconstructions.Reconstructions
+  if given := [k for k in ('lpips', 'image_size') if getattr(FLAGS, k)]:
+    raise ValueError(f'--{", --".join(given)} is for reconstructions by an image tokenizer; leave it out.')
+  model = generator.load(FLAGS.run, clip=FLAGS.clip, step=step, int8=FLAGS.int8, **where)
+  return model, stories.Stories if isinstance(model, StoryTeller) else captions.Captions
+
+
+def data_of(model: Any) -> ConfigDict:
   """The source, path and arguments of the data: of --source, or else those of training. Raises ValueError without."""
   trained = model.config['data']
   kind = FLAGS.source or trained.get('source', '')
   if not kind:
-    raise ValueError(f'{FLAGS.run} was imported, without data; give them, e.g. --source pororo --path DATA.')
-  own = trained if kind == trained.get('source') else {}
-  args = {k: v for k, v in own.get('source_args', {}).items() if k != 'unit'}
-  return ConfigDict(dict(source=kind, path=FLAGS.path or own.get('path', ''), source_args=args))
+    raise ValueError(f'{FLAGS.run} was imported, without data; give them, e.g. --source folder --path DATA.')
+  if kind == 'tokens':
+    raise ValueError(f'{FLAGS.run} was trained on encoded pictures; give pictures, e.g. --source folder --path DATA.')
+  args = dict(trained.get('source_args', {})) if kind == trained.get('source') else {}
+  if isinstance(model, StoryTeller):
+    args.pop('unit', None)
+  path = FLAGS.path or (trained.get('path', '') if kind == trained.get('source') else '')
+  return ConfigDict(dict(source=kind, path=path, source_args=args))
 
 
-class Evaluation:
-  """One pass over a split; `rows` has what predictions.json says of each frame, in order."""
+def build(model: Any, kind: type[split.Evaluation], source: Any) -> split.Evaluation:
+  """The evaluation, with the networks that the flags name."""
+  networks = {name: fid.Network.load(path, model.mesh) for name in fid.KINDS if (path := getattr(FLAGS, name))}
+  settings = split.Settings(
+    n=FLAGS.n,
+    seed=FLAGS.seed,
+    batch_size=FLAGS.batch_size,
+    sampling={k: getattr(FLAGS, k) for k in SAMPLING},
+    resize=FLAGS.resize,
+    network=next(iter(networks.values()), None),
+    labels=networks.get('classifier'),
+  )
+  if kind is not reconstructions.Reconstructions:
+    return kind(model, source, settings)
+  return reconstructions.Reconstructions(model, source, settings, distance(model))
 
-  def __init__(self, model: StoryTeller, source: Any, kind: str, network: fid.Network | None):
-    self.model, self.source = model, source
-    self.oracle = Oracle(model.image_size, accessories=True) if kind == 'story_shapes' else None
-    self.seen = {k: fid.Seen(network, FLAGS.resize) for k in ('drawn', 'true')} if network else {}
-    names = getattr(source, 'label_names', ())
-    self.tally = characters.Tally(network, names) if names and network and network.kind == 'classifier' else None
-    self.rows: list[dict[str, Any]] = []
-    self.skipped: list[str] = []  # 'NAME: reason'
 
-  def run(self, out: Path) -> None:
-    (out / 'frames').mkdir(parents=True, exist_ok=True)
-    count = min(FLAGS.stories or len(self.source), len(self.source))
-    size = min(count, max(1, FLAGS.batch_size // (FLAGS.n * self.model.model.frames)))
-    stories, boards = self.stories(count), []
-    while part := list(itertools.islice(stories, size)):
-      samples = self.draw(part, size)
-      self.score(part, samples, out)
-      boards += [storyboard(s.source, s.frames[:, 0], s.captions) for s in samples[: SHOWN - len(boards)]]
-      print(f'{part[-1][0] + 1} of {count} stories', flush=True)
-    if not self.rows:
-      raise ValueError(f'none of {count} stories is usable; {self.skipped[0]}')
-    stacked(boards).save(out / 'storyboards.png')
-    checkpoint.write_json(out / 'predictions.json', self.rows)
-
-  def stories(self, count: int) -> Iterator[Record]:
-    """Those of the first `count` that are usable; the others are named, counted and left out."""
-    examples = pipeline.Examples(self.source, self.model.image_size, '', None)
-    for k in range(count):
-      try:
-        arrays, captions, story = examples.read(k, None)
-        if not story or 'image' not in arrays or not all(c.strip() for c in captions[1:]):
-          raise ValueError('expected a story of pictures with a caption for every frame after the first')
-      except Exception as e:  # what a broken file makes Pillow raise has no common class
-        self.skipped.append(' '.join(f'{examples.name(k)}: {type(e).__name__}: {e}'.split()))
-        if len(self.skipped) <= pipeline.LOGGED:  # metrics.json has all
-          print(f'skipped {self.skipped[-1]}', flush=True)
-        continue
-      yield k, arrays, captions
-
-  def draw(self, part: Sequence[Record], size: int) -> list[StorySample]:
-    """A sample a story; the call is filled up to `size` stories, so that it compiles once."""
-    _, arrays, captions = zip(*part, *[part[-1]] * (size - len(part)), strict=True)
-    vectors = np.stack([a['vectors'] for a in arrays]) if 'vectors' in arrays[0] else None
-    options = {k: getattr(FLAGS, k) for k in ('temperature', 'top_k', 'top_p', 'guidance', 'batch_size')}
-    given, told = np.stack([a['image'][0] for a in arrays]), [c[1:] for c in captions]
-    return self.model.continue_stories(given, told, FLAGS.n, FLAGS.seed, vectors=vectors, **options)[: len(part)]
-
-  def score(self, part: Sequence[Record], samples: Sequence[StorySample], out: Path) -> None:
-    """Writes the frames of these stories and adds their rows, features and labels."""
-    rows = []
-    for (k, _, _), sample in zip(part, samples, strict=True):
-      for t, caption in enumerate(sample.captions):
-        row = {'story': self.source.name(k), 'index': k, 'frame': t + 1, 'caption': caption}
-        row |= {'file': f'frames/{k:05d}_{t + 1}.png', 'candidate': int(sample.candidates[t, 0])}
-        row |= {} if sample.scores is None else {'clip_score': round(float(sample.scores[t, 0]), 4)}
-        Image.fromarray(sample.frames[t, 0]).save(out / row['file'])
-        rows.append(row)
-    images = {'drawn': np.concatenate([s.frames[:, 0] for s in samples])}
-    images['true'] = np.concatenate([arrays['image'][1:] for _, arrays, _ in part])
-    if self.oracle:
-      moments = [m for k, _, _ in part for m in self.source.moments(k)[1:]]
-      right = score_moments(self.oracle, images['drawn'], moments)
-      for i, (row, moment) in enumerate(zip(rows, moments, strict=True)):
-        row |= {'right': {name: bool(values[i]) for name, values in right.items()}, 'silent': moment.silent}
-    for name, seen in self.seen.items():
-      seen.add(images[name])
-    if self.tally:
-      who = self.tally.add(np.concatenate([arrays['labels'][1:] for _, arrays, _ in part]), images)
-      rows = [row | found for row, found in zip(rows, who, strict=True)]
-    self.rows += rows
-
-  def metrics(self) -> dict[str, Any]:
-    """The scores of all frames."""
-    result: dict[str, Any] = {'stories': len({row['index'] for row in self.rows}), 'frames': len(self.rows)}
-    result |= {'skipped': len(self.skipped), 'skipped_stories': self.skipped}
-    if self.oracle:
-      share = lambda name, rows: float(np.mean([r['right'][name] for r in rows])) if rows else None
-      silent = [r for r in self.rows if r['silent']]
-      result |= {name: share(name, self.rows) for name in COLUMNS}
-      result |= {'setting_silent': share('setting', silent), 'silent_frames': len(silent)}
-    if 'clip_score' in self.rows[0]:
-      result['clip_score'] = float(np.mean([r['clip_score'] for r in self.rows]))
-    result |= self.tally.report() if self.tally else {}
-    return result | (fid.report(**self.seen) if self.seen else {})
+def distance(model: ImageTokenizer) -> checkpoint.Run | None:
+  """LPIPS, of --lpips or of the run."""
+  path = FLAGS.lpips or model.frozen.get('lpips')
+  if not path:
+    return None
+  found = checkpoint.load_run(path, mesh=model.mesh)
+  if found.config.get('objective') != 'lpips':
+    raise ValueError(f'{path} is a run of {found.config.get("objective")!r}; --lpips takes an imported LPIPS.')
+  return found
 
 
 def main(argv: list[str]) -> int:

@@ -10,7 +10,6 @@ Writes OUT/NUMBER_RANK.png, OUT/grid.png (best first with --clip), OUT/samples.j
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,7 +25,7 @@ from dalle_jax.data.restricted import open_array
 from dalle_jax.pipelines import generator
 from dalle_jax.pipelines.grids import caption_grid, storyboard
 from dalle_jax.pipelines.stories import StoryTeller
-from dalle_jax.training import distributed, errors, sharding
+from dalle_jax.training import errors, layout
 
 FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
@@ -50,8 +49,7 @@ flags.DEFINE_integer('keep_rows', 0, 'rows of its image tokens to keep', flag_va
 flags.DEFINE_integer('batch_size', 64, 'pictures at once', 1, flag_values=FLAGS)
 flags.DEFINE_integer('step', 0, 'a checkpoint other than the newest', 0, flag_values=FLAGS)
 flags.DEFINE_bool('int8', False, 'weights in eight bits: less to read a token', flag_values=FLAGS)
-string('mesh', '', 'over all devices, e.g. data=-1,fsdp=1,tensor=1; empty: one device')
-distributed.define_flags(FLAGS)
+layout.define_flags(FLAGS)
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
 
@@ -88,36 +86,19 @@ def story() -> list[str]:
   return captions
 
 
-def mesh_sizes() -> dict[str, int]:
-  if not FLAGS.mesh:
-    return {}
-  if not re.fullmatch(r'(\w+=-?\d+)(,\w+=-?\d+)*', FLAGS.mesh):
-    raise ValueError(f'--mesh {FLAGS.mesh!r} is not understood; write data=-1,fsdp=1,tensor=1.')
-  given = {k: int(v) for k, v in (part.split('=') for part in FLAGS.mesh.split(','))}
-  if unknown := sorted(set(given) - set(common.MESHES['data'])):
-    raise ValueError(f'--mesh has no axis {", ".join(unknown)}; there are {", ".join(common.MESHES["data"])}.')
-  return {axis: given.get(axis, 1) for axis in common.MESHES['data']}
-
-
 def run() -> None:
   if not FLAGS.run:
     raise ValueError('give --run RUN_DIR, the run directory of a trained DALL-E, StoryDALL-E or StoryGANc.')
   if FLAGS.source and not FLAGS.story:
     raise ValueError('--source is the first frame of a story; give its captions with --story FILE.')
-  asked, sizes = story() if FLAGS.story else prompts(), mesh_sizes()
-  distributed.join(FLAGS)
-  if distributed.joined() and not sizes:
-    raise ValueError('several processes draw over one mesh; give it, e.g. --mesh data=-1.')
-  if sizes:
-    with sharding.use(sizes, common.RULES) as mesh:
-      draw(asked, mesh=mesh, rules=common.RULES)
-  else:
-    draw(asked)
+  captions = story() if FLAGS.story else prompts()
+  with layout.asked(FLAGS, common.MESHES['data'], common.RULES) as where:
+    draw(captions, **where)
 
 
-def draw(asked: list[str], **layout) -> None:
+def draw(asked: list[str], **where) -> None:
   """Draws and writes pictures for captions, or for those of a story."""
-  model = generator.load(FLAGS.run, clip=FLAGS.clip, step=FLAGS.step or None, int8=FLAGS.int8, **layout)
+  model = generator.load(FLAGS.run, clip=FLAGS.clip, step=FLAGS.step or None, int8=FLAGS.int8, **where)
   if isinstance(model, StoryTeller) != bool(FLAGS.story):
     wanted = 'a caption; give --prompt "..."' if FLAGS.story else 'a story; give --story FILE and --source FRAME.png'
     raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}, which needs {wanted}.')

@@ -8,10 +8,12 @@ from PIL import Image
 
 import evaluate
 from dalle_jax.data import bpe
-from dalle_jax.data.sources import pororo, story_shapes
+from dalle_jax.data.sources import pororo, shapes, story_shapes
 from dalle_jax.evals import fid
-from dalle_jax.evals.oracle import COLUMNS, Oracle, score_moments
-from dalle_jax.models import classifier, clip, story_dalle, vqgan
+from dalle_jax.evals.oracle import ATTRIBUTES, COLUMNS, Oracle, score_moments
+from dalle_jax.models import classifier, clip, dalle, inception, lpips, story_dalle, vqgan
+from dalle_jax.pipelines.dalle import DallE
+from dalle_jax.pipelines.image_tokenizer import ImageTokenizer
 from dalle_jax.pipelines.story_dalle import StoryDallE
 from tests import runs
 from tests.data.test_story_sources import CLIPS, write_pororo, write_pororo_tables
@@ -45,6 +47,14 @@ def root(tmp_path_factory):
   for name, source in (('story', data), ('pororo', pororo), ('imported', {'image_size': SIZE})):
     c = {'model': {'variant': 'test'}, 'data': source}
     write(root / name, 'story_dalle', model, c, text, codes, codes[0], frozen=['vqgan'], players=True)
+
+  data = {**data, 'source': 'shapes', 'source_args': {'image_size': SIZE, 'count': 50}}
+  c = {'model': {'variant': 'test'}, 'data': data}
+  sizes = dict(text_vocab=WORDS.vocab_size + 6, text_length=6, image_vocab=16, grid=(4, 4))
+  write(root / 'dalle', 'dalle', dalle.build('test', **sizes), c, text[0], codes[0], frozen=['vqgan'])
+  c = {'model': {'variant': 'test'}}
+  write(root / 'inception', 'inception', inception.of_run(c), c, picture)
+  write(root / 'lpips', 'lpips', lpips.build('test'), c, picture, picture)
   return root
 
 
@@ -62,12 +72,12 @@ def picture(tmp_path, row):
 
 
 def test_procedural_stories_by_oracle_and_clip(root, run, tmp_path):
-  flags = ['--split', 'test_seen', '--stories', 3, '--n', 2, '--batch_size', 16, '--seed', 4, '--top_k', 5]
+  flags = ['--split', 'test_seen', '--count', 3, '--n', 2, '--batch_size', 16, '--seed', 4, '--top_k', 5]
   assert run('--run', root / 'story', '--clip', root / 'clip', *flags) == 0
   rows, metrics = read(tmp_path)
   assert [(r['index'], r['frame']) for r in rows] == [(k, t) for k in range(3) for t in range(1, 5)]
-  assert rows[5]['caption'] == SOURCE.captions(1)[2] and rows[5]['story'] == SOURCE.name(1)
-  assert {p.name for p in (tmp_path / 'out' / 'frames').iterdir()} == {
+  assert rows[5]['caption'] == SOURCE.captions(1)[2] and rows[5]['record'] == SOURCE.name(1)
+  assert {p.name for p in (tmp_path / 'out' / 'pictures').iterdir()} == {
     f'0000{k}_{t}.png' for k, t in np.ndindex(3, 5) if t
   }
 
@@ -94,8 +104,8 @@ def test_procedural_stories_by_oracle_and_clip(root, run, tmp_path):
   assert metrics['fid'] == pytest.approx(expected['fid'], abs=1e-6) and metrics['fid'] > 0
   assert metrics['fid_reference_sha256'] == expected['fid_reference_sha256']
   assert metrics['fid_network'] == {'kind': 'clip', 'run': str(root / 'clip'), 'step': 3, 'sha256': network.sha256}
-  assert (metrics['run'], metrics['step'], metrics['seed'], metrics['stories']) == (str(root / 'story'), 3, 4, 3)
-  assert metrics['skipped'] == 0 and Image.open(tmp_path / 'out' / 'storyboards.png').height > 3 * SIZE
+  assert (metrics['run'], metrics['step'], metrics['seed'], metrics['records']) == (str(root / 'story'), 3, 4, 3)
+  assert metrics['skipped'] == 0 and Image.open(tmp_path / 'out' / 'grid.png').height > 3 * SIZE
 
 
 def test_labelled_stories_by_a_classifier_with_a_broken_one(root, run, tmp_path, capsys):
@@ -106,10 +116,10 @@ def test_labelled_stories_by_a_classifier_with_a_broken_one(root, run, tmp_path,
   rows, metrics = read(tmp_path)
   assert [r['caption'] for r in rows] == [f'clip {k}.' for k in range(6, 10)]
   assert [r['labels'] for r in rows] == [[pororo.CHARACTERS[k % 9]] for k in range(6, 10)]
-  assert metrics['skipped'] == 1 and 'ep1/10.png is missing' in metrics['skipped_stories'][0]
+  assert metrics['skipped'] == 1 and 'ep1/10.png is missing' in metrics['skipped_records'][0]
   out = capsys.readouterr().out
   assert f'skipped {CLIPS[6]}: FileNotFoundError' in out and 'FID of 4 and 4 pictures by 8 features' in out
-  assert (metrics['stories'], metrics['frames'], metrics['fid_resize']) == (1, 4, 8)
+  assert (metrics['records'], metrics['pictures'], metrics['fid_resize']) == (1, 4, 8)
   assert metrics['fid_network']['kind'] == 'classifier' and 'caption' not in metrics and 'clip_score' not in metrics
 
   network = fid.Network.load(root / 'classifier')
@@ -123,6 +133,73 @@ def test_labelled_stories_by_a_classifier_with_a_broken_one(root, run, tmp_path,
   assert set(metrics['characters_true']['f1']) == set(pororo.CHARACTERS)
 
 
+def test_captions_by_oracle_clip_and_inception(root, run, tmp_path):
+  source = shapes.load('val', image_size=SIZE, count=50)
+  flags = ['--split', 'val', '--count', 5, '--n', 2, '--batch_size', 4, '--seed', 4, '--inception', root / 'inception']
+  assert run('--run', root / 'dalle', '--clip', root / 'clip', *flags) == 0
+  rows, metrics = read(tmp_path)
+  assert [r['caption'] for r in rows] == [source[k]['caption'] for k in range(5)]
+  drawn = np.stack([picture(tmp_path, r) for r in rows])
+  samples = DallE.load(root / 'dalle', clip=root / 'clip').sample([r['caption'] for r in rows], n=2, seed=4)
+  np.testing.assert_allclose(drawn.astype(int), np.stack([s.images[0] for s in samples]), atol=1)
+  assert [r['candidate'] for r in rows] == [int(s.candidates[0]) for s in samples]
+  assert metrics['clip_score'] == pytest.approx(np.mean([s.scores[0] for s in samples]), abs=1e-4)
+  right = Oracle(SIZE).score(drawn, [source.scene(k) for k in range(5)])
+  assert {a: metrics[a] for a in (*ATTRIBUTES, 'all')} == {a: float(v.mean()) for a, v in right.items()}
+  assert metrics['fid_network']['kind'] == 'inception' and metrics['fid_features'] == 128 and metrics['fid'] > 0
+  assert Image.open(tmp_path / 'out' / 'grid.png').height > 5 * SIZE
+
+  assert run('--run', root / 'dalle', '--clip', root / 'clip', *flags, '--mesh', 'data=2,tensor=-1') == 0
+  again, over = read(tmp_path)
+  assert [r['candidate'] for r in again] == [r['candidate'] for r in rows]
+  np.testing.assert_allclose(np.stack([picture(tmp_path, r) for r in again]).astype(int), drawn, atol=1)
+  assert over['clip_score'] == pytest.approx(metrics['clip_score'], abs=1e-3)
+
+
+def test_records_of_one_caption_get_pictures_of_their_own(root, run, tmp_path):
+  folder, rng = tmp_path / 'pictures', np.random.default_rng(0)
+  folder.mkdir()
+  for name, caption in (('a', 'snow'), ('b', 'snow'), ('c', 'sand'), ('d', ''), ('e', 'snow'), ('f', ' ')):
+    Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(folder / f'{name}.png')
+    (folder / f'{name}.txt').write_text(caption)
+  flags = ['--split', 'train', '--source', 'folder', '--path', folder, '--batch_size', 2]
+  assert run('--run', root / 'dalle', *flags) == 0
+  rows, metrics = read(tmp_path)
+  assert metrics['records'] == len(rows) and metrics['skipped'] and not {'fid', 'all', 'clip_score'} & set(metrics)
+  snow = [picture(tmp_path, r) for r in rows if r['caption'] == 'snow']
+  assert len(snow) > 1 and all((a != snow[0]).any() for a in snow[1:])
+  model = DallE.load(root / 'dalle')
+  np.testing.assert_allclose(snow[0].astype(int), model.sample(['snow'], n=1, seed=0)[0].images[0], atol=1)
+
+
+def test_reconstructions_of_every_frame(root, run, tmp_path):
+  flags = ['--split', 'test_seen', '--count', 3, '--batch_size', 2, '--lpips', root / 'lpips']
+  assert run('--run', root / 'vqgan', '--clip', root / 'clip', *flags) == 0
+  rows, metrics = read(tmp_path)
+  true = np.concatenate([np.stack(SOURCE[k].frames) for k in range(3)])
+  assert (metrics['records'], metrics['pictures'], metrics['fid_pictures']) == (3, 15, [15, 15])
+  assert [r['file'] for r in rows[4:6]] == ['pictures/00000_5.png', 'pictures/00001_1.png']
+
+  model = ImageTokenizer.load(root / 'vqgan')
+  tokens, drawn = model.encode(true), np.stack([picture(tmp_path, r) for r in rows])
+  np.testing.assert_array_equal(drawn, model.reconstruct(true))
+  np.testing.assert_array_equal(drawn, model.decode(tokens))
+  error = drawn.astype(float) - true
+  assert metrics['l1'] == pytest.approx(np.abs(error).mean(), abs=1e-3)
+  assert metrics['psnr'] == pytest.approx(np.mean(-10 * np.log10(np.square(error / 255).mean((1, 2, 3)))), abs=1e-3)
+  assert np.isfinite(metrics['lpips']) and rows[0]['lpips'] != rows[1]['lpips']
+  counts = np.bincount(tokens.ravel(), minlength=16)
+  assert metrics['codes_used'] == (counts > 0).mean() and 1 <= metrics['perplexity'] <= (counts > 0).sum()
+  scenes = [m.scene for k in range(3) for m in SOURCE.moments(k)]
+  right = Oracle(SIZE, accessories=True).score(drawn, scenes)
+  assert {a: metrics[a] for a in (*ATTRIBUTES, 'all')} == {a: float(v.mean()) for a, v in right.items()}
+
+  with pytest.raises(ValueError, match=r'image tokens reach from 1 to 16; expected 0 to 15'):
+    model.decode(np.arange(1, 17)[None])
+  with pytest.raises(ValueError, match=r'image tokens are float64\[1, 16\]; expected int32'):
+    model.decode(np.zeros((1, 16)))
+
+
 def test_mistakes_are_one_line(root, run, tmp_path, capsys):
   folder = write_pororo(tmp_path / 'pororo')
   write_pororo_tables(folder)
@@ -130,13 +207,18 @@ def test_mistakes_are_one_line(root, run, tmp_path, capsys):
   for arguments, message in (
     ([], 'give --run RUN_DIR'),
     (['--run', tmp_path / 'nowhere'], 'has no checkpoints'),
-    (['--run', root / 'vqgan'], "is a run of 'vqgan', which draws nothing from captions"),
+    (['--run', root / 'clip'], "is a run of 'clip', which draws nothing from captions"),
+    (['--run', root / 'vqgan', '--top_k', 5], 'is an image tokenizer, which draws nothing; leave out --top_k'),
+    (['--run', root / 'vqgan', '--image_size', 25], 'needs image sizes divisible by 6, not 25'),
+    (['--run', root / 'dalle', '--lpips', root / 'lpips'], '--lpips is for reconstructions'),
+    (['--run', root / 'vqgan', '--source', 'tokens'], 'was trained on encoded pictures; give pictures'),
+    (['--run', root / 'vqgan', '--split', 'val', '--lpips', root / 'clip'], '--lpips takes an imported LPIPS'),
     ([*story, '--n', 2], '--n 2 needs --clip RUN_DIR'),
     ([*story, '--step', 7], 'has no checkpoint of step 7'),
     ([*story, '--path', folder], "the data source 'story_shapes' does not take path"),
-    (['--run', root / 'imported'], 'was imported, without data; give them, e.g. --source pororo'),
+    (['--run', root / 'imported'], 'was imported, without data; give them, e.g. --source folder'),
     (['--run', root / 'story'], "unknown split 'test'; expected one of train, val, test_seen, test_unseen"),
-    ([*story, '--classifier', root / 'vqgan'], 'looking at pictures needs a classifier or a clip'),
+    ([*story, '--classifier', root / 'vqgan'], 'looking at pictures needs one of inception, classifier, clip'),
     ([*story, 'more'], "arguments ['more'] are not understood"),
   ):
     assert run(*arguments) == 2
@@ -145,4 +227,4 @@ def test_mistakes_are_one_line(root, run, tmp_path, capsys):
   for name in CLIPS[5:]:
     (folder / name).unlink()
   assert run('--run', root / 'imported', '--source', 'pororo', '--path', folder, '--int8') == 2
-  assert f'none of 2 stories is usable; {CLIPS[5]}: FileNotFoundError' in capsys.readouterr().err
+  assert f'none of 2 records is usable; {CLIPS[5]}: FileNotFoundError' in capsys.readouterr().err

@@ -25,7 +25,7 @@ MAY_IMPORT = {  # room -> rooms (or one file of a room)
   'objectives': {'objectives', 'models', 'functional', 'layers'},
   'aot': {'aot', 'models', 'training', 'functional', 'pipelines'},
   'convert': {'convert', 'models', 'training', 'data.restricted'},
-  'evals': {'evals', 'models', 'functional', 'training', 'data.sources'},
+  'evals': {'evals', 'models', 'functional', 'training', 'data', 'pipelines.grids'},
   'pipelines': {'pipelines', 'models', 'functional', 'training', 'data'},
   'sweep.py': {'training'},
 }

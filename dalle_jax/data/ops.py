@@ -100,3 +100,9 @@ def crop(image: Image.Image, size: int, augment: Collection[str], rng: np.random
   if rng is not None and 'flip' in augment and rng.random() < 0.5:
     pixels = pixels[:, ::-1]
   return pixels
+
+
+def check_pictures(images: np.ndarray, size: int) -> None:
+  """Raises ValueError unless they are uint8[B, size, size, 3]."""
+  if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
+    raise ValueError(f'pictures are {images.dtype}{list(images.shape)}; expected uint8[B, {size}, {size}, 3].')

@@ -2,20 +2,22 @@
 Rule", Heusel et al., 2017).
 
 Figures compare only when network, resize, reference pictures and the number of pictures are the same; so a
-reference carries a hash of all of them. None is comparable to a figure by an Inception-v3.
+reference carries a hash of all of them. Published ones are by the Inception-v3 of `models.inception`.
 """
 
 import dataclasses
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from dalle_jax.functional.pixels import to_float
-from dalle_jax.models import classifier, clip
+from dalle_jax.models import classifier, clip, inception
 from dalle_jax.training import checkpoint, sharding
 
 BATCH = 64  # pictures at once through a network
@@ -103,7 +105,7 @@ class Seen:
 
 
 def report(drawn: Seen, true: Seen) -> dict[str, Any]:
-  """'fid', and what makes it comparable: network, resize, feature and frame counts, the hash of the reference `true`.
+  """'fid', and what makes it comparable: network, resize, feature and picture counts, the hash of the reference `true`.
 
   Prints a warning when there are fewer pictures than features. Raises ValueError for less than two pictures.
   """
@@ -112,42 +114,50 @@ def report(drawn: Seen, true: Seen) -> dict[str, Any]:
     counts = f'{a.count} and {b.count} pictures by {len(b.mean)} features'
     print(f'warning: the FID of {counts} is too large; use more pictures than features.', flush=True)
   by = {'kind': network.kind, 'run': network.run, 'step': network.step, 'sha256': network.sha256}
-  sizes = {'fid_features': len(b.mean), 'fid_frames': [a.count, b.count], 'fid_resize': true.resize}
+  sizes = {'fid_features': len(b.mean), 'fid_pictures': [a.count, b.count], 'fid_resize': true.resize}
   return {'fid': frechet(a, b), 'fid_network': by, **sizes, 'fid_reference_sha256': b.sha256}
 
 
+KINDS: dict[str, tuple[Any, str]] = {  # objective -> its module, the method that gives features
+  'inception': (inception, '__call__'),
+  'classifier': (classifier, 'features'),
+  'clip': (clip, 'encode_image'),
+}
+
+
 class Network:
-  """A trained classifier or CLIP as one who looks at pictures; `Network.load(run)`.
+  """An imported Inception-v3, a trained classifier or a CLIP as one who looks at pictures; `Network.load(run)`.
 
   Attributes:
-    model, kind: the module, and its objective: 'classifier' or 'clip'.
+    model, kind: the module, and its objective, one of `KINDS`.
     run, step: the checkpoint.
     sha256: of its parameters.
   """
 
-  def __init__(self, run: checkpoint.Run):
-    """Raises ValueError for a run of another objective."""
-    rooms: dict[str, Any] = {'classifier': classifier, 'clip': clip}
+  def __init__(self, run: checkpoint.Run, mesh: Mesh | None = None):
+    """Of a run on one device or, whole, on each of `mesh`. Raises ValueError for a run of another objective."""
     self.kind = str(run.config.get('objective'))
-    if self.kind not in rooms:
-      raise ValueError(f'{run.path} is a run of {self.kind!r}; looking at pictures needs a classifier or a clip.')
-    self.model, self.run, self.step = rooms[self.kind].of_run(run.config), run.path, run.step
+    if self.kind not in KINDS:
+      raise ValueError(f'{run.path} is a run of {self.kind!r}; looking at pictures needs one of {", ".join(KINDS)}.')
+    room, method = KINDS[self.kind]
+    self.model, self.run, self.step = room.of_run(run.config), run.path, run.step
     self._params = run.network(self.kind)
     digest = hashlib.sha256()
     for name, value in sorted(sharding.flatten(self._params).items()):
       digest.update(f'{name} {value.dtype}{list(value.shape)}'.encode() + np.asarray(value).tobytes())
     self.sha256 = digest.hexdigest()
-    apply = lambda method: jax.jit(lambda p, x: self.model.apply({'params': p}, to_float(x), method=method))
-    self._features = apply('features' if self.kind == 'classifier' else 'encode_image')
+    jit = functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
+    apply = lambda method: jit(lambda p, x: self.model.apply({'params': p}, to_float(x), method=method))
+    self._features = apply(method)
     self._logits = apply('__call__')
 
   @classmethod
-  def load(cls, path: str | Path) -> 'Network':
+  def load(cls, path: str | Path, mesh: Mesh | None = None) -> 'Network':
     """Loads a run. Raises FileNotFoundError without checkpoints, ValueError for a run of another objective."""
-    return cls(checkpoint.load_run(path))
+    return cls(checkpoint.load_run(path, mesh=mesh), mesh)
 
   def features(self, images: np.ndarray) -> np.ndarray:
-    """uint8[N, S, S, 3] of any size -> float32[N, E]: before the logits of a classifier, the embedding of a CLIP."""
+    """uint8[N, S, S, 3] of any size -> float32[N, E]: before the logits of a network, the embedding of a CLIP."""
     return self._in_batches(self._features, images)
 
   def labels(self, images: np.ndarray) -> np.ndarray:
@@ -159,7 +169,7 @@ class Network:
   def _in_batches(self, function: Any, images: np.ndarray) -> np.ndarray:
     results = []
     for start in range(0, len(images), BATCH):
-      part = resized(images[start : start + BATCH], self.model.image_size)
+      part = resized(images[start : start + BATCH], getattr(self.model, 'image_size', 0))  # Inception-v3 does it itself
       filled = np.concatenate([part, np.repeat(part[-1:], BATCH - len(part), axis=0)])  # so that it compiles once
       results.append(np.asarray(function(self._params, filled))[: len(part)])
     return np.concatenate(results)

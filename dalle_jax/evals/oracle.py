@@ -7,7 +7,8 @@ ring for a circle or a picture of nothing.
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -108,6 +109,27 @@ def _compare(seen: Scene | None, true: Scene) -> dict[str, bool]:
   ]
   best = max(options, key=lambda o: sum(o.values()), default=dict.fromkeys(names, False))
   return {'background': seen.background == true.background, 'count': same_count, **best}
+
+
+def reader(source: Any, image_size: int) -> Callable[[int, np.ndarray], list[dict[str, bool]]] | None:
+  """Judges pictures that should show record k of a procedural source: (k, uint8[P, S, S, 3]) -> what is right in each.
+
+  For a story those are all its frames. None for a source that is not procedural.
+  """
+  if hasattr(source, 'scene'):
+    oracle = Oracle(image_size, accessories=source.accessories > 0)
+    scenes = lambda k: [source.scene(k)]
+  elif hasattr(source, 'moments'):
+    oracle = Oracle(image_size, accessories=True)
+    scenes = lambda k: [moment.scene for moment in source.moments(k)]
+  else:
+    return None
+
+  def read(k: int, images: np.ndarray) -> list[dict[str, bool]]:
+    right = oracle.score(images, scenes(k))
+    return [{name: bool(values[i]) for name, values in right.items()} for i in range(len(images))]
+
+  return read
 
 
 def score_moments(oracle: Oracle, images: np.ndarray, moments: Sequence[Moment]) -> dict[str, np.ndarray]:

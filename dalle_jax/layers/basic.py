@@ -107,10 +107,13 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-  """2-D convolution, NHWC; `padding` as in `lax.conv_general_dilated`: a string or ((top, bottom), (left, right))."""
+  """2-D convolution, NHWC, of a square kernel or of one of (height, width).
+
+  `padding` is as in `lax.conv_general_dilated`: a string or ((top, bottom), (left, right)).
+  """
 
   features: int
-  kernel_size: int = 3
+  kernel_size: int | tuple[int, int] = 3
   stride: int = 1
   padding: str | tuple[tuple[int, int], tuple[int, int]] = 'SAME'
   use_bias: bool = True
@@ -119,10 +122,11 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+    h, w = self.kernel_size if isinstance(self.kernel_size, tuple) else (self.kernel_size, self.kernel_size)
+    shape = (h, w, x.shape[-1], self.features)
     kernel = self.param('kernel', boxed(self.kernel_init, (None, None, 'conv_in', 'conv_out')), shape, jnp.float32)
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    small = x.shape[1] * x.shape[2] <= 16 and self.stride == 1 and self.padding == 'SAME' and self.kernel_size % 2
+    small = x.shape[1] * x.shape[2] <= 16 and self.stride == 1 and self.padding == 'SAME' and h == w and h % 2
     if small and platform() == 'cpu':
       y = conv_as_product(x, kernel)
     else:

@@ -12,7 +12,8 @@ import numpy as np
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import dalle, image_tokenizer
-from dalle_jax.pipelines.generator import TokenGenerator, check_numbers, decode_codes, in_one_call, request_keys
+from dalle_jax.pipelines.generator import TokenGenerator, check_numbers, in_one_call, request_keys
+from dalle_jax.pipelines.image_tokenizer import decode_codes
 from dalle_jax.training import checkpoint, sharding
 
 
@@ -43,7 +44,7 @@ class DallE(TokenGenerator):
     super().__init__(run, frozen, *layout)
     self.model = dalle.build(**{**self.config['model'], **self.sizes})
     self._to_draw_with(self.model.dtype)
-    self._draw = self._jit(functools.partial(draw, self.model, self.vqgan), static_argnames='sampling')
+    self._draw = self._jit(functools.partial(draw, self.model, self.vqgan.network), static_argnames='sampling')
 
   def sample(
     self,
@@ -86,7 +87,7 @@ class DallE(TokenGenerator):
     shards = sharding.batch_shards(self.mesh) if self.mesh else 1
     each, together = min(n, batch_size), in_one_call(len(prompts), batch_size // n, shards)  # candidates, prompts
     names = np.array([zlib.crc32(p.encode()) for p in prompts], np.uint32)
-    with self._context():
+    with sharding.within(self.mesh, self.rules):
       for first in range(0, n, each):
         for start in range(0, len(prompts), together):
           rows = np.minimum(np.arange(start, start + together), len(prompts) - 1)  # the last call repeats the last one

@@ -1,13 +1,11 @@
 """What every pipeline that draws shares: a run with its words and a mesh; for some, image tokens."""
 
-import contextlib
 import functools
 import importlib
 import logging
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -15,13 +13,12 @@ from jax.sharding import Mesh
 from dalle_jax.data import ops
 from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional import decoding
-from dalle_jax.functional.pixels import to_float, to_uint8
-from dalle_jax.models import dalle, image_tokenizer
-from dalle_jax.pipelines.rerank import Reranker, in_batches
+from dalle_jax.models import dalle
+from dalle_jax.pipelines.image_tokenizer import ImageTokenizer
+from dalle_jax.pipelines.rerank import Reranker
 from dalle_jax.training import checkpoint, sharding
 
 logger = logging.getLogger(__name__)
-BATCH = 64  # pictures at once through the VQGAN
 
 
 class Generator:
@@ -100,23 +97,8 @@ class Generator:
       raise ValueError(f'{name} is no picture that can be read: {" ".join(str(e).split())}') from e
     return ops.crop(picture, self.image_size, (), None)
 
-  def _checked(self, images: np.ndarray) -> np.ndarray:
-    size = self.image_size
-    if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
-      raise ValueError(f'pictures are {images.dtype}{list(images.shape)}; expected uint8[B, {size}, {size}, 3].')
-    return images
-
   def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     return sharding.put_whole(batch, self.mesh) if self.mesh else batch
-
-  def _context(self) -> contextlib.AbstractContextManager:
-    """The mesh and rules that the layers see."""
-    if self.mesh is None:
-      return contextlib.nullcontext()
-    stack = contextlib.ExitStack()
-    stack.enter_context(jax.set_mesh(self.mesh))
-    stack.enter_context(nn.logical_axis_rules(sharding.logical_rules(self.rules)))
-    return stack
 
 
 class TokenGenerator(Generator):
@@ -129,21 +111,17 @@ class TokenGenerator(Generator):
 
   def __init__(self, run: checkpoint.Run, frozen: dict[str, checkpoint.Run], *layout: Any):
     super().__init__(run, frozen, *layout)
-    self.vqgan = image_tokenizer.of_run(frozen['vqgan'].config)
-    self.grid = self.vqgan.grid(self.image_size)
-    self.sizes = dalle.sizes(self.config['tokenizer'], self.vqgan, self.image_size)
-    self.params['vqgan'] = frozen['vqgan'].network('vqgan')
-    self._encode, self._decode = self._jit(self._encode_images), self._jit(self._decode_codes)
+    self.vqgan = ImageTokenizer(frozen['vqgan'], self.image_size, self.mesh, self.rules)
+    self.sizes = dalle.sizes(self.config['tokenizer'], self.vqgan.network, self.image_size)
+    self.params['vqgan'] = self.vqgan.params
 
   def encode(self, images: np.ndarray) -> np.ndarray:
     """uint8[B, H, W, 3] of the model's size -> image tokens int32[B, I]."""
-    with self._context():
-      return in_batches(lambda x: self._encode(self.params, x), self._checked(images), BATCH)
+    return self.vqgan.encode(images)
 
   def reconstruct(self, images: np.ndarray) -> np.ndarray:
     """uint8[B, H, W, 3] through the image tokens and back: uint8[B, H, W, 3]."""
-    with self._context():
-      return in_batches(lambda x: self._decode(self.params, self._encode(self.params, x)), self._checked(images), BATCH)
+    return self.vqgan.reconstruct(images)
 
   def _to_draw_with(self, dtype: Any, *players: str) -> None:
     """Keeps the parameters of 'dalle' and other players as drawing reads them."""
@@ -151,22 +129,6 @@ class TokenGenerator(Generator):
     for player in ('dalle', *players):
       self.params[player] = decoding.compute_params(self.params[player], dtype, self.int8, few_rows)
     self.params['dalle'] = decoding.by_layer(self.params['dalle'])
-
-  # --- Under jit
-
-  def _decode_codes(self, params: Any, tokens: jax.Array) -> jax.Array:
-    return decode_codes(self.vqgan, params['vqgan'], tokens, self.grid)
-
-  def _encode_images(self, params: Any, images: jax.Array) -> jax.Array:
-    codes = self.vqgan.apply({'params': params['vqgan']}, to_float(images), method='encode')
-    return codes.reshape(len(images), -1)
-
-
-def decode_codes(
-  vqgan: image_tokenizer.ImageTokenizer, params: Any, tokens: jax.Array, grid: tuple[int, int]
-) -> jax.Array:
-  """The pictures uint8[B, H, W, 3] of image tokens int32[B, I]."""
-  return to_uint8(vqgan.apply({'params': params}, tokens.reshape(-1, *grid), method='decode_codes'))
 
 
 def check_numbers(n: int, batch_size: int, seed: int) -> None:

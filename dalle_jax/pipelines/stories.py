@@ -101,7 +101,7 @@ class StoryTeller(Generator):
     frames = np.zeros((count, t, n, *sources.shape[1:]), np.uint8)
     shards = sharding.batch_shards(self.mesh) if self.mesh else 1
     each, together = min(n, max(1, batch_size // t)), in_one_call(count, batch_size // (n * t), shards)
-    with self._context():
+    with sharding.within(self.mesh, self.rules):
       for first in range(0, n, each):
         for start in range(0, count, together):
           rows = np.minimum(np.arange(start, start + together), count - 1)  # the last call repeats the last one

@@ -11,6 +11,7 @@ from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import clip, story_dalle
 from dalle_jax.pipelines.generator import TokenGenerator, request_keys
+from dalle_jax.pipelines.image_tokenizer import decode_codes
 from dalle_jax.pipelines.stories import StoryTeller
 from dalle_jax.training import checkpoint
 
@@ -61,7 +62,7 @@ class StoryDallE(StoryTeller, TokenGenerator):
       n=len(numbers),
       sampling=sampling,
     )
-    images = self._decode_codes(params, tokens)
+    images = decode_codes(self.vqgan.network, params['vqgan'], tokens, self.vqgan.grid)
     return images.reshape(b, t, len(numbers), *images.shape[1:])
 
 

@@ -58,6 +58,16 @@ def use(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Device] | 
     yield mesh
 
 
+def within(mesh: Mesh | None, rules: Rules) -> contextlib.AbstractContextManager[Any]:
+  """Sets a mesh that is there already, and the rules, while the context lasts; nothing without a mesh."""
+  if mesh is None:
+    return contextlib.nullcontext()
+  stack = contextlib.ExitStack()
+  stack.enter_context(jax.set_mesh(mesh))
+  stack.enter_context(nn.logical_axis_rules(logical_rules(rules)))
+  return stack
+
+
 def logical_rules(rules: Rules) -> tuple[tuple[str, tuple[str, ...] | None], ...]:
   """The rules in the form of Flax."""
   return tuple((k, _as_tuple(v) or None) for k, v in rules)

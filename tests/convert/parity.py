@@ -16,10 +16,11 @@ from dalle_jax.convert.sources import lpips as lpips_source
 from dalle_jax.convert.sources.clip import MEAN, STD
 from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional import decoding, gan, losses
+from dalle_jax.functional.pixels import to_float
 from dalle_jax.layers import variants
 from dalle_jax.layers.cross import CrossAttention
 from dalle_jax.layers.patterns import Pattern
-from dalle_jax.models import clip, dalle, dvae, lpips, patchgan, roberta, story_dalle, vqgan
+from dalle_jax.models import clip, dalle, dvae, inception, lpips, patchgan, roberta, story_dalle, vqgan
 
 LEFT_OUT = {  # kind -> arrays that are not compared, with the reason
   'storydalle': {
@@ -351,6 +352,13 @@ def of_lpips(folder, arrays):
   return found | {'out_layers': terms, 'out_lpips': terms.sum(1)[:, None, None, None]}
 
 
+def of_inception(folder, arrays):
+  run = read('inception', folder)
+  model, params = inception.of_run(run.config), run.network('inception')
+  features = lambda x: applied(model, params, to_float(nhwc(x)))
+  return {f'out_{name}': features(arrays[f'in_{name}']) for name in ('small', 'large')}
+
+
 def torch_formats(folder, arrays):
   """The last file; the others are compared with it."""
   names = [k.removeprefix('out_') for k in arrays if k.startswith('out_')]
@@ -375,5 +383,6 @@ KINDS = {
   'clip_hf': clip_hf,
   'roberta_hf': roberta_hf,
   'lpips': of_lpips,
+  'inception': of_inception,
   'torch_formats': torch_formats,
 }

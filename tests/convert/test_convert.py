@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import sample
 import train
@@ -59,6 +60,15 @@ def test_an_imported_run_draws_and_is_fine_tuned_into_a_storyteller(mindalle, tm
   out = ['--source', tmp_path / 'frame.png', '--n', 1, '--out', tmp_path / 'drawn']
   assert runs.call(sample, '--run', tmp_path / 'story', '--story', story, *out) == 0
   assert (tmp_path / 'drawn' / 'storyboard.png').is_file()
+
+
+def test_the_inception_of_torchvision_is_not_taken_for_that_of_fids(tmp_path, capsys):
+  path = tmp_path / 'inception_v3.safetensors'
+  safetensors.numpy.save_file({'fc.weight': np.zeros((1000, 8), np.float32)}, path)
+  status, said = convert('--from=inception', f'--path={path}', f'--out={tmp_path}/out', capsys=capsys)
+  assert status == 2 and 'has 1000 classes, as that of torchvision; FIDs see through pt_inception' in said.err
+  status, said = convert('--from=inception', f'--path={tmp_path}', f'--out={tmp_path}/out', capsys=capsys)
+  assert status == 2 and 'has no pt_inception*.pth or weights-inception*.pth' in said.err
 
 
 def test_an_imported_vqgan_is_fine_tuned_with_its_discriminator_and_lpips(tmp_path, capsys):
@@ -110,7 +120,7 @@ def test_a_run_may_be_named_by_its_repository(mindalle, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--from=dallemini', '--path=x'], "--from 'dallemini' is unknown; there are clip, lpips, mindalle"),
+    (['--from=dallemini', '--path=x'], "--from 'dallemini' is unknown; there are clip, inception, lpips, mindalle"),
     (['--from=mindalle', '--path=/none'], 'there is no /none; expected the folder of minDALL-E'),
     (['--from=taming', f'--path={FIXTURES}/clip_hf'], 'has no model.yaml or'),
     (['--from=clip', f'--path={FIXTURES}/roberta_hf'], 'describes a roberta; expected a clip'),

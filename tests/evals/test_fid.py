@@ -88,7 +88,7 @@ def test_a_network_looks_at_pictures_of_any_size_and_number(network):
   np.testing.assert_allclose(network.features(images[-2:]), features[-2:], atol=1e-5)
   larger = images.repeat(2, 1).repeat(2, 2)
   assert network.features(larger).shape == features.shape
-  with pytest.raises(ValueError, match="runs/x is a run of 'dalle'; looking at pictures needs a classifier or a clip"):
+  with pytest.raises(ValueError, match="runs/x is a run of 'dalle'; looking at pictures needs one of inception, "):
     fid.Network(Run({'objective': 'dalle'}, {}, None, 1, 'runs/x'))
 
 
@@ -107,5 +107,5 @@ def test_the_hash_is_of_pictures_resize_and_network_not_of_batches(network, caps
   others = seen(network, 8, images), seen(network, 0, images[::-1]), seen(make_network(1), 0, images)
   assert len({base.sha256, *(s.statistics().sha256 for s in others)}) == 4
   report = fid.report(seen(network, 0, images[:7]), seen(network, 0, images))
-  assert report['fid'] > 0 and report['fid_reference_sha256'] == base.sha256 and report['fid_frames'] == [7, 9]
+  assert report['fid'] > 0 and report['fid_reference_sha256'] == base.sha256 and report['fid_pictures'] == [7, 9]
   assert report['fid_network']['step'] == 5 and 'FID of 7 and 9 pictures by 8 features' in capsys.readouterr().out

@@ -1,0 +1,91 @@
+"""Pictures to image tokens and back by a trained VQGAN or dVAE: `ImageTokenizer.load('runs/mine/vqgan')`."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from dalle_jax.data import ops
+from dalle_jax.functional.pixels import to_float, to_uint8
+from dalle_jax.models import image_tokenizer
+from dalle_jax.pipelines.rerank import in_batches
+from dalle_jax.training import checkpoint, sharding
+
+BATCH = 64  # pictures at once
+
+
+class ImageTokenizer:
+  """A trained image tokenizer for pictures of one size.
+
+  Attributes:
+    network: of `models.vqgan` or `models.dvae`.
+    image_size: side of the pictures in pixels; grid: rows and columns of their tokens.
+    num_codes: tokens lie in [0, num_codes).
+    frozen: paths of what it was trained with, by name.
+  """
+
+  def __init__(self, run: checkpoint.Run, image_size: int = 0, mesh: Mesh | None = None, rules: sharding.Rules = ()):
+    """Without `image_size` it is that of training. Raises ValueError for a size that the network does not suit."""
+    self.config, self.step, self.frozen = run.config, run.step, run.frozen
+    self.mesh, self.rules = mesh, rules
+    self.network = image_tokenizer.of_run(run.config)
+    self.image_size = image_size or run.config['data']['image_size']
+    self.grid, self.num_codes = self.network.grid(self.image_size), int(self.network.num_codes)
+    self.params = run.network('vqgan')
+    jit = functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
+    self._encode, self._decode = jit(self._encode_images), jit(self._decode_tokens)
+
+  @classmethod
+  def load(
+    cls,
+    path: str | Path,
+    *,
+    image_size: int = 0,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules = (),
+    step: int | None = None,
+  ) -> 'ImageTokenizer':
+    """Loads a run, as `generator.Generator.load` does; with `image_size` for pictures of another size than in training.
+
+    Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when a run is of another kind.
+    """
+    return cls(checkpoint.load_run(path, mesh=mesh, rules=rules, step=step), image_size, mesh, rules)
+
+  def encode(self, images: np.ndarray) -> np.ndarray:
+    """uint8[B, H, W, 3] of the size -> image tokens int32[B, I], row by row."""
+    ops.check_pictures(images, self.image_size)
+    with sharding.within(self.mesh, self.rules):
+      return in_batches(lambda x: self._encode(self.params, x), images, BATCH)
+
+  def decode(self, tokens: np.ndarray) -> np.ndarray:
+    """Image tokens int32[B, I] -> uint8[B, H, W, 3]. Raises ValueError for other shapes or tokens."""
+    length = self.grid[0] * self.grid[1]
+    if tokens.ndim != 2 or tokens.shape[1] != length or tokens.dtype.kind not in 'iu':
+      raise ValueError(f'image tokens are {tokens.dtype}{list(tokens.shape)}; expected int32[B, {length}].')
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.num_codes:
+      raise ValueError(f'image tokens reach from {tokens.min()} to {tokens.max()}; expected 0 to {self.num_codes - 1}.')
+    with sharding.within(self.mesh, self.rules):
+      return in_batches(lambda x: self._decode(self.params, x), tokens.astype(np.int32), BATCH)
+
+  def reconstruct(self, images: np.ndarray) -> np.ndarray:
+    """uint8[B, H, W, 3] through the image tokens and back: uint8[B, H, W, 3]."""
+    return self.decode(self.encode(images))
+
+  # --- Under jit
+
+  def _encode_images(self, params: Any, images: jax.Array) -> jax.Array:
+    codes = self.network.apply({'params': params}, to_float(images), method='encode')
+    return codes.reshape(len(images), -1)
+
+  def _decode_tokens(self, params: Any, tokens: jax.Array) -> jax.Array:
+    return decode_codes(self.network, params, tokens, self.grid)
+
+
+def decode_codes(
+  network: image_tokenizer.ImageTokenizer, params: Any, tokens: jax.Array, grid: tuple[int, int]
+) -> jax.Array:
+  """The pictures uint8[B, H, W, 3] of image tokens int32[B, I]; under jit."""
+  return to_uint8(network.apply({'params': params}, tokens.reshape(-1, *grid), method='decode_codes'))
