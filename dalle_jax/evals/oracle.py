@@ -83,7 +83,8 @@ class Oracle:
   def score(self, images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
     """What is right in each picture, attribute by attribute: `{attribute or 'all': bool[N]}`.
 
-    Objects are paired so that most attributes agree; an attribute is right when every object has it.
+    Objects are paired so that most attributes agree, those of scenes with more than three in raster order; an attribute
+    is right when every object has it.
     """
     if len(images) != len(scenes):
       raise ValueError(f'oracle: {len(images)} pictures but {len(scenes)} scenes; expected one scene a picture')
@@ -98,6 +99,8 @@ def _compare(seen: Scene | None, true: Scene) -> dict[str, bool]:
   same_count = len(seen.objects) == len(true.objects)
   if len(seen.objects) < len(true.objects):
     pairings: list[tuple[Object, ...]] = []
+  elif len(true.objects) > 3 and same_count:  # a crowded scene, from which image tokenizers learn: cell by cell
+    pairings = [seen.objects]
   elif len(seen.objects) > 3:  # too many to pair: the picture is no scene of this world
     pairings = []
   else:

@@ -13,6 +13,10 @@ def _pictures(source, count):
   return np.stack([source[k]['image'] for k in range(count)]), [source.scene(k) for k in range(count)]
 
 
+def _recolored(o):
+  return dataclasses.replace(o, color=next(c for c in shapes.COLORS if c != o.color))
+
+
 def _changed(scene, attribute, rng):
   """The scene with exactly one attribute of the background or of one object changed."""
   other = lambda table, value: rng.choice([v for v in table if v != value])
@@ -120,6 +124,15 @@ def test_blank_and_noise_pictures_score_zero():
   noise = np.random.default_rng(0).integers(0, 256, blank.shape, dtype=np.uint8)
   for images in (blank, noise, np.zeros_like(blank), np.full_like(blank, 255)):
     assert not any(v.any() for v in Oracle(48).score(images, scenes).values())
+
+
+def test_crowded_pictures_are_compared_cell_by_cell():
+  images, scenes = _pictures(shapes.load('test', max_objects=9), 60)
+  assert max(len(s.objects) for s in scenes) == 9 and Oracle(48).score(images, scenes)['all'].all()
+  crowded = [s for s in scenes if len(s.objects) > 3]
+  wrong = [dataclasses.replace(s, objects=(*s.objects[:-1], _recolored(s.objects[-1]))) for s in crowded]
+  score = Oracle(48).score(np.stack([shapes.render(s, 48) for s in wrong]), crowded)
+  assert not score['color'].any() and score['shape'].all() and score['position'].all()
 
 
 def test_large_pictures_are_read_too():
