@@ -13,6 +13,7 @@ from dalle_jax.evals.pictures import grid
 from dalle_jax.evals.split import Evaluation, Record, Result, Settings, filled
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import lpips
+from dalle_jax.pipelines.grids import CELL
 from dalle_jax.training import checkpoint, sharding
 
 SEEN = 16  # pairs of pictures through LPIPS at once
@@ -71,7 +72,8 @@ class Reconstructions(Evaluation):
 
   def grid(self, shown: Sequence[tuple[Record, Result]]) -> Image.Image:
     pairs = np.concatenate([np.stack([x.true, x.drawn], 1).reshape(-1, *x.true.shape[1:]) for _, x in shown])
-    return Image.fromarray(grid(pairs, 6))
+    times = max(1, -(-CELL // pairs.shape[1]))
+    return Image.fromarray(grid(pairs.repeat(times, 1).repeat(times, 2), 6))
 
   def metrics(self) -> dict[str, Any]:
     share = self.counts[self.counts > 0] / self.counts.sum()

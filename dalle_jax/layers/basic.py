@@ -312,8 +312,10 @@ class GroupNorm(nn.Module):
       raise ValueError(f'GroupNorm: {channels} channels are not divisible into {groups} groups; change the channels.')
     scale = self.param('scale', boxed(nn.initializers.ones, ('norm',)), (channels,), jnp.float32)
     bias = self.param('bias', boxed(nn.initializers.zeros, ('norm',)), (channels,), jnp.float32)
-    g = x.astype(jnp.float32).reshape(x.shape[0], -1, groups, channels // groups)  # (B, HW, G, C/G)
-    mean = g.mean((1, 3), keepdims=True)
-    var = jnp.square(g - mean).mean((1, 3), keepdims=True)
-    g = (g - mean) * jax.lax.rsqrt(var + self.eps)
-    return (g.reshape(x.shape) * scale + bias).astype(self.dtype)
+    y = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)  # (B, HW, C)
+    # First over pixels, then over the channels of a group: XLA for CPUs takes seven times as long for both at once.
+    mean = lambda y: y.mean(1).reshape(x.shape[0], groups, -1).mean(2)  # (B, G)
+    spread = lambda per_group: jnp.repeat(per_group, channels // groups, 1)[:, None]
+    center = spread(mean(y))
+    factor = spread(jax.lax.rsqrt(mean(jnp.square(y - center)) + self.eps)) * scale
+    return (y * factor + (bias - center * factor)).reshape(x.shape).astype(self.dtype)
