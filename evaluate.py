@@ -2,18 +2,21 @@
 
   python evaluate.py --run runs/quickstart/story --split test_unseen --count 200     # a StoryDALL-E or StoryGANc
   python evaluate.py --run runs/quickstart/dalle --clip runs/quickstart/clip --n 8   # a DALL-E; the best of 8 is scored
-  python evaluate.py --run runs/quickstart/vqgan                                     # an image tokenizer
-  python evaluate.py --run IMPORTED --source folder --path PICTURES --inception runs/inception
+  python evaluate.py --run runs/mine/vqgan --split val --inception runs/inception    # an image tokenizer
+  python evaluate.py --run IMPORTED --source folder --path PICTURES --split all --inception runs/inception
   python evaluate.py --run RUN --path DATA --classifier RUN --resize 64 --out results/pororo
 Writes OUT/pictures/NUMBER.png, OUT/grid.png (the first ones), OUT/predictions.json (a row a picture) and
-OUT/metrics.json. Pictures, scores and the sha256 of the reference are a function of data, runs and flags. Scores: what
-an oracle reads, for the procedural worlds; the FID to the true pictures through --inception (as published ones), or
-else through --classifier or --clip; with --clip the mean cosine of captions and pictures; with --classifier and labels
-the characters, for drawn and for true pictures (the ceiling); of reconstructions PSNR, L1, the codes in use and, where
-the run has one or --lpips is given, LPIPS. Published StoryDALL-E figures resize to 64 pixels before FID (--resize 64):
-compare FIDs only where metrics.json has the same network, resize and reference beside them.
+OUT/metrics.json, in place of what an earlier one left there. Pictures, scores and the sha256 of the reference are a
+function of data, runs and flags. Scores: what an oracle reads, for the procedural worlds; the FID to the true pictures
+through --inception (as published ones), or else through --classifier or --clip; with --clip the mean cosine of captions
+and pictures, drawn and true ones; with --classifier and labels the characters, for drawn and for true pictures (the
+ceiling); of reconstructions PSNR, L1, the codes in use and, with --lpips or one in the run, LPIPS. A DALL-E draws for
+the first caption of each record. Published StoryDALL-E figures resize to 64 pixels before FID (--resize 64): compare
+FIDs only where metrics.json has the same network, resize and reference beside them. The FID by the CLIP that picked the
+pictures flatters them.
 """
 
+import ast
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,15 +32,17 @@ from dalle_jax.models import image_tokenizer
 from dalle_jax.pipelines import generator
 from dalle_jax.pipelines.image_tokenizer import ImageTokenizer
 from dalle_jax.pipelines.stories import StoryTeller
-from dalle_jax.training import checkpoint, errors, layout
+from dalle_jax.training import checkpoint, distributed, errors, layout
 
 FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
 integer = lambda name, default, text, low=0: flags.DEFINE_integer(name, default, text, low, flag_values=FLAGS)
 string('run', '', 'run directory of a StoryDALL-E, StoryGANc, DALL-E, VQGAN or dVAE')
-string('split', 'test', 'of the data')
+string('split', 'test', 'of the data; all: every picture of a folder or of tars')
 string('source', '', 'data other than what the run was trained on, e.g. pororo; with --path')
 string('path', '', 'where the data is, if not where it was in training')
+text = 'NAME=VALUE, an argument of the source, e.g. val_stories=6; may be repeated'
+flags.DEFINE_multi_string('source_arg', [], text, flag_values=FLAGS)
 string('inception', '', 'run directory of an imported Inception-v3: FID as published')
 string('classifier', '', 'run directory of a classifier: FID by its features, characters')
 string('clip', '', 'run directory of a CLIP: ranks candidates, CLIP score, FID by its embeddings')
@@ -76,6 +81,7 @@ def score(where: dict[str, Any]) -> None:
   source = sources.load(data, FLAGS.split)
   for line in source.report() if hasattr(source, 'report') else []:
     print(f'{FLAGS.split}: {line}', flush=True)
+  distributed.check_same({'data': f'{data.to_json()} {len(source)}', 'runs': f'{FLAGS.run} {model.step} {FLAGS.clip}'})
   evaluation = build(model, kind, source)
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
   out = Path(FLAGS.out)
@@ -104,30 +110,53 @@ def load(where: dict[str, Any]) -> tuple[Any, type[split.Evaluation]]:
 
 
 def data_of(model: Any) -> ConfigDict:
-  """The source, path and arguments of the data: of --source, or else those of training. Raises ValueError without."""
+  """The source, path and arguments of the data: of --source, or else those of training.
+
+  Stories are for models of stories; others get their frames one by one. Raises ValueError without data.
+  """
   trained = model.config['data']
   kind = FLAGS.source or trained.get('source', '')
   if not kind:
     raise ValueError(f'{FLAGS.run} was imported, without data; give them, e.g. --source folder --path DATA.')
   if kind == 'tokens':
-    raise ValueError(f'{FLAGS.run} was trained on encoded pictures; give pictures, e.g. --source folder --path DATA.')
-  args = dict(trained.get('source_args', {})) if kind == trained.get('source') else {}
-  if isinstance(model, StoryTeller):
-    args.pop('unit', None)
-  path = FLAGS.path or (trained.get('path', '') if kind == trained.get('source') else '')
+    raise ValueError('the data source tokens has no pictures; give them, e.g. --source folder --path DATA.')
+  same = kind == trained.get('source')
+  args = {k: v for k, v in trained.get('source_args', {}).items() if same and k != 'unit'}
+  if not isinstance(model, StoryTeller) and sources.takes(kind, 'unit'):
+    args['unit'] = 'frame'
+  for text in FLAGS.source_arg:
+    name, equals, value = text.partition('=')
+    if not equals:
+      raise ValueError(f'--source_arg {text!r} is not understood; write NAME=VALUE.')
+    args[name] = literal(value)
+  path = FLAGS.path or (trained.get('path', '') if same else '')
   return ConfigDict(dict(source=kind, path=path, source_args=args))
 
 
+def literal(text: str) -> Any:
+  """A number, a bool, a tuple as Python writes it, else the text."""
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError):
+    return text
+
+
 def build(model: Any, kind: type[split.Evaluation], source: Any) -> split.Evaluation:
-  """The evaluation, with the networks that the flags name."""
-  networks = {name: fid.Network.load(path, model.mesh) for name in fid.KINDS if (path := getattr(FLAGS, name))}
+  """The evaluation, with the networks that the flags name. Raises ValueError for those it has no use for."""
+  given = {name: path for name in fid.KINDS if (path := getattr(FLAGS, name))}
+  labelled, seen_by = bool(getattr(source, 'label_names', ())), next(iter(given), '')
+  networks = {k: fid.Network.load(v, model.mesh) for k, v in given.items() if k == seen_by or k == 'classifier'}
+  if wrong := [k for k, network in networks.items() if network.kind != k]:
+    raise ValueError(f'--{wrong[0]} {given[wrong[0]]} is a run of {networks[wrong[0]].kind!r}.')
+  if 'classifier' in networks and seen_by != 'classifier' and not labelled:
+    raise ValueError(f'--classifier finds labels, which {FLAGS.source or "the data"} does not have; leave it out.')
   settings = split.Settings(
     n=FLAGS.n,
     seed=FLAGS.seed,
     batch_size=FLAGS.batch_size,
     sampling={k: getattr(FLAGS, k) for k in SAMPLING},
     resize=FLAGS.resize,
-    network=next(iter(networks.values()), None),
+    network=networks.get(seen_by),
     labels=networks.get('classifier'),
   )
   if kind is not reconstructions.Reconstructions:

@@ -14,6 +14,7 @@ from dalle_jax.evals.oracle import ATTRIBUTES, COLUMNS, Oracle, score_moments
 from dalle_jax.models import classifier, clip, dalle, inception, lpips, story_dalle, vqgan
 from dalle_jax.pipelines.dalle import DallE
 from dalle_jax.pipelines.image_tokenizer import ImageTokenizer
+from dalle_jax.pipelines.rerank import Reranker
 from dalle_jax.pipelines.story_dalle import StoryDallE
 from tests import runs
 from tests.data.test_story_sources import CLIPS, write_pororo, write_pororo_tables
@@ -35,7 +36,8 @@ def root(tmp_path_factory):
   data = {'image_size': SIZE, 'path': '', 'source': 'story_shapes', 'source_args': {'image_size': SIZE, 'count': 50}}
 
   fields = dict(variant='test', image_size=SIZE, patch=3)  # 4 x 4 codes of 16
-  write(root / 'vqgan', 'vqgan', vqgan.build(**fields), {'model': fields, 'data': data}, picture)
+  write(root / 'lpips', 'lpips', lpips.build('test'), {'model': {'variant': 'test'}}, picture, picture)
+  write(root / 'vqgan', 'vqgan', vqgan.build(**fields), {'model': fields, 'data': data}, picture, frozen=['lpips'])
   c = {'model': {'variant': 'test'}, 'data': data, 'tokenizer': TOKENIZER}
   write(root / 'clip', 'clip', clip.of_run(c), c, picture, text[0])
   c = {'model': {'variant': 'test', 'labels': 9}, 'data': data}
@@ -54,7 +56,6 @@ def root(tmp_path_factory):
   write(root / 'dalle', 'dalle', dalle.build('test', **sizes), c, text[0], codes[0], frozen=['vqgan'])
   c = {'model': {'variant': 'test'}}
   write(root / 'inception', 'inception', inception.of_run(c), c, picture)
-  write(root / 'lpips', 'lpips', lpips.build('test'), c, picture, picture)
   return root
 
 
@@ -144,6 +145,9 @@ def test_captions_by_oracle_clip_and_inception(root, run, tmp_path):
   np.testing.assert_allclose(drawn.astype(int), np.stack([s.images[0] for s in samples]), atol=1)
   assert [r['candidate'] for r in rows] == [int(s.candidates[0]) for s in samples]
   assert metrics['clip_score'] == pytest.approx(np.mean([s.scores[0] for s in samples]), abs=1e-4)
+  true = np.stack([source[k]['image'] for k in range(5)])
+  scores = Reranker.load(root / 'clip').scores([r['caption'] for r in rows], true[:, None])
+  assert metrics['clip_score_true'] == pytest.approx(scores.mean(), abs=1e-4)
   right = Oracle(SIZE).score(drawn, [source.scene(k) for k in range(5)])
   assert {a: metrics[a] for a in (*ATTRIBUTES, 'all')} == {a: float(v.mean()) for a, v in right.items()}
   assert metrics['fid_network']['kind'] == 'inception' and metrics['fid_features'] == 128 and metrics['fid'] > 0
@@ -162,38 +166,68 @@ def test_records_of_one_caption_get_pictures_of_their_own(root, run, tmp_path):
   for name, caption in (('a', 'snow'), ('b', 'snow'), ('c', 'sand'), ('d', ''), ('e', 'snow'), ('f', ' ')):
     Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(folder / f'{name}.png')
     (folder / f'{name}.txt').write_text(caption)
-  flags = ['--split', 'train', '--source', 'folder', '--path', folder, '--batch_size', 2]
+  flags = ['--split', 'all', '--source', 'folder', '--path', folder, '--batch_size', 3]
+  for count in (0, 2):  # the second leaves nothing of the first
+    assert run('--run', root / 'dalle', *flags, '--count', count) == 0
+    files = {p.name for p in (tmp_path / 'out' / 'pictures').iterdir()}
+    assert files == ({'00000.png', '00001.png', '00002.png', '00004.png'} if not count else {'00000.png', '00001.png'})
   assert run('--run', root / 'dalle', *flags) == 0
   rows, metrics = read(tmp_path)
-  assert metrics['records'] == len(rows) and metrics['skipped'] and not {'fid', 'all', 'clip_score'} & set(metrics)
-  snow = [picture(tmp_path, r) for r in rows if r['caption'] == 'snow']
-  assert len(snow) > 1 and all((a != snow[0]).any() for a in snow[1:])
-  model = DallE.load(root / 'dalle')
-  np.testing.assert_allclose(snow[0].astype(int), model.sample(['snow'], n=1, seed=0)[0].images[0], atol=1)
+  assert (
+    metrics['records'] == len(rows) == 4 and metrics['skipped'] == 2 and not {'fid', 'all', 'clip_score'} & set(metrics)
+  )
+  assert [r['candidate'] for r in rows] == [0, 1, 0, 2]
+  drawn = DallE.load(root / 'dalle').sample(['snow'], n=3)[0].images
+  snow = np.stack([picture(tmp_path, r) for r in rows if r['caption'] == 'snow'])
+  np.testing.assert_allclose(snow.astype(int), drawn, atol=1)
+  assert len(np.unique(snow, axis=0)) == 3
 
 
-def test_reconstructions_of_every_frame(root, run, tmp_path):
-  flags = ['--split', 'test_seen', '--count', 3, '--batch_size', 2, '--lpips', root / 'lpips']
+def test_frames_of_stories_for_a_model_of_pictures(root, run, tmp_path):
+  folder = write_pororo(tmp_path / 'pororo')
+  write_pororo_tables(folder)
+  flags = ['--source', 'pororo', '--path', folder, '--classifier', root / 'classifier', '--batch_size', 4]
+  frames = pororo.load('test', path=str(folder), unit='frame')
+  labels = [[n for n, there in zip(pororo.CHARACTERS, frames[k]['labels'], strict=True) if there] for k in range(10)]
+  for name in ('dalle', 'vqgan'):
+    assert run('--run', root / name, *flags) == 0
+    rows, metrics = read(tmp_path)
+    assert metrics['records'] == metrics['pictures'] == 10 and rows[3]['record'].endswith('frame 3')
+    assert [r['labels'] for r in rows] == labels
+    assert 0 <= metrics['characters_drawn']['f1_micro'] <= 1
+
+
+def test_reconstructions_of_frames(root, run, tmp_path):
+  flags = ['--split', 'test_seen', '--count', 7, '--batch_size', 2, '--lpips', root / 'lpips']
   assert run('--run', root / 'vqgan', '--clip', root / 'clip', *flags) == 0
   rows, metrics = read(tmp_path)
-  true = np.concatenate([np.stack(SOURCE[k].frames) for k in range(3)])
-  assert (metrics['records'], metrics['pictures'], metrics['fid_pictures']) == (3, 15, [15, 15])
-  assert [r['file'] for r in rows[4:6]] == ['pictures/00000_5.png', 'pictures/00001_1.png']
+  true = np.concatenate([np.stack(SOURCE[k].frames) for k in range(2)])[:7]
+  assert (metrics['records'], metrics['pictures'], metrics['fid_pictures']) == (7, 7, [7, 7])
+  assert rows[6]['file'] == 'pictures/00006.png' and rows[6]['record'].endswith('frame 1')
 
   model = ImageTokenizer.load(root / 'vqgan')
   tokens, drawn = model.encode(true), np.stack([picture(tmp_path, r) for r in rows])
   np.testing.assert_array_equal(drawn, model.reconstruct(true))
   np.testing.assert_array_equal(drawn, model.decode(tokens))
   error = drawn.astype(float) - true
-  assert metrics['l1'] == pytest.approx(np.abs(error).mean(), abs=1e-3)
+  assert metrics['l1'] == pytest.approx(np.abs(error).mean() / 127.5, abs=1e-3)
   assert metrics['psnr'] == pytest.approx(np.mean(-10 * np.log10(np.square(error / 255).mean((1, 2, 3)))), abs=1e-3)
-  assert np.isfinite(metrics['lpips']) and rows[0]['lpips'] != rows[1]['lpips']
+  assert (
+    metrics['lpips_network']['run'] == str(root / 'lpips')
+    and np.isfinite(metrics['lpips'])
+    and rows[0]['lpips'] != rows[1]['lpips']
+  )
   counts = np.bincount(tokens.ravel(), minlength=16)
-  assert metrics['codes_used'] == (counts > 0).mean() and 1 <= metrics['perplexity'] <= (counts > 0).sum()
-  scenes = [m.scene for k in range(3) for m in SOURCE.moments(k)]
+  assert metrics['codes_used'] == (counts > 0).mean() and 1 <= metrics['codes_perplexity'] <= (counts > 0).sum()
+  scenes = [m.scene for k in range(2) for m in SOURCE.moments(k)][:7]
   right = Oracle(SIZE, accessories=True).score(drawn, scenes)
   assert {a: metrics[a] for a in (*ATTRIBUTES, 'all')} == {a: float(v.mean()) for a, v in right.items()}
 
+  flags = ['--split', 'test', '--source', 'shapes', '--source_arg', 'max_objects=9', '--image_size', 48, '--count', 3]
+  assert run('--run', root / 'vqgan', *flags) == 0
+  rows, metrics = read(tmp_path)
+  assert picture(tmp_path, rows[2]).shape == (48, 48, 3)
+  assert metrics['lpips_network'] == {'run': str(root / 'vqgan' / 'frozen' / 'lpips'), 'step': 3}  # its own
   with pytest.raises(ValueError, match=r'image tokens reach from 1 to 16; expected 0 to 15'):
     model.decode(np.arange(1, 17)[None])
   with pytest.raises(ValueError, match=r'image tokens are float64\[1, 16\]; expected int32'):
@@ -211,7 +245,14 @@ def test_mistakes_are_one_line(root, run, tmp_path, capsys):
     (['--run', root / 'vqgan', '--top_k', 5], 'is an image tokenizer, which draws nothing; leave out --top_k'),
     (['--run', root / 'vqgan', '--image_size', 25], 'needs image sizes divisible by 6, not 25'),
     (['--run', root / 'dalle', '--lpips', root / 'lpips'], '--lpips is for reconstructions'),
-    (['--run', root / 'vqgan', '--source', 'tokens'], 'was trained on encoded pictures; give pictures'),
+    (['--run', root / 'vqgan', '--source', 'tokens'], 'the data source tokens has no pictures; give them'),
+    (['--run', root / 'vqgan', '--source_arg', 'seed'], "--source_arg 'seed' is not understood; write NAME=VALUE"),
+    (['--run', root / 'dalle', '--inception', root / 'clip'], f"--inception {root / 'clip'} is a run of 'clip'"),
+    (
+      ['--run', root / 'dalle', '--inception', root / 'inception', '--classifier', root / 'classifier'],
+      '--classifier finds labels, which the data does not have',
+    ),
+    ([*story, '--source', 'shapes', '--split', 'val'], 'record 0 is a picture; expected a story'),
     (['--run', root / 'vqgan', '--split', 'val', '--lpips', root / 'clip'], '--lpips takes an imported LPIPS'),
     ([*story, '--n', 2], '--n 2 needs --clip RUN_DIR'),
     ([*story, '--step', 7], 'has no checkpoint of step 7'),

@@ -110,13 +110,13 @@ class Plan:
       'text': jax.ShapeDtypeStruct((count, model.text_length), jnp.int32),
       'image': jax.ShapeDtypeStruct((count, 0), jnp.int32),
       'name': jax.ShapeDtypeStruct((count,), jnp.uint32),
+      'number': jax.ShapeDtypeStruct((count, 1), jnp.int32),
     }
     stored, everywhere = self.state.params['dalle'], NamedSharding(self.mesh, PartitionSpec())
     cast = jax.eval_shape(lambda params: decoding.compute_params(params, model.dtype), stored)
     cast = decoding.by_layer(jax.tree.map(lambda x, y: _placed(x, y.sharding), cast, stored), _layer)
     params = {'dalle': cast, 'vqgan': self.frozen['vqgan']}
-    seed, numbers = jax.ShapeDtypeStruct((), jnp.uint32), jax.ShapeDtypeStruct((1,), jnp.int32)
-    inputs = params, self._put(batch), _placed(seed, everywhere), _placed(numbers, everywhere)
+    inputs = params, self._put(batch), _placed(jax.ShapeDtypeStruct((), jnp.uint32), everywhere)
     draw = jax.jit(lambda *inputs: pipeline.draw(model, vqgan, *inputs, sampling=decoding.Sampling()))
     return self._compiled('sampler', draw, *inputs)
 

@@ -104,5 +104,5 @@ def crop(image: Image.Image, size: int, augment: Collection[str], rng: np.random
 
 def check_pictures(images: np.ndarray, size: int) -> None:
   """Raises ValueError unless they are uint8[B, size, size, 3]."""
-  if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
+  if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or not len(images):
     raise ValueError(f'pictures are {images.dtype}{list(images.shape)}; expected uint8[B, {size}, {size}, 3].')

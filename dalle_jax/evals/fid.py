@@ -90,6 +90,7 @@ class Seen:
   def __init__(self, network: 'Network', resize: int = 0):
     self.network, self.resize = network, resize
     self._digest = hashlib.sha256(f'{network.kind} {network.sha256} {resize}'.encode())
+    self._waiting: list[np.ndarray] = []  # pictures, until there is a batch of them
     self._features: list[np.ndarray] = []
 
   def add(self, images: np.ndarray) -> None:
@@ -97,11 +98,20 @@ class Seen:
     images = resized(images, self.resize)
     for image in images:  # one by one, so that the hash does not tell how they were batched
       self._digest.update(f'{list(image.shape)}'.encode() + image.tobytes())
-    self._features.append(self.network.features(images))
+      self._waiting.append(image)
+    while len(self._waiting) >= BATCH:
+      self._look()
+
+  def _look(self) -> None:
+    part, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
+    self._features.append(self.network.features(np.stack(part)))
 
   def statistics(self) -> Statistics:
     """Hashed are the pictures in their order, the resize and the network. Raises ValueError for less than two."""
-    return statistics(np.concatenate(self._features), self._digest.hexdigest())
+    if self._waiting:
+      self._look()
+    features = np.concatenate(self._features) if self._features else np.zeros((0, 1))
+    return statistics(features, self._digest.hexdigest())
 
 
 def report(drawn: Seen, true: Seen) -> dict[str, Any]:
@@ -147,7 +157,12 @@ class Network:
       digest.update(f'{name} {value.dtype}{list(value.shape)}'.encode() + np.asarray(value).tobytes())
     self.sha256 = digest.hexdigest()
     jit = functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
-    apply = lambda method: jit(lambda p, x: self.model.apply({'params': p}, to_float(x), method=method))
+
+    def apply(method: str) -> Any:
+      # In float32 everywhere: figures of a TPU's own way, bfloat16, would not be those of others.
+      see = lambda p, x: self.model.apply({'params': p}, to_float(x), method=method)
+      return jit(jax.default_matmul_precision('highest')(see))
+
     self._features = apply(method)
     self._logits = apply('__call__')
 

@@ -15,26 +15,31 @@ import numpy as np
 from dalle_jax.data.sources import shapes
 from dalle_jax.data.sources.shapes import Object, Scene
 from dalle_jax.data.sources.story_shapes import Moment
+from dalle_jax.data.stories import Frames
 
 ATTRIBUTES = ('background', 'count', 'position', 'shape', 'color', 'size')
 COLUMNS = ('caption', 'hero', 'setting', 'size')  # of the frames of stories
 _READABLE = 0.16  # RMS error, of 1, up to which a cell is read as its nearest content; uniform noise is at 0.3
 _MAX_SIZE = 96  # larger pictures are averaged down first: the templates of 9 x 774 cells must fit in memory
+_MIN_SIZE = 32  # but not below what is told apart surely
 
 
 class Oracle:
   """Reads square pictures of one size.
 
   Args:
-    image_size: side of the pictures in pixels; above 96 a multiple of an integer reduction is used.
+    image_size: side of the pictures in pixels; above 96 they are averaged down by an integer that divides it.
     accessories: whether objects may wear any; templates are four times as many.
   """
 
   def __init__(self, image_size: int, accessories: bool = False):
     self.image_size = image_size
-    self._reduce = max(1, -(-image_size // _MAX_SIZE))
-    if image_size % self._reduce:
-      raise ValueError(f'oracle: image_size {image_size} is not divisible by {self._reduce}; use a multiple of it')
+    least, most = max(1, -(-image_size // _MAX_SIZE)), max(1, image_size // _MIN_SIZE)
+    self._reduce = next((f for f in range(least, most + 1) if image_size % f == 0), 0)
+    if not self._reduce:
+      raise ValueError(
+        f'oracle: image_size {image_size} has no divisor from {least} to {most}; use a multiple of {least}'
+      )
     worn = ('', *shapes.ACCESSORIES) if accessories else ('',)
     self._contents = [None, *((*look, accessory) for look in shapes.all_looks() for accessory in worn)]
 
@@ -83,7 +88,7 @@ class Oracle:
   def score(self, images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
     """What is right in each picture, attribute by attribute: `{attribute or 'all': bool[N]}`.
 
-    Objects are paired so that most attributes agree, those of scenes with more than three in raster order; an attribute
+    Objects are paired so that most attributes agree, in scenes of more than three those of the same cell; an attribute
     is right when every object has it.
     """
     if len(images) != len(scenes):
@@ -99,8 +104,8 @@ def _compare(seen: Scene | None, true: Scene) -> dict[str, bool]:
   same_count = len(seen.objects) == len(true.objects)
   if len(seen.objects) < len(true.objects):
     pairings: list[tuple[Object, ...]] = []
-  elif len(true.objects) > 3 and same_count:  # a crowded scene, from which image tokenizers learn: cell by cell
-    pairings = [seen.objects]
+  elif len(true.objects) > 3 and same_count:  # a crowded scene, from which image tokenizers learn
+    pairings = [_by_cell(seen.objects, true.objects)]
   elif len(seen.objects) > 3:  # too many to pair: the picture is no scene of this world
     pairings = []
   else:
@@ -114,22 +119,29 @@ def _compare(seen: Scene | None, true: Scene) -> dict[str, bool]:
   return {'background': seen.background == true.background, 'count': same_count, **best}
 
 
+def _by_cell(seen: Sequence[Object], true: Sequence[Object]) -> tuple[Object, ...]:
+  """For each true object the one seen in its cell, for those of empty cells, in raster order, what is left."""
+  at = {o.position: o for o in seen}
+  left = iter([o for o in seen if o.position not in {t.position for t in true}])
+  return tuple(at[t.position] if t.position in at else next(left) for t in true)
+
+
 def reader(source: Any, image_size: int) -> Callable[[int, np.ndarray], list[dict[str, bool]]] | None:
   """Judges pictures that should show record k of a procedural source: (k, uint8[P, S, S, 3]) -> what is right in each.
 
-  For a story those are all its frames. None for a source that is not procedural.
+  None for a source that is not procedural.
   """
   if hasattr(source, 'scene'):
     oracle = Oracle(image_size, accessories=source.accessories > 0)
-    scenes = lambda k: [source.scene(k)]
-  elif hasattr(source, 'moments'):
+    scene = source.scene
+  elif isinstance(source, Frames) and hasattr(source.stories, 'moments'):
     oracle = Oracle(image_size, accessories=True)
-    scenes = lambda k: [moment.scene for moment in source.moments(k)]
+    scene = lambda k: source.stories.moments(k // source.length)[k % source.length].scene
   else:
     return None
 
   def read(k: int, images: np.ndarray) -> list[dict[str, bool]]:
-    right = oracle.score(images, scenes(k))
+    right = oracle.score(images, [scene(k)] * len(images))
     return [{name: bool(values[i]) for name, values in right.items()} for i in range(len(images))]
 
   return read

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dalle_jax.evals import characters, fid
 from dalle_jax.training import checkpoint
 
 SHOWN = 12  # pictures in OUT/grid.png
+MEANS = ('clip_score', 'clip_score_true', 'psnr', 'l1', 'lpips')  # columns of rows whose means are metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Evaluation:
   """One pass over a split by one kind of model; `rows` has what predictions.json says of each picture, in order."""
 
   EXPECTED = ''  # of a record
+  STORY = False  # whether records must be stories, or must not
 
   def __init__(self, model: Any, source: Any, settings: Settings):
     """Raises ValueError when the classifier does not know the labels of the source."""
@@ -81,11 +84,12 @@ class Evaluation:
   def run(self, out: Path, count: int = 0) -> None:
     """Makes the first `count` records (0: all), and writes OUT/pictures/, grid.png and predictions.json.
 
-    Of several processes all make the same; the first writes. Raises ValueError when no record is usable.
+    What an earlier one left there is removed. Of several processes all make the same; the first writes. Raises
+    ValueError when no record is usable, or one is of another kind than this evaluation is for.
     """
     writes = jax.process_index() == 0
     if writes:
-      (out / 'pictures').mkdir(parents=True, exist_ok=True)
+      clear(out)
     count = min(count or len(self.source), len(self.source))
     size = min(count, self.at_once())
     records, shown = self.records(count), []
@@ -110,13 +114,17 @@ class Evaluation:
     for k in range(count):
       try:
         arrays, captions, story = examples.read(k, None)
-        if 'image' not in arrays or not self.usable(captions, story):
-          raise ValueError(f'expected {self.EXPECTED}')
+        if story == self.STORY and not self.usable(captions):
+          raise ValueError(f'there is no caption; expected {self.EXPECTED}')
       except Exception as e:  # what a broken file makes Pillow raise has no common class
         self.skipped.append(' '.join(f'{examples.name(k)}: {type(e).__name__}: {e}'.split()))
         if len(self.skipped) <= pipeline.LOGGED:  # metrics.json has all
           print(f'skipped {self.skipped[-1]}', flush=True)
         continue
+      if story != self.STORY or 'image' not in arrays:  # so are all the others
+        found = 'a story' if story else 'a picture'
+        kind = found if 'image' in arrays else f'{found} in image tokens'
+        raise ValueError(f'{examples.name(k)} is {kind}; expected {self.EXPECTED}.')
       yield Record(k, arrays, captions)
 
   def name(self, record: Record) -> dict[str, Any]:
@@ -136,6 +144,9 @@ class Evaluation:
     for name, seen in self.seen.items():
       seen.add(images[name])
     rows = [row for r in results for row in r.rows]
+    if reranker := getattr(self.model, 'reranker', None):
+      scores = reranker.scores([row['caption'] for row in rows], images['true'][:, None])[:, 0]
+      rows = [row | {'clip_score_true': round(float(s), 4)} for row, s in zip(rows, scores, strict=True)]
     if self.tally:
       who = self.tally.add(np.concatenate([r.labels for r in results]), images)
       rows = [row | found for row, found in zip(rows, who, strict=True)]
@@ -147,15 +158,16 @@ class Evaluation:
     result |= {'skipped': len(self.skipped), 'skipped_records': self.skipped}
     for name in self.rows[0].get('right', ()):
       result[name] = float(np.mean([row['right'][name] for row in self.rows]))
-    for name in ('clip_score', 'psnr', 'l1', 'lpips'):
+    for name in MEANS:
       if name in self.rows[0]:
         result[name] = float(np.mean([row[name] for row in self.rows]))
     result |= self.tally.report() if self.tally else {}
-    return result | (fid.report(**self.seen) if self.seen else {})
+    return result | (fid.report(**self.seen) if self.seen and len(self.rows) > 1 else {})
 
   # --- What a kind of model is asked
 
-  def usable(self, captions: Sequence[str], story: bool) -> bool:
+  def usable(self, captions: Sequence[str]) -> bool:
+    """Whether the captions of a record are there."""
     raise NotImplementedError
 
   def at_once(self) -> int:
@@ -169,6 +181,16 @@ class Evaluation:
   def grid(self, shown: Sequence[tuple[Record, Result]]) -> Image.Image:
     """The first ones, to be looked at."""
     raise NotImplementedError
+
+
+def clear(out: Path) -> None:
+  """Makes OUT/pictures, and removes what an earlier evaluation wrote: other pictures would be taken for these."""
+  (out / 'pictures').mkdir(parents=True, exist_ok=True)
+  for name in ('metrics.json', 'predictions.json', 'grid.png'):
+    (out / name).unlink(missing_ok=True)
+  for path in (out / 'pictures').glob('*.png'):
+    if re.fullmatch(r'\d{5,}(_\d+)?', path.stem):
+      path.unlink()
 
 
 def filled(part: Sequence[Record], size: int) -> list[Record]:

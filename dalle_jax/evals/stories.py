@@ -15,13 +15,14 @@ class Stories(Evaluation):
   """Every frame after the source, by a pipeline that has `continue_stories`."""
 
   EXPECTED = 'a story of pictures with a caption for every frame after the first'
+  STORY = True
 
   def __init__(self, model: Any, source: Any, settings: Settings):
     super().__init__(model, source, settings)
     self.oracle = Oracle(model.image_size, accessories=True) if hasattr(source, 'moments') else None
 
-  def usable(self, captions: Sequence[str], story: bool) -> bool:
-    return story and all(c.strip() for c in captions[1:])
+  def usable(self, captions: Sequence[str]) -> bool:
+    return all(c.strip() for c in captions[1:])
 
   def at_once(self) -> int:
     return max(1, self.settings.batch_size // (self.settings.n * self.model.model.frames))

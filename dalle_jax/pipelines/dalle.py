@@ -56,17 +56,19 @@ class DallE(TokenGenerator):
     top_k: int = 0,
     top_p: float = 1.0,
     guidance: float = 1.0,
+    first: int | Sequence[int] = 0,
     init_image: Any = None,
     keep_rows: int = 0,
     batch_size: int = 64,
   ) -> list[Sample]:
     """Draws `n` pictures for each prompt.
 
-    A picture is a function of (prompt, seed, its number in [0, n)), whatever else is asked for beside it.
+    A picture is a function of (prompt, seed, its number), whatever else is asked for beside it.
 
     Args:
       temperature, top_k, top_p, guidance: see `functional.decoding.Sampling`. Guidance above 1 needs a model trained
         with loss.caption_dropout.
+      first: the number of the first picture, of all prompts or of each; the others follow it.
       init_image: a picture to complete (a path, bytes, PIL image or uint8[H, W, 3]), cropped to the model's size, of
         which the top `keep_rows` rows of image tokens are kept.
       batch_size: pictures at once.
@@ -80,6 +82,9 @@ class DallE(TokenGenerator):
     check_numbers(n, batch_size, seed)
     sampling = Sampling(temperature, top_k, top_p, guidance)
     given = self._given(init_image, keep_rows)
+    begins = np.full(len(prompts), first) if np.ndim(first) == 0 else np.asarray(first)
+    if begins.shape != (len(prompts),) or begins.dtype.kind not in 'iu' or begins.min() < 0:
+      raise ValueError(f'first is {first}; expected a number of 0 or more, or one for each of {len(prompts)} prompts.')
     text = np.stack([self._text(p) for p in prompts])
     h, w = self.model.grid
     images = np.zeros((len(prompts), n, self.image_size, self.image_size, 3), np.uint8)
@@ -88,20 +93,20 @@ class DallE(TokenGenerator):
     each, together = min(n, batch_size), in_one_call(len(prompts), batch_size // n, shards)  # candidates, prompts
     names = np.array([zlib.crc32(p.encode()) for p in prompts], np.uint32)
     with sharding.within(self.mesh, self.rules):
-      for first in range(0, n, each):
+      for done in range(0, n, each):
         for start in range(0, len(prompts), together):
           rows = np.minimum(np.arange(start, start + together), len(prompts) - 1)  # the last call repeats the last one
           batch = {'text': text[rows], 'image': np.tile(given, (together, 1)), 'name': names[rows]}
-          numbers = np.arange(first, first + each)
-          pictures, codes = self._draw(self.params, self._put(batch), np.uint32(seed), numbers, sampling=sampling)
-          images[rows, first : first + each] = np.asarray(pictures)[:, : n - first]
-          tokens[rows, first : first + each] = np.asarray(codes)[:, : n - first]
+          batch['number'] = (begins[rows, None] + np.arange(done, done + each)).astype(np.int32)
+          pictures, codes = self._draw(self.params, self._put(batch), np.uint32(seed), sampling=sampling)
+          images[rows, done : done + each] = np.asarray(pictures)[:, : n - done]
+          tokens[rows, done : done + each] = np.asarray(codes)[:, : n - done]
       scores = self.reranker.scores(prompts, images) if self.reranker else None
     results = []
     for i, prompt in enumerate(prompts):
       order = np.arange(n) if scores is None else np.argsort(-scores[i], kind='stable')
       ranked = None if scores is None else scores[i, order]
-      results.append(Sample(prompt, images[i, order], tokens[i, order], order, ranked))
+      results.append(Sample(prompt, images[i, order], tokens[i, order], begins[i] + order, ranked))
     return results
 
   # --- On the host
@@ -122,26 +127,25 @@ def draw(
   params: Any,
   batch: dict[str, jax.Array],
   seed: jax.Array,
-  numbers: jax.Array,
   *,
   sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
-  """uint8[B, n, H, W, 3] and int32[B, n, I] for the candidates with these numbers; under jit.
+  """uint8[B, n, H, W, 3] and int32[B, n, I]; under jit.
 
-  `params` has 'dalle' and 'vqgan', `batch` text int32[B, T], image int32[B, k] and name uint32[B].
+  `params` has 'dalle' and 'vqgan', `batch` text int32[B, T], image int32[B, k], name uint32[B] and number int32[B, n].
   """
   tokens = decoding.sample(
     functools.partial(model.apply, {'params': params['dalle']}),
     batch['text'],
     batch['image'],
-    request_keys(seed, batch['name'], numbers),
+    request_keys(seed, batch['name'], batch['number']),
     empty=model.padding,
     length=model.image_length,
-    n=len(numbers),
+    n=batch['number'].shape[1],
     sampling=sampling,
   )
   images = decode_codes(vqgan, params['vqgan'], tokens, model.grid)
-  n = len(numbers)
+  n = batch['number'].shape[1]
   return images.reshape(-1, n, *images.shape[1:]), tokens.reshape(-1, n, tokens.shape[-1])
 
 

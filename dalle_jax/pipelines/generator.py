@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -149,10 +150,13 @@ def in_one_call(count: int, most: int, shards: int) -> int:
 
 
 def request_keys(seed: jax.Array, names: jax.Array, numbers: jax.Array) -> jax.Array:
-  """A key for each number of each name, [B * n]: so a picture depends on nothing that is asked for beside it."""
-  key = jax.random.key(seed)
-  pair = lambda name, number: jax.random.fold_in(jax.random.fold_in(key, name), number)
-  return jax.vmap(lambda name: jax.vmap(lambda number: pair(name, number))(numbers))(names).ravel()
+  """A key for each number of each name, [B * n]: so a picture depends on nothing that is asked for beside it.
+
+  `numbers` are int[n] for all of the names [B], or int[B, n].
+  """
+  key, numbers = jax.random.key(seed), jnp.broadcast_to(numbers, (len(names), numbers.shape[-1]))
+  of_one = jax.vmap(jax.random.fold_in, (None, 0))
+  return jax.vmap(lambda name, own: of_one(jax.random.fold_in(key, name), own))(names, numbers).ravel()
 
 
 def load(path: str | Path, **options: Any) -> Any:

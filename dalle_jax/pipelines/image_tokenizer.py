@@ -52,23 +52,27 @@ class ImageTokenizer:
 
     Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when a run is of another kind.
     """
-    return cls(checkpoint.load_run(path, mesh=mesh, rules=rules, step=step), image_size, mesh, rules)
+    run = checkpoint.load_run(path, mesh=mesh, rules=rules, step=step)
+    if run.config.get('objective') not in image_tokenizer.ROOMS:
+      kinds = ', '.join(image_tokenizer.ROOMS)
+      raise ValueError(f'{path} is a run of {run.config.get("objective")!r}; expected an image tokenizer: {kinds}.')
+    return cls(run, image_size, mesh, rules)
 
-  def encode(self, images: np.ndarray) -> np.ndarray:
-    """uint8[B, H, W, 3] of the size -> image tokens int32[B, I], row by row."""
+  def encode(self, images: np.ndarray, batch_size: int = BATCH) -> np.ndarray:
+    """uint8[B, H, W, 3] of the size -> image tokens int32[B, I], row by row; `batch_size` pictures at once."""
     ops.check_pictures(images, self.image_size)
     with sharding.within(self.mesh, self.rules):
-      return in_batches(lambda x: self._encode(self.params, x), images, BATCH)
+      return in_batches(lambda x: self._encode(self.params, x), images, batch_size)
 
-  def decode(self, tokens: np.ndarray) -> np.ndarray:
+  def decode(self, tokens: np.ndarray, batch_size: int = BATCH) -> np.ndarray:
     """Image tokens int32[B, I] -> uint8[B, H, W, 3]. Raises ValueError for other shapes or tokens."""
     length = self.grid[0] * self.grid[1]
-    if tokens.ndim != 2 or tokens.shape[1] != length or tokens.dtype.kind not in 'iu':
+    if tokens.ndim != 2 or tokens.shape[1] != length or not len(tokens) or tokens.dtype.kind not in 'iu':
       raise ValueError(f'image tokens are {tokens.dtype}{list(tokens.shape)}; expected int32[B, {length}].')
-    if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.num_codes:
+    if not 0 <= tokens.min() <= tokens.max() < self.num_codes:
       raise ValueError(f'image tokens reach from {tokens.min()} to {tokens.max()}; expected 0 to {self.num_codes - 1}.')
     with sharding.within(self.mesh, self.rules):
-      return in_batches(lambda x: self._decode(self.params, x), tokens.astype(np.int32), BATCH)
+      return in_batches(lambda x: self._decode(self.params, x), tokens.astype(np.int32), batch_size)
 
   def reconstruct(self, images: np.ndarray) -> np.ndarray:
     """uint8[B, H, W, 3] through the image tokens and back: uint8[B, H, W, 3]."""

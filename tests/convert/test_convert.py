@@ -20,6 +20,7 @@ from dalle_jax.convert import __main__ as command
 from dalle_jax.convert import engine, torch_file
 from dalle_jax.convert.sources import rudalle
 from dalle_jax.pipelines.dalle import DallE
+from dalle_jax.pipelines.image_tokenizer import ImageTokenizer
 from dalle_jax.training import checkpoint
 from tests import runs
 
@@ -60,6 +61,15 @@ def test_an_imported_run_draws_and_is_fine_tuned_into_a_storyteller(mindalle, tm
   out = ['--source', tmp_path / 'frame.png', '--n', 1, '--out', tmp_path / 'drawn']
   assert runs.call(sample, '--run', tmp_path / 'story', '--story', story, *out) == 0
   assert (tmp_path / 'drawn' / 'storyboard.png').is_file()
+
+
+def test_an_imported_dvae_encodes_and_decodes(tmp_path):
+  assert convert('--from=openai_dvae', f'--path={FIXTURES}/openai_dvae', f'--out={tmp_path}/dvae')[0] == 0
+  dvae = ImageTokenizer.load(tmp_path / 'dvae', image_size=64)
+  images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+  tokens = dvae.encode(images, 2)
+  assert tokens.shape == (3, 64) and 0 <= tokens.min() <= tokens.max() < dvae.num_codes
+  assert dvae.decode(tokens).shape == images.shape
 
 
 def test_the_inception_of_torchvision_is_not_taken_for_that_of_fids(tmp_path, capsys):

@@ -133,11 +133,20 @@ def test_crowded_pictures_are_compared_cell_by_cell():
   wrong = [dataclasses.replace(s, objects=(*s.objects[:-1], _recolored(s.objects[-1]))) for s in crowded]
   score = Oracle(48).score(np.stack([shapes.render(s, 48) for s in wrong]), crowded)
   assert not score['color'].any() and score['shape'].all() and score['position'].all()
+  few = [s for s in crowded if len(s.objects) < 9]
+  free = lambda s: next(p for p in range(8, -1, -1) if p not in {o.position for o in s.objects})
+  moved = [tuple(sorted((dataclasses.replace(s.objects[0], position=free(s)), *s.objects[1:]))) for s in few]
+  images = np.stack([shapes.render(dataclasses.replace(s, objects=m), 48) for s, m in zip(few, moved, strict=True)])
+  score = Oracle(48).score(images, few)
+  assert not score['position'].any() and score['color'].all() and score['shape'].all()
 
 
 def test_large_pictures_are_read_too():
-  images, scenes = _pictures(shapes.load('test', image_size=96), 20)
-  assert Oracle(96).score(images, scenes)['all'].all()
+  for size in (96, 256):
+    images, scenes = _pictures(shapes.load('test', image_size=size), 10)
+    assert Oracle(size).score(images, scenes)['all'].all()
+  with pytest.raises(ValueError, match='image_size 299 has no divisor from 4 to 9; use a multiple of 4'):
+    Oracle(299)
 
 
 def test_bad_arguments_are_refused():

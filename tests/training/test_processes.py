@@ -1,6 +1,7 @@
 """Two processes do what one does, go down together, and leave a checkpoint that any number of them goes on from."""
 
 import functools
+import json
 import os
 import socket
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 import sample
 import train
 from dalle_jax.data import bpe
@@ -96,6 +98,14 @@ def test_two_processes_draw_what_one_does(tmp_path):
   for name in ('000_0.png', '000_2.png', '001_1.png'):
     two, one = (np.asarray(Image.open(tmp_path / k / name), int) for k in ('two', 'one'))
     np.testing.assert_allclose(two, one, atol=1)
+  scored = [*asked[:3], '--source=shapes', '--split=val', '--count=3']
+  first, second = ends(start('evaluate.py', *scored, '--mesh=data=2,tensor=2', f'--out={tmp_path}/two'))
+  assert (first[0], second[0]) == (0, 0), first[3] + second[3]
+  assert runs.call(evaluate, *scored, '--out', tmp_path / 'one') == 0
+  two, one = (json.loads((tmp_path / k / 'metrics.json').read_text()) for k in ('two', 'one'))
+  assert two['clip_score'] == pytest.approx(one['clip_score'], abs=1e-3) and two['fid'] == pytest.approx(
+    one['fid'], rel=0.05
+  )
   refused, _ = ends(start('sample.py', *asked))
   assert refused[0] == 2 and 'several processes draw over one mesh; give it, e.g. --mesh data=-1' in refused[3]
 

@@ -19,11 +19,8 @@ def load(config_data: Any, split: str):
   `source_args` become arguments of its `load`. Raises ValueError for an unknown kind or argument, and what `load` of
   the kind raises: ValueError or FileNotFoundError of one line.
   """
-  kind, _, name = config_data.source.partition(':')
-  known = sorted(p.stem for p in Path(__file__).parent.glob('*.py') if p.stem != '__init__')
-  if kind not in known:
-    raise ValueError(f'config.data.source {config_data.source!r} is unknown; there are {", ".join(known)}.')
-  function = importlib.import_module(f'{__name__}.{kind}').load
+  function, name = _load(config_data.source)
+  kind = config_data.source.partition(':')[0]
   kwargs = {**config_data.source_args}
   kwargs |= {'path': config_data.path} if config_data.path else {}
   kwargs |= {'name': name} if name else {}
@@ -37,6 +34,20 @@ def load(config_data: Any, split: str):
     how = '; '.join(hint.get(k, f'set config.data.source_args.{k}') for k in needed)
     raise ValueError(f'the data source {kind!r} needs {", ".join(needed)}; {how}.')
   return function(split, **kwargs)
+
+
+def takes(kind: str, argument: str) -> bool:
+  """Whether a kind of source has this argument. Raises ValueError for an unknown kind."""
+  return argument in inspect.signature(_load(kind)[0]).parameters
+
+
+def _load(kind: str) -> tuple[Any, str]:
+  """`load` of KIND, and the NAME of 'KIND:NAME', '' without."""
+  room, _, name = kind.partition(':')
+  known = sorted(p.stem for p in Path(__file__).parent.glob('*.py') if p.stem != '__init__')
+  if room not in known:
+    raise ValueError(f'config.data.source {kind!r} is unknown; there are {", ".join(known)}.')
+  return importlib.import_module(f'{__name__}.{room}').load, name
 
 
 def divide(names: Sequence[str], split: str, val_fraction: float, test_fraction: float) -> list[int]:
@@ -56,8 +67,10 @@ def share(name: str) -> float:
 
 def choose(shares: np.ndarray, split: str, val_fraction: float, test_fraction: float) -> np.ndarray:
   """`divide` as int64 indices, for float64 shares of names that were hashed before."""
+  if split == 'all':
+    return np.arange(len(shares))
   if split not in SPLITS:
-    raise ValueError(f'config.data has the split {split!r}; expected one of {", ".join(SPLITS)}.')
+    raise ValueError(f'config.data has the split {split!r}; expected one of {", ".join(SPLITS)}, or all.')
   if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
     raise ValueError(f'val_fraction {val_fraction} and test_fraction {test_fraction} must leave some for train.')
   train, val, test = range(3)
@@ -70,6 +83,7 @@ def choose(shares: np.ndarray, split: str, val_fraction: float, test_fraction: f
   if not len(chosen):
     raise ValueError(
       f'the split {split!r} of {len(shares)} pictures is empty (val_fraction {val_fraction}, test_fraction '
-      f'{test_fraction}); add pictures, change the fractions, or set config.data.val_split="" to train without it.'
+      f'{test_fraction}); add pictures, change the fractions, take another split ("all" has every one), or set '
+      'config.data.val_split="" to train without it.'
     )
   return chosen
