@@ -74,6 +74,11 @@ def main(_):
   print(f'{jax.devices()[0].device_kind}, {_SIZE.value}, {rows} x {count} tokens, {model.dtype}')
   print(f'{1e3 * step:.3f} ms a token, {rows / step:,.0f} tokens/s; {step / floor:.2f} times the limit ', end='')
   print(f'({read / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s: {1e3 * floor:.3f} ms)', flush=True)
+  if model.attention == 'full':  # others read a part of it
+    before = model.text_length + count / 2  # positions, on average over a picture
+    cached = rows * 2 * model.depth * model.d_model * before * jnp.dtype(model.dtype).itemsize
+    both = (read + cached) / rate
+    print(f'{step / both:.2f} times what weights, keys and values take ({cached / 1e9:.2f} GB: {1e3 * both:.3f} ms)')
   if _PEER.value:
     from benchmarks import torch_peer
 

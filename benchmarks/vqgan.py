@@ -30,15 +30,14 @@ def measure(model: vqgan.VQGAN, size: int, names: tuple[str, ...]) -> dict[str, 
   x = jax.random.uniform(jax.random.key(0), (_BATCH.value, size, size, 3), minval=-1)
   params = nn.unbox(jax.jit(model.init)(jax.random.key(1), x)['params'])
   options = host.known_options(common.CONVOLUTIONS_ON_CPU, x.sharding) if jax.default_backend() == 'cpu' else None
-  jit = functools.partial(jax.jit, compiler_options=options)  # as the recipes for the CPU compile it
-  apply = lambda method: jit(lambda p, x: model.apply({'params': p}, x, method=method))
+  apply = lambda method: jax.jit(lambda p, x: model.apply({'params': p}, x, method=method))
   codes, optimizer = apply('encode')(params, x), optax.adam(1e-4)
 
   def loss(params):
     out = model.apply({'params': params}, x)
     return jnp.abs(out.recon - x).mean() + sum(out.quantized.losses.values())
 
-  @jit
+  @functools.partial(jax.jit, compiler_options=options)  # as the recipes for the CPU compile training
   def train(params, state):
     updates, state = optimizer.update(jax.grad(loss)(params), state)
     return optax.apply_updates(params, updates), state
