@@ -151,7 +151,7 @@ class Network:
       raise ValueError(f'{run.path} is a run of {self.kind!r}; looking at pictures needs one of {", ".join(KINDS)}.')
     room, method = KINDS[self.kind]
     self.model, self.run, self.step = room.of_run(run.config), run.path, run.step
-    self._params = run.network(self.kind)
+    self._params, self._mesh = run.network(self.kind), mesh
     digest = hashlib.sha256()
     for name, value in sorted(sharding.flatten(self._params).items()):
       digest.update(f'{name} {value.dtype}{list(value.shape)}'.encode() + np.asarray(value).tobytes())
@@ -182,9 +182,11 @@ class Network:
     return self._in_batches(self._logits, images) > 0
 
   def _in_batches(self, function: Any, images: np.ndarray) -> np.ndarray:
-    results = []
-    for start in range(0, len(images), BATCH):
-      part = resized(images[start : start + BATCH], getattr(self.model, 'image_size', 0))  # Inception-v3 does it itself
-      filled = np.concatenate([part, np.repeat(part[-1:], BATCH - len(part), axis=0)])  # so that it compiles once
-      results.append(np.asarray(function(self._params, filled))[: len(part)])
+    results, shards = [], sharding.batch_shards(self._mesh) if self._mesh else 1
+    size = -(-BATCH // shards) * shards  # so that every device has its share
+    for start in range(0, len(images), size):
+      part = resized(images[start : start + size], getattr(self.model, 'image_size', 0))  # Inception-v3 does it itself
+      batch = {'image': np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])}  # compiled once
+      batch = sharding.put_whole(batch, self._mesh) if self._mesh else batch
+      results.append(np.asarray(function(self._params, batch['image']))[: len(part)])
     return np.concatenate(results)
