@@ -6,7 +6,8 @@
   python evaluate.py --run IMPORTED --source folder --path PICTURES --split all --inception runs/inception
   python evaluate.py --run RUN --path DATA --classifier RUN --resize 64 --out results/pororo
 Writes OUT/pictures/NUMBER.png, OUT/grid.png (the first ones), OUT/predictions.json (a row a picture) and
-OUT/metrics.json, in place of what an earlier one left there. Pictures, scores and the sha256 of the reference are a
+OUT/metrics.json, once all is done, in place of an earlier evaluation. True pictures are cropped and brought to the size
+of the model before anything is compared. Pictures, scores and the sha256 of the reference are a
 function of data, runs and flags. Scores: what an oracle reads, for the procedural worlds; the FID to the true pictures
 through --inception (as published ones), or else through --classifier or --clip; with --clip the mean cosine of captions
 and pictures, drawn and true ones; with --classifier and labels the characters, for drawn and for true pictures (the
@@ -56,21 +57,26 @@ flags.DEFINE_float('top_p', 1.0, 'only the most probable tokens of this mass', f
 flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale; 1: none', flag_values=FLAGS)
 integer('resize', 0, "side in pixels that pictures are brought to before FID; 0: the network's own")
 integer('image_size', 0, 'of reconstructions; 0: that of training')
-string('out', 'evaluation', 'directory for what is written')
+string('out', 'evaluation', 'directory for what is written; an earlier evaluation there is replaced')
+flags.DEFINE_bool('save_true', False, 'the true pictures, too, as they are compared: OUT/true/', flag_values=FLAGS)
 integer('batch_size', 64, 'pictures at once', 1)
 flags.DEFINE_bool('int8', False, 'weights in eight bits', flag_values=FLAGS)
 integer('step', 0, 'a checkpoint other than the newest')
 layout.define_flags(FLAGS)
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 SAMPLING = ('temperature', 'top_k', 'top_p', 'guidance')
+COUNTS = {'records', 'pictures', 'skipped', 'skipped_records'}  # of metrics that are no scores
 DRAWING = ('clip', 'n', 'seed', *SAMPLING, 'int8')  # flags of models that draw
+
+
+SETTINGS = ('run', 'split', 'count', 'resize', 'batch_size', *fid.KINDS, 'lpips', *DRAWING)  # in metrics.json
 
 
 def run() -> None:
   if not FLAGS.run:
     raise ValueError('give --run RUN_DIR, the run directory of a trained model.')
-  if FLAGS.n > 1 and not FLAGS.clip:
-    raise ValueError(f'--n {FLAGS.n} needs --clip RUN_DIR, which picks the best of the candidates.')
+  if FLAGS.resize and not any(getattr(FLAGS, name) for name in fid.KINDS):
+    raise ValueError('--resize is for the FID; give --inception or another network, or leave it out.')
   with layout.asked(FLAGS, common.MESHES['data'], common.RULES) as where:
     score(where)
 
@@ -78,21 +84,40 @@ def run() -> None:
 def score(where: dict[str, Any]) -> None:
   model, kind = load(where)
   data = data_of(model)
-  source = sources.load(data, FLAGS.split)
+  try:
+    source = sources.load(data, FLAGS.split)
+  except (ValueError, OSError) as e:
+    raise ValueError(in_flags(str(e))) from e
   for line in source.report() if hasattr(source, 'report') else []:
     print(f'{FLAGS.split}: {line}', flush=True)
   distributed.check_same({'data': f'{data.to_json()} {len(source)}', 'runs': f'{FLAGS.run} {model.step} {FLAGS.clip}'})
   evaluation = build(model, kind, source)
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
   out = Path(FLAGS.out)
-  evaluation.run(out, FLAGS.count)
-  names = ('run', 'split', 'inception', 'classifier', *(DRAWING if kind is not reconstructions.Reconstructions else ()))
-  settings = {k: getattr(FLAGS, k) for k in names}
-  settings |= {'step': model.step, 'source': data.source, 'path': data.path, 'image_size': model.image_size}
-  metrics = evaluation.metrics()
-  checkpoint.write_json(out / 'metrics.json', settings | metrics)
-  print('\n'.join(f'{k}: {v}' for k, v in metrics.items()))
+  with split.in_place_of(out) as partial:
+    evaluation.run(partial, FLAGS.count)
+    given = {k: FLAGS[k].value for k in FLAGS if k in SETTINGS}
+    given |= {'source': data.source, 'path': data.path, 'source_args': data.source_args.to_dict()}
+    metrics = evaluation.metrics()
+    settings = given | {'step': model.step, 'image_size': model.image_size}
+    checkpoint.write_json(partial / 'metrics.json', settings | metrics)
+  print('\n'.join(f'{k}: {v}' for k, v in metrics.items() if k != 'skipped_records'))
+  if not set(metrics) - COUNTS:
+    print('nothing here scores these pictures: give --inception or --clip.')
   print(f'wrote {len(evaluation.rows)} pictures, grid.png, predictions.json and metrics.json to {out}')
+
+
+def in_flags(message: str) -> str:
+  """An error about fields of a config, in words of this script's flags."""
+  names = {'config.data.source_args.': '--source_arg ', 'config.data.val_split=""': '--split train'}
+  names |= {
+    'config.data.source': '--source',
+    'config.data.path': '--path',
+    'config.data has the split': 'there is no split',
+  }
+  for theirs, ours in names.items():
+    message = message.replace(theirs, ours)
+  return message
 
 
 def load(where: dict[str, Any]) -> tuple[Any, type[split.Evaluation]]:
@@ -105,6 +130,8 @@ def load(where: dict[str, Any]) -> tuple[Any, type[split.Evaluation]]:
     return tokenizer, reconstructions.Reconstructions
   if given := [k for k in ('lpips', 'image_size') if getattr(FLAGS, k)]:
     raise ValueError(f'--{", --".join(given)} is for reconstructions by an image tokenizer; leave it out.')
+  if FLAGS.n > 1 and not FLAGS.clip:
+    raise ValueError(f'--n {FLAGS.n} needs --clip RUN_DIR, which picks the best of the candidates.')
   model = generator.load(FLAGS.run, clip=FLAGS.clip, step=step, int8=FLAGS.int8, **where)
   return model, stories.Stories if isinstance(model, StoryTeller) else captions.Captions
 
@@ -156,6 +183,7 @@ def build(model: Any, kind: type[split.Evaluation], source: Any) -> split.Evalua
     batch_size=FLAGS.batch_size,
     sampling={k: getattr(FLAGS, k) for k in SAMPLING},
     resize=FLAGS.resize,
+    save_true=FLAGS.save_true,
     network=networks.get(seen_by),
     labels=networks.get('classifier'),
   )

@@ -171,11 +171,13 @@ def test_records_of_one_caption_get_pictures_of_their_own(root, run, tmp_path):
     assert run('--run', root / 'dalle', *flags, '--count', count) == 0
     files = {p.name for p in (tmp_path / 'out' / 'pictures').iterdir()}
     assert files == ({'00000.png', '00001.png', '00002.png', '00004.png'} if not count else {'00000.png', '00001.png'})
-  assert run('--run', root / 'dalle', *flags) == 0
+  assert run('--run', root / 'dalle', *flags, '--save_true') == 0
+  assert run('--run', root / 'dalle', *flags, '--temperature', -1) == 2  # and leaves the one before
+  true = np.asarray(Image.open(tmp_path / 'out' / 'true' / '00001.png'))
+  np.testing.assert_array_equal(true, np.asarray(Image.open(folder / 'b.png')))
   rows, metrics = read(tmp_path)
-  assert (
-    metrics['records'] == len(rows) == 4 and metrics['skipped'] == 2 and not {'fid', 'all', 'clip_score'} & set(metrics)
-  )
+  assert len(rows) == metrics['records'] == 4 and metrics['skipped'] == 2
+  assert not {'fid', 'all', 'clip_score'} & set(metrics)
   assert [r['candidate'] for r in rows] == [0, 1, 0, 2]
   drawn = DallE.load(root / 'dalle').sample(['snow'], n=3)[0].images
   snow = np.stack([picture(tmp_path, r) for r in rows if r['caption'] == 'snow'])
@@ -230,6 +232,10 @@ def test_reconstructions_of_frames(root, run, tmp_path):
   assert metrics['lpips_network'] == {'run': str(root / 'vqgan' / 'frozen' / 'lpips'), 'step': 3}  # its own
   with pytest.raises(ValueError, match=r'image tokens reach from 1 to 16; expected 0 to 15'):
     model.decode(np.arange(1, 17)[None])
+  files = [tmp_path / 'out' / row['file'] for row in rows]
+  np.testing.assert_array_equal(model.encode(files), model.encode([Image.open(f) for f in files]))
+  with pytest.raises(ValueError, match='pictures are a str; expected uint8'):
+    model.encode('a.png')
   with pytest.raises(ValueError, match=r'image tokens are float64\[1, 16\]; expected int32'):
     model.decode(np.zeros((1, 16)))
 
@@ -253,6 +259,11 @@ def test_mistakes_are_one_line(root, run, tmp_path, capsys):
       '--classifier finds labels, which the data does not have',
     ),
     ([*story, '--source', 'shapes', '--split', 'val'], 'record 0 is a picture; expected a story'),
+    ([*story, '--source_arg', 'count=abc'], "cannot use its arguments, count='abc', image_size=24"),
+    ([*story, '--source', 'folder'], "the data source 'folder' needs path; set --path"),
+    ([*story, '--resize', 8], '--resize is for the FID'),
+    ([*story, '--out', root], 'holds other things than an evaluation (classifier, clip, dalle, imported)'),
+    (['--run', root / 'vqgan', '--n', 2], 'is an image tokenizer, which draws nothing; leave out --n'),
     (['--run', root / 'vqgan', '--split', 'val', '--lpips', root / 'clip'], '--lpips takes an imported LPIPS'),
     ([*story, '--n', 2], '--n 2 needs --clip RUN_DIR'),
     ([*story, '--step', 7], 'has no checkpoint of step 7'),

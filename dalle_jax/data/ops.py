@@ -3,6 +3,8 @@
 import io
 import warnings
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -100,6 +102,22 @@ def crop(image: Image.Image, size: int, augment: Collection[str], rng: np.random
   if rng is not None and 'flip' in augment and rng.random() < 0.5:
     pixels = pixels[:, ::-1]
   return pixels
+
+
+def open_picture(picture: Any, size: int, name: str) -> np.ndarray:
+  """uint8[size, size, 3] from a path, bytes, PIL image or array, cropped; `name` is what an error calls it.
+
+  Raises FileNotFoundError for a path to nothing, ValueError for what is no picture.
+  """
+  if isinstance(picture, (str, Path)):
+    if not Path(picture).is_file():
+      raise FileNotFoundError(f'there is no picture {picture}.')
+    picture = Path(picture).read_bytes()
+  try:
+    picture = to_rgb(picture)
+  except Exception as e:  # what a broken file makes Pillow raise has no common class
+    raise ValueError(f'{name} is no picture that can be read: {" ".join(str(e).split())}') from e
+  return crop(picture, size, (), None)
 
 
 def check_pictures(images: np.ndarray, size: int) -> None:

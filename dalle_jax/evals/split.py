@@ -1,8 +1,9 @@
 """One pass over a split of the data: what a pipeline makes of every record is written, looked at and scored."""
 
+import contextlib
 import dataclasses
 import itertools
-import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ class Settings:
     batch_size: pictures at once.
     sampling: temperature, top_k, top_p, guidance.
     resize: side in pixels that pictures are brought to before FID; 0 for none.
+    save_true: whether the true pictures are written, too, as they are compared.
     network: sees for the FID; labels: a classifier that finds labels. None: no such figures.
   """
 
@@ -36,6 +38,7 @@ class Settings:
   batch_size: int = 64
   sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   resize: int = 0
+  save_true: bool = False
   network: fid.Network | None = None
   labels: fid.Network | None = None
 
@@ -84,12 +87,14 @@ class Evaluation:
   def run(self, out: Path, count: int = 0) -> None:
     """Makes the first `count` records (0: all), and writes OUT/pictures/, grid.png and predictions.json.
 
-    What an earlier one left there is removed. Of several processes all make the same; the first writes. Raises
-    ValueError when no record is usable, or one is of another kind than this evaluation is for.
+    Of several processes all make the same; the first writes. Raises ValueError when no record is usable, or one is of
+    another kind than this evaluation is for.
     """
     writes = jax.process_index() == 0
     if writes:
-      clear(out)
+      (out / 'pictures').mkdir(parents=True)
+      if self.settings.save_true:
+        (out / 'true').mkdir()
     count = min(count or len(self.source), len(self.source))
     size = min(count, self.at_once())
     records, shown = self.records(count), []
@@ -137,6 +142,8 @@ class Evaluation:
       number = f'_{i + 1}' if len(result.rows) > 1 else ''
       row['file'] = f'pictures/{record.index:05d}{number}.png'
       Image.fromarray(picture).save(out / row['file'])
+      if self.settings.save_true:
+        Image.fromarray(result.true[i]).save(out / 'true' / Path(row['file']).name)
 
   def look(self, results: Sequence[Result]) -> None:
     """Adds rows, features and labels."""
@@ -183,14 +190,25 @@ class Evaluation:
     raise NotImplementedError
 
 
-def clear(out: Path) -> None:
-  """Makes OUT/pictures, and removes what an earlier evaluation wrote: other pictures would be taken for these."""
-  (out / 'pictures').mkdir(parents=True, exist_ok=True)
-  for name in ('metrics.json', 'predictions.json', 'grid.png'):
-    (out / name).unlink(missing_ok=True)
-  for path in (out / 'pictures').glob('*.png'):
-    if re.fullmatch(r'\d{5,}(_\d+)?', path.stem):
-      path.unlink()
+WRITTEN = {'pictures', 'true', 'grid.png', 'predictions.json', 'metrics.json'}
+
+
+@contextlib.contextmanager
+def in_place_of(out: Path) -> Iterator[Path]:
+  """A directory to write an evaluation to, which takes the place of `out` once it is whole.
+
+  Raises ValueError when `out` is there and is not an earlier evaluation alone.
+  """
+  others = sorted({p.name for p in out.iterdir()} - WRITTEN) if out.is_dir() else [out.name] if out.exists() else []
+  if others or (out.is_dir() and any(out.iterdir()) and not (out / 'predictions.json').is_file()):
+    raise ValueError(f'--out {out} holds other things than an evaluation ({", ".join(others[:4])}); give another.')
+  partial = out.with_name(f'{out.name}.partial')
+  if jax.process_index() == 0:
+    shutil.rmtree(partial, ignore_errors=True)
+  yield partial
+  if jax.process_index() == 0:
+    shutil.rmtree(out, ignore_errors=True)
+    partial.replace(out)
 
 
 def filled(part: Sequence[Record], size: int) -> list[Record]:

@@ -50,7 +50,11 @@ class Stories(Evaluation):
     return results
 
   def grid(self, shown: Sequence[tuple[Record, Result]]) -> Image.Image:
-    boards = [storyboard(r.arrays['image'][0], x.drawn, r.captions[1:]) for r, x in shown]
+    boards = []
+    for record, result in shown:
+      source, captions = record.arrays['image'][0], record.captions[1:]
+      boards.append(storyboard(source, result.drawn, captions))
+      boards.append(storyboard(source, result.true, ['true'] * len(captions)))
     return stacked(boards)
 
   def metrics(self) -> dict[str, Any]:

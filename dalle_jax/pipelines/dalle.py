@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dalle_jax.data import ops
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import dalle, image_tokenizer
@@ -83,7 +84,9 @@ class DallE(TokenGenerator):
     sampling = Sampling(temperature, top_k, top_p, guidance)
     given = self._given(init_image, keep_rows)
     begins = np.full(len(prompts), first) if np.ndim(first) == 0 else np.asarray(first)
-    if begins.shape != (len(prompts),) or begins.dtype.kind not in 'iu' or begins.min() < 0:
+    if (
+      begins.shape != (len(prompts),) or begins.dtype.kind not in 'iu' or not 0 <= begins.min() <= begins.max() < 2**30
+    ):
       raise ValueError(f'first is {first}; expected a number of 0 or more, or one for each of {len(prompts)} prompts.')
     text = np.stack([self._text(p) for p in prompts])
     h, w = self.model.grid
@@ -118,7 +121,7 @@ class DallE(TokenGenerator):
       return np.zeros((1, 0), np.int32)
     if init_image is None or not 0 < keep_rows < h:
       raise ValueError(f'keep_rows is {keep_rows}; with an init_image it must be 1 to {h - 1} rows of {h}, else 0.')
-    return self.encode(self._picture(init_image, 'init_image')[None])[:, : keep_rows * w]
+    return self.encode(ops.open_picture(init_image, self.image_size, 'init_image')[None])[:, : keep_rows * w]
 
 
 def draw(

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax.data import ops
 from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional import decoding
 from dalle_jax.models import dalle
@@ -85,18 +84,6 @@ class Generator:
     if self.words.is_full(text) and (count := len(self.words.bpe.encode(prompt))) > self.words.length:
       logger.warning('the prompt %r has %d tokens; the model reads the first %d.', prompt, count, self.words.length)
     return text
-
-  def _picture(self, picture: Any, name: str) -> np.ndarray:
-    """uint8[size, size, 3] from a path, bytes, PIL image or array; `name` is what an error calls it."""
-    if isinstance(picture, (str, Path)):
-      if not Path(picture).is_file():
-        raise FileNotFoundError(f'there is no picture {picture}.')
-      picture = Path(picture).read_bytes()
-    try:
-      picture = ops.to_rgb(picture)
-    except Exception as e:  # what a broken file makes Pillow raise has no common class
-      raise ValueError(f'{name} is no picture that can be read: {" ".join(str(e).split())}') from e
-    return ops.crop(picture, self.image_size, (), None)
 
   def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     return sharding.put_whole(batch, self.mesh) if self.mesh else batch

@@ -1,6 +1,7 @@
 """Pictures to image tokens and back by a trained VQGAN or dVAE: `ImageTokenizer.load('runs/mine/vqgan')`."""
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +59,22 @@ class ImageTokenizer:
       raise ValueError(f'{path} is a run of {run.config.get("objective")!r}; expected an image tokenizer: {kinds}.')
     return cls(run, image_size, mesh, rules)
 
-  def encode(self, images: np.ndarray, batch_size: int = BATCH) -> np.ndarray:
-    """uint8[B, H, W, 3] of the size -> image tokens int32[B, I], row by row; `batch_size` pictures at once."""
+  def encode(self, images: np.ndarray | Sequence[Any], batch_size: int = BATCH) -> np.ndarray:
+    """uint8[B, H, W, 3] of the size -> image tokens int32[B, I], row by row; `batch_size` pictures at once.
+
+    Instead of an array a list of pictures of any size and kind (paths, bytes, PIL images, arrays), which are cropped.
+    """
+    if isinstance(images, (list, tuple)) and images:
+      images = np.stack([ops.open_picture(x, self.image_size, f'picture {i}') for i, x in enumerate(images)])
+    if not isinstance(images, np.ndarray):
+      raise ValueError(f'pictures are a {type(images).__name__}; expected uint8[B, H, W, 3] or a list of pictures.')
     ops.check_pictures(images, self.image_size)
     with sharding.within(self.mesh, self.rules):
       return in_batches(lambda x: self._encode(self.params, x), images, batch_size)
 
   def decode(self, tokens: np.ndarray, batch_size: int = BATCH) -> np.ndarray:
     """Image tokens int32[B, I] -> uint8[B, H, W, 3]. Raises ValueError for other shapes or tokens."""
-    length = self.grid[0] * self.grid[1]
+    tokens, length = np.asarray(tokens), self.grid[0] * self.grid[1]
     if tokens.ndim != 2 or tokens.shape[1] != length or not len(tokens) or tokens.dtype.kind not in 'iu':
       raise ValueError(f'image tokens are {tokens.dtype}{list(tokens.shape)}; expected int32[B, {length}].')
     if not 0 <= tokens.min() <= tokens.max() < self.num_codes:
@@ -74,8 +82,8 @@ class ImageTokenizer:
     with sharding.within(self.mesh, self.rules):
       return in_batches(lambda x: self._decode(self.params, x), tokens.astype(np.int32), batch_size)
 
-  def reconstruct(self, images: np.ndarray) -> np.ndarray:
-    """uint8[B, H, W, 3] through the image tokens and back: uint8[B, H, W, 3]."""
+  def reconstruct(self, images: np.ndarray | Sequence[Any]) -> np.ndarray:
+    """Pictures, as `encode` takes them, through the image tokens and back: uint8[B, H, W, 3]."""
     return self.decode(self.encode(images))
 
   # --- Under jit

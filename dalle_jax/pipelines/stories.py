@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dalle_jax.data import ops
 from dalle_jax.data.bpe import TextEncoder, text_encoder
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.pipelines.generator import Generator, check_numbers, in_one_call
@@ -63,7 +64,7 @@ class StoryTeller(Generator):
       raise ValueError('there is no source frame; give the picture that the story goes on from.')
     if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
       raise ValueError('captions must be a list of strings, one a frame, e.g. ["pip goes home", "pip sleeps"].')
-    picture = self._picture(source, 'the source frame')
+    picture = ops.open_picture(source, self.image_size, 'the source frame')
     return self.continue_stories(
       picture[None], [captions], n, seed, vectors=None if vectors is None else np.asarray(vectors)[None], **options
     )[0]

@@ -38,7 +38,7 @@ def command(argv: Sequence[str], values: flags.FlagValues, run: Callable[[], Non
   `hint` is what an argument that is no flag should have been.
   """
   if {'-h', '--help'} & set(argv[1:]):
-    print(f'{text}\n{values.main_module_help()}')
+    print(f'{text}\n{values.get_help()}')
     return 0
   try:
     if rest := values(list(argv))[1:]:

@@ -107,8 +107,8 @@ def test_scripts_take_it_as_they_take_a_storydalle(root, tmp_path, capsys):
 
   assert run(sample, '--story', tmp_path / 'story.json', '--n', 1) == 0
   assert (tmp_path / 'out' / 'storyboard.png').is_file()
-  assert run(evaluate, '--split', 'test_unseen', '--count', 2) == 0
-  metrics = json.loads((tmp_path / 'out' / 'metrics.json').read_text())
+  assert run(evaluate, '--split', 'test_unseen', '--count', 2, '--out', tmp_path / 'scored') == 0
+  metrics = json.loads((tmp_path / 'scored' / 'metrics.json').read_text())
   assert metrics['pictures'] == 8 and {'caption', 'hero', 'setting'} <= set(metrics)
   assert run(sample, '--prompt', 'a red circle') == 2
   assert 'which needs a story; give --story FILE' in capsys.readouterr().err

@@ -33,7 +33,11 @@ def load(config_data: Any, split: str):
     hint = {'path': 'set config.data.path', 'name': f'write config.data.source as {kind}:NAME'}
     how = '; '.join(hint.get(k, f'set config.data.source_args.{k}') for k in needed)
     raise ValueError(f'the data source {kind!r} needs {", ".join(needed)}; {how}.')
-  return function(split, **kwargs)
+  try:
+    return function(split, **kwargs)
+  except TypeError as e:  # a word where a number is expected
+    given = ', '.join(f'{k}={v!r}' for k, v in kwargs.items())
+    raise ValueError(f'the data source {kind!r} cannot use its arguments, {given}: {e}') from e
 
 
 def takes(kind: str, argument: str) -> bool:
