@@ -67,8 +67,6 @@ flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 SAMPLING = ('temperature', 'top_k', 'top_p', 'guidance')
 COUNTS = {'records', 'pictures', 'skipped', 'skipped_records'}  # of metrics that are no scores
 DRAWING = ('clip', 'n', 'seed', *SAMPLING, 'int8')  # flags of models that draw
-
-
 SETTINGS = ('run', 'split', 'count', 'resize', 'batch_size', *fid.KINDS, 'lpips', *DRAWING)  # in metrics.json
 
 
@@ -77,6 +75,7 @@ def run() -> None:
     raise ValueError('give --run RUN_DIR, the run directory of a trained model.')
   if FLAGS.resize and not any(getattr(FLAGS, name) for name in fid.KINDS):
     raise ValueError('--resize is for the FID; give --inception or another network, or leave it out.')
+  split.check_out(Path(FLAGS.out))
   with layout.asked(FLAGS, common.MESHES['data'], common.RULES) as where:
     score(where)
 
@@ -109,11 +108,12 @@ def score(where: dict[str, Any]) -> None:
 
 def in_flags(message: str) -> str:
   """An error about fields of a config, in words of this script's flags."""
-  names = {'config.data.source_args.': '--source_arg ', 'config.data.val_split=""': '--split train'}
-  names |= {
+  names = {
+    'config.data.source_args.': '--source_arg ',
     'config.data.source': '--source',
     'config.data.path': '--path',
     'config.data has the split': 'there is no split',
+    ', or set config.data.val_split="" to train without it': '',
   }
   for theirs, ours in names.items():
     message = message.replace(theirs, ours)

@@ -193,15 +193,16 @@ class Evaluation:
 WRITTEN = {'pictures', 'true', 'grid.png', 'predictions.json', 'metrics.json'}
 
 
-@contextlib.contextmanager
-def in_place_of(out: Path) -> Iterator[Path]:
-  """A directory to write an evaluation to, which takes the place of `out` once it is whole.
-
-  Raises ValueError when `out` is there and is not an earlier evaluation alone.
-  """
+def check_out(out: Path) -> None:
+  """Raises ValueError when `out` is there and is not an earlier evaluation alone."""
   others = sorted({p.name for p in out.iterdir()} - WRITTEN) if out.is_dir() else [out.name] if out.exists() else []
   if others or (out.is_dir() and any(out.iterdir()) and not (out / 'predictions.json').is_file()):
     raise ValueError(f'--out {out} holds other things than an evaluation ({", ".join(others[:4])}); give another.')
+
+
+@contextlib.contextmanager
+def in_place_of(out: Path) -> Iterator[Path]:
+  """A directory to write an evaluation to, which takes the place of `out` once it is whole."""
   partial = out.with_name(f'{out.name}.partial')
   if jax.process_index() == 0:
     shutil.rmtree(partial, ignore_errors=True)

@@ -87,7 +87,7 @@ def choose(shares: np.ndarray, split: str, val_fraction: float, test_fraction: f
   if not len(chosen):
     raise ValueError(
       f'the split {split!r} of {len(shares)} pictures is empty (val_fraction {val_fraction}, test_fraction '
-      f'{test_fraction}); add pictures, change the fractions, take another split ("all" has every one), or set '
-      'config.data.val_split="" to train without it.'
+      f'{test_fraction}); add pictures, change the fractions, take another split ("all" has every one)'
+      ', or set config.data.val_split="" to train without it.'
     )
   return chosen
