@@ -82,14 +82,14 @@ def run() -> None:
 
 def score(where: dict[str, Any]) -> None:
   model, kind = load(where)
-  data = data_of(model)
   try:
+    data = data_of(model)
     source = sources.load(data, FLAGS.split)
   except (ValueError, OSError) as e:
     raise ValueError(in_flags(str(e))) from e
   for line in source.report() if hasattr(source, 'report') else []:
     print(f'{FLAGS.split}: {line}', flush=True)
-  distributed.check_same({'data': f'{data.to_json()} {len(source)}', 'runs': f'{FLAGS.run} {model.step} {FLAGS.clip}'})
+  distributed.check_same({'data': f'{data.to_json()} {len(source)}', 'checkpoint': str(model.step)})
   evaluation = build(model, kind, source)
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
   out = Path(FLAGS.out)
@@ -99,9 +99,9 @@ def score(where: dict[str, Any]) -> None:
     given |= {'source': data.source, 'path': data.path, 'source_args': data.source_args.to_dict()}
     metrics = evaluation.metrics()
     settings = given | {'step': model.step, 'image_size': model.image_size}
-    checkpoint.write_json(partial / 'metrics.json', settings | metrics)
+    checkpoint.write_json(partial / 'metrics.json', {'settings': settings, **metrics})
   print('\n'.join(f'{k}: {v}' for k, v in metrics.items() if k != 'skipped_records'))
-  if not set(metrics) - COUNTS:
+  if not evaluation.seen and not set(metrics) - COUNTS:
     print('nothing here scores these pictures: give --inception or --clip.')
   print(f'wrote {len(evaluation.rows)} pictures, grid.png, predictions.json and metrics.json to {out}')
 
@@ -110,9 +110,11 @@ def in_flags(message: str) -> str:
   """An error about fields of a config, in words of this script's flags."""
   names = {
     'config.data.source_args.': '--source_arg ',
+    'source_args.': '--source_arg ',
     'config.data.source': '--source',
     'config.data.path': '--path',
     'config.data has the split': 'there is no split',
+    'config.data.val_split="test"': '--split test',
     ', or set config.data.val_split="" to train without it': '',
   }
   for theirs, ours in names.items():
@@ -153,7 +155,7 @@ def data_of(model: Any) -> ConfigDict:
     args['unit'] = 'frame'
   for text in FLAGS.source_arg:
     name, equals, value = text.partition('=')
-    if not equals:
+    if not equals or not name.isidentifier():
       raise ValueError(f'--source_arg {text!r} is not understood; write NAME=VALUE.')
     args[name] = literal(value)
   path = FLAGS.path or (trained.get('path', '') if same else '')
@@ -164,7 +166,7 @@ def literal(text: str) -> Any:
   """A number, a bool, a tuple as Python writes it, else the text."""
   try:
     return ast.literal_eval(text)
-  except (SyntaxError, ValueError):
+  except (SyntaxError, TypeError, ValueError):
     return text
 
 
@@ -175,6 +177,8 @@ def build(model: Any, kind: type[split.Evaluation], source: Any) -> split.Evalua
   networks = {k: fid.Network.load(v, model.mesh) for k, v in given.items() if k == seen_by or k == 'classifier'}
   if wrong := [k for k, network in networks.items() if network.kind != k]:
     raise ValueError(f'--{wrong[0]} {given[wrong[0]]} is a run of {networks[wrong[0]].kind!r}.')
+  if 'clip' in given and seen_by != 'clip' and kind is reconstructions.Reconstructions:
+    raise ValueError(f'--clip has nothing to do for an image tokenizer beside --{seen_by}; leave it out.')
   if 'classifier' in networks and seen_by != 'classifier' and not labelled:
     raise ValueError(f'--classifier finds labels, which {FLAGS.source or "the data"} does not have; leave it out.')
   settings = split.Settings(

@@ -25,7 +25,7 @@ from dalle_jax.data.restricted import open_array
 from dalle_jax.pipelines import generator
 from dalle_jax.pipelines.grids import caption_grid, storyboard
 from dalle_jax.pipelines.stories import StoryTeller
-from dalle_jax.training import errors, layout
+from dalle_jax.training import distributed, errors, layout
 
 FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
@@ -34,18 +34,18 @@ string('clip', '', 'run directory of a CLIP that ranks the pictures')
 flags.DEFINE_multi_string('prompt', [], 'a caption; may be repeated', flag_values=FLAGS)
 string('prompts', '', 'a text file with one caption a line')
 string('out', 'samples', 'directory for the pictures')
-flags.DEFINE_integer('n', 4, 'pictures a caption', flag_values=FLAGS)
-flags.DEFINE_integer('best', 0, 'how many of them are written, best first; 0: all', flag_values=FLAGS)
+flags.DEFINE_integer('n', 4, 'pictures a caption', 1, flag_values=FLAGS)
+flags.DEFINE_integer('best', 0, 'how many of them are written, best first; 0: all', 0, flag_values=FLAGS)
 flags.DEFINE_integer('seed', 0, 'same seed and caption, same pictures', 0, flag_values=FLAGS)
 flags.DEFINE_float('temperature', 1.0, '0: the most probable token, no noise in a GAN', flag_values=FLAGS)
-flags.DEFINE_integer('top_k', 0, 'only the k most probable tokens; 0: all', flag_values=FLAGS)
+flags.DEFINE_integer('top_k', 0, 'only the k most probable tokens; 0: all', 0, flag_values=FLAGS)
 flags.DEFINE_float('top_p', 1.0, 'only the most probable tokens of this mass', flag_values=FLAGS)
 flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale; 1: none', flag_values=FLAGS)
 string('story', '', 'a JSON file with the captions of a story: a list, or {"captions": [...], "source": "frame.png"}')
 string('source', '', 'the frame that the story goes on from')
 string('vectors', '', 'a .npy file float32[captions, dim], for a model that reads sentence vectors')
 string('init_image', '', 'a picture to complete')
-flags.DEFINE_integer('keep_rows', 0, 'rows of its image tokens to keep', flag_values=FLAGS)
+flags.DEFINE_integer('keep_rows', 0, 'rows of its image tokens to keep', 0, flag_values=FLAGS)
 flags.DEFINE_integer('batch_size', 64, 'pictures at once', 1, flag_values=FLAGS)
 flags.DEFINE_integer('step', 0, 'a checkpoint other than the newest', 0, flag_values=FLAGS)
 flags.DEFINE_bool('int8', False, 'weights in eight bits: less to read a token', flag_values=FLAGS)
@@ -98,6 +98,8 @@ def run() -> None:
 
 def draw(asked: list[str], **where) -> None:
   """Draws and writes pictures for captions, or for those of a story."""
+  files = [Path(name) for name in (FLAGS.source, FLAGS.init_image, FLAGS.vectors) if name]
+  distributed.check_same({'captions': str(asked), 'files': str([f.read_bytes() for f in files if f.is_file()])})
   model = generator.load(FLAGS.run, clip=FLAGS.clip, step=FLAGS.step or None, int8=FLAGS.int8, **where)
   if isinstance(model, StoryTeller) != bool(FLAGS.story):
     wanted = 'a caption; give --prompt "..."' if FLAGS.story else 'a story; give --story FILE and --source FRAME.png'

@@ -105,7 +105,9 @@ def test_procedural_stories_by_oracle_and_clip(root, run, tmp_path):
   assert metrics['fid'] == pytest.approx(expected['fid'], abs=1e-6) and metrics['fid'] > 0
   assert metrics['fid_reference_sha256'] == expected['fid_reference_sha256']
   assert metrics['fid_network'] == {'kind': 'clip', 'run': str(root / 'clip'), 'step': 3, 'sha256': network.sha256}
-  assert (metrics['run'], metrics['step'], metrics['seed'], metrics['records']) == (str(root / 'story'), 3, 4, 3)
+  settings = metrics['settings']
+  assert (settings['run'], settings['step'], settings['seed'], settings['count']) == (str(root / 'story'), 3, 4, 3)
+  assert metrics['records'] == 3
   assert metrics['skipped'] == 0 and Image.open(tmp_path / 'out' / 'grid.png').height > 3 * SIZE
 
 
@@ -150,6 +152,7 @@ def test_captions_by_oracle_clip_and_inception(root, run, tmp_path):
   assert metrics['clip_score_true'] == pytest.approx(scores.mean(), abs=1e-4)
   right = Oracle(SIZE).score(drawn, [source.scene(k) for k in range(5)])
   assert {a: metrics[a] for a in (*ATTRIBUTES, 'all')} == {a: float(v.mean()) for a, v in right.items()}
+  assert metrics['settings']['count'] == 5 and metrics['count'] <= 1  # the flag, and the oracle's column
   assert metrics['fid_network']['kind'] == 'inception' and metrics['fid_features'] == 128 and metrics['fid'] > 0
   assert Image.open(tmp_path / 'out' / 'grid.png').height > 5 * SIZE
 
@@ -256,7 +259,16 @@ def test_mistakes_are_one_line(root, run, tmp_path, capsys):
     ([*story, '--source_arg', 'count=abc'], "cannot use its arguments, count='abc', image_size=24"),
     ([*story, '--source', 'folder'], "the data source 'folder' needs path; set --path"),
     ([*story, '--resize', 8], '--resize is for the FID'),
-    ([*story, '--out', root], 'holds other things than an evaluation (classifier, clip, dalle, imported)'),
+    ([*story, '--out', root], 'holds other things than an evaluation (classifier, clip, dalle, imported,'),
+    (['--run', root / 'vqgan', '--source', 'foo'], "--source 'foo' is unknown"),
+    ([*story, '--source_arg', 'a.b=1'], "--source_arg 'a.b=1' is not understood"),
+    ([*story, '--mesh', 'data=3'], 'set --mesh so that'),
+    ([*story, '--mesh', 'data=2,data=4'], 'has an axis twice'),
+    (
+      ['--run', root / 'vqgan', '--split', 'val', '--clip', root / 'clip', '--inception', root / 'inception'],
+      '--clip has nothing to do for an image tokenizer beside --inception',
+    ),
+    ([*story, '--out', '.'], 'is a link, a mount or the current directory'),
     (['--run', root / 'vqgan', '--n', 2], 'is an image tokenizer, which draws nothing; leave out --n'),
     (['--run', root / 'vqgan', '--split', 'val', '--lpips', root / 'clip'], '--lpips takes an imported LPIPS'),
     ([*story, '--n', 2], '--n 2 needs --clip RUN_DIR'),

@@ -122,5 +122,7 @@ def open_picture(picture: Any, size: int, name: str) -> np.ndarray:
 
 def check_pictures(images: np.ndarray, size: int) -> None:
   """Raises ValueError unless they are uint8[B, size, size, 3]."""
+  if not isinstance(images, np.ndarray):
+    raise ValueError(f'pictures are a {type(images).__name__}; expected uint8[B, {size}, {size}, 3].')
   if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or not len(images):
     raise ValueError(f'pictures are {images.dtype}{list(images.shape)}; expected uint8[B, {size}, {size}, 3].')

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 
 from dalle_jax.data import pipeline
 from dalle_jax.evals import characters, fid
-from dalle_jax.training import checkpoint
+from dalle_jax.training import checkpoint, distributed
 
 SHOWN = 12  # pictures in OUT/grid.png
 MEANS = ('clip_score', 'clip_score_true', 'psnr', 'l1', 'lpips')  # columns of rows whose means are metrics
@@ -92,13 +93,14 @@ class Evaluation:
     """
     writes = jax.process_index() == 0
     if writes:
-      (out / 'pictures').mkdir(parents=True)
+      (out / 'pictures').mkdir()
       if self.settings.save_true:
         (out / 'true').mkdir()
     count = min(count or len(self.source), len(self.source))
     size = min(count, self.at_once())
     records, shown = self.records(count), []
     while part := list(itertools.islice(records, size)):
+      distributed.check_same({'records that can be read': str([r.index for r in part])})
       results = self.make(part, size)
       for record, result in zip(part, results, strict=True):
         if writes:
@@ -169,7 +171,10 @@ class Evaluation:
       if name in self.rows[0]:
         result[name] = float(np.mean([row[name] for row in self.rows]))
     result |= self.tally.report() if self.tally else {}
-    return result | (fid.report(**self.seen) if self.seen and len(self.rows) > 1 else {})
+    if self.seen and len(self.rows) < 2:
+      print('warning: a FID needs two pictures or more; there is none here.', flush=True)
+      return result
+    return result | (fid.report(**self.seen) if self.seen else {})
 
   # --- What a kind of model is asked
 
@@ -195,21 +200,31 @@ WRITTEN = {'pictures', 'true', 'grid.png', 'predictions.json', 'metrics.json'}
 
 def check_out(out: Path) -> None:
   """Raises ValueError when `out` is there and is not an earlier evaluation alone."""
-  others = sorted({p.name for p in out.iterdir()} - WRITTEN) if out.is_dir() else [out.name] if out.exists() else []
-  if others or (out.is_dir() and any(out.iterdir()) and not (out / 'predictions.json').is_file()):
-    raise ValueError(f'--out {out} holds other things than an evaluation ({", ".join(others[:4])}); give another.')
+  if out.is_symlink() or os.path.ismount(out) or not out.name:
+    raise ValueError(f'--out {out} is a link, a mount or the current directory; give a directory in it.')
+  there = sorted(p.name for p in out.iterdir()) if out.is_dir() else [out.name] if out.exists() else []
+  if set(there) - WRITTEN or (there and not (out / 'predictions.json').is_file()):
+    others = ', '.join([name for name in there if name not in WRITTEN] or there)
+    raise ValueError(f'--out {out} holds other things than an evaluation ({others[:100]}); give another.')
 
 
 @contextlib.contextmanager
 def in_place_of(out: Path) -> Iterator[Path]:
-  """A directory to write an evaluation to, which takes the place of `out` once it is whole."""
-  partial = out.with_name(f'{out.name}.partial')
-  if jax.process_index() == 0:
-    shutil.rmtree(partial, ignore_errors=True)
-  yield partial
-  if jax.process_index() == 0:
-    shutil.rmtree(out, ignore_errors=True)
-    partial.replace(out)
+  """A directory beside `out` to write an evaluation to, which takes its place once it is whole; else it is removed."""
+  partial, old = (out.with_name(f'{out.name}.{os.getpid()}.{kind}') for kind in ('partial', 'old'))
+  writes = jax.process_index() == 0
+  if writes:
+    partial.mkdir(parents=True)
+  try:
+    yield partial
+    if writes:
+      if out.exists():
+        out.replace(old)
+      partial.replace(out)
+      shutil.rmtree(old, ignore_errors=True)
+  finally:
+    if writes:
+      shutil.rmtree(partial, ignore_errors=True)
 
 
 def filled(part: Sequence[Record], size: int) -> list[Record]:

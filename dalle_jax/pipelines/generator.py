@@ -103,12 +103,12 @@ class TokenGenerator(Generator):
     self.sizes = dalle.sizes(self.config['tokenizer'], self.vqgan.network, self.image_size)
     self.params['vqgan'] = self.vqgan.params
 
-  def encode(self, images: np.ndarray) -> np.ndarray:
-    """uint8[B, H, W, 3] of the model's size -> image tokens int32[B, I]."""
+  def encode(self, images: Any) -> np.ndarray:
+    """Pictures, as `ImageTokenizer.encode` takes them -> image tokens int32[B, I]."""
     return self.vqgan.encode(images)
 
-  def reconstruct(self, images: np.ndarray) -> np.ndarray:
-    """uint8[B, H, W, 3] through the image tokens and back: uint8[B, H, W, 3]."""
+  def reconstruct(self, images: Any) -> np.ndarray:
+    """Pictures through the image tokens and back: uint8[B, H, W, 3]."""
     return self.vqgan.reconstruct(images)
 
   def _to_draw_with(self, dtype: Any, *players: str) -> None:

@@ -66,8 +66,6 @@ class ImageTokenizer:
     """
     if isinstance(images, (list, tuple)) and images:
       images = np.stack([ops.open_picture(x, self.image_size, f'picture {i}') for i, x in enumerate(images)])
-    if not isinstance(images, np.ndarray):
-      raise ValueError(f'pictures are a {type(images).__name__}; expected uint8[B, H, W, 3] or a list of pictures.')
     ops.check_pictures(images, self.image_size)
     with sharding.within(self.mesh, self.rules):
       return in_batches(lambda x: self._encode(self.params, x), images, batch_size)

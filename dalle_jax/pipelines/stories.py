@@ -97,7 +97,8 @@ class StoryTeller(Generator):
     check_numbers(n, batch_size, seed)
     sampling = Sampling(temperature, top_k, top_p, guidance)
     self._check(sampling)
-    batch = self._batch(sources, captions, vectors)
+    ops.check_pictures(sources, self.image_size)
+    batch = self._batch(sources, captions, None if vectors is None else np.asarray(vectors))
     count, t = batch['name'].shape
     frames = np.zeros((count, t, n, *sources.shape[1:]), np.uint8)
     shards = sharding.batch_shards(self.mesh) if self.mesh else 1

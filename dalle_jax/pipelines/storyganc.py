@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.data import ops
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.models import storyganc
@@ -45,7 +44,6 @@ class StoryGANc(StoryTeller):
   def _inputs(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None
   ) -> dict[str, np.ndarray]:
-    ops.check_pictures(sources, self.image_size)
     found = {'source': sources}
     if self.tower_words:
       found['told'] = self._tower_text(captions)

@@ -262,6 +262,19 @@ def check_same(facts: Mapping[str, str]) -> None:
       )
 
 
+def wait_for_first() -> None:
+  """Holds the others until process 0 comes here, too, however long it writes what all have made.
+
+  At the end of the program all wait for each other as well, but for `silence` seconds alone.
+  """
+  if not joined():
+    return
+  if _us().process_id == 0:
+    _us().client.key_value_set(f'{PREFIX}written', 'yes')
+  else:
+    _us().client.blocking_key_value_get(f'{PREFIX}written', FOREVER)
+
+
 def check_shared(directory: Path, seconds: float = 10.0) -> None:
   """Raises OSError unless all processes see the same `directory`, maybe with a delay."""
   if not joined():

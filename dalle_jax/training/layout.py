@@ -23,7 +23,10 @@ def sizes(text: str, axes: Mapping[str, int]) -> dict[str, int]:
     return {}
   if not re.fullmatch(r'(\w+=-?\d+)(,\w+=-?\d+)*', text):
     raise ValueError(f'--mesh {text!r} is not understood; write data=-1,fsdp=1,tensor=1.')
-  given = {k: int(v) for k, v in (part.split('=') for part in text.split(','))}
+  pairs = [part.split('=') for part in text.split(',')]
+  given = {k: int(v) for k, v in pairs}
+  if len(given) < len(pairs):
+    raise ValueError(f'--mesh {text!r} has an axis twice; give each once.')
   if unknown := sorted(set(given) - set(axes)):
     raise ValueError(f'--mesh has no axis {", ".join(unknown)}; there are {", ".join(axes)}.')
   return {axis: given.get(axis, 1) for axis in axes}
@@ -33,7 +36,8 @@ def sizes(text: str, axes: Mapping[str, int]) -> dict[str, int]:
 def asked(options: Any, axes: Mapping[str, int], rules: sharding.Rules) -> Iterator[dict[str, Any]]:
   """Joins the processes that the flags name, and yields the arguments of a pipeline's `load`: mesh and rules, or none.
 
-  Raises ValueError for flags that do not go together.
+  At the end the others wait for process 0, which writes. Raises ValueError for flags that do not go together, or in
+  which processes differ.
   """
   wanted = sizes(options.mesh, axes)
   distributed.join(options)
@@ -42,5 +46,12 @@ def asked(options: Any, axes: Mapping[str, int], rules: sharding.Rules) -> Itera
   if not wanted:
     yield {}
     return
-  with sharding.use(wanted, rules) as mesh:
+  own = ('process', 'out', 'debug')
+  distributed.check_same({f'--{name}': str(options[name].value) for name in options if name not in own})
+  with contextlib.ExitStack() as stack:
+    try:
+      mesh = stack.enter_context(sharding.use(wanted, rules))
+    except ValueError as e:
+      raise ValueError(str(e).replace('config.mesh', '--mesh')) from e
     yield {'mesh': mesh, 'rules': rules}
+    distributed.wait_for_first()

@@ -110,6 +110,30 @@ def test_two_processes_draw_what_one_does(tmp_path):
   assert refused[0] == 2 and 'several processes draw over one mesh; give it, e.g. --mesh data=-1' in refused[3]
 
 
+LAYOUT = """
+import sys, time
+import jax
+from absl import flags
+from configs import common
+from dalle_jax.training import layout
+values = flags.FlagValues()
+layout.define_flags(values)
+flags.DEFINE_integer('seed', SEED, '', flag_values=values)
+values(sys.argv)
+with layout.asked(values, common.MESHES['data'], common.RULES):
+  time.sleep(6 if jax.process_index() == 0 else 0)
+  print('written')
+"""
+
+
+def test_who_writes_may_take_its_time_and_flags_are_those_of_all():
+  first, second = ends(start('-c', LAYOUT.replace('SEED', '0'), '--mesh=data=-1', '--silence=2'))
+  assert (first[0], second[0]) == (0, 0), first[3] + second[3]
+  assert 'written' in first[1]
+  differing = ends(start('-c', LAYOUT.replace('SEED', 'int(sys.argv[-1][-1])'), '--mesh=data=-1'))
+  assert all(status for status, *_ in differing) and any('differ in --seed' in err for *_, err in differing)
+
+
 def test_two_processes_equal_one(tmp_path, straight):
   first, second = ends(toys(tmp_path))
   assert (first[0], second[0]) == (0, 0), first[3] + second[3]
@@ -142,7 +166,7 @@ def test_a_run_that_loses_processes_again_and_again_equals_one_left_alone(tmp_pa
 
   first, second = ends(toys(tmp_path, 'KILL:0:7'))  # with it goes what the other is joined by
   assert (first[0], second[0]) == (-9, 75), first[3] + second[3]
-  assert 'process 1 of 2: ' in second[2] and 'the checkpoint of step 4 is kept. Start all' in second[2]
+  assert 'process 1 of 2: ' in second[2] and 'the checkpoint of step 4 is kept. Start all' in second[2], second[3]
 
   first, second = ends(toys(tmp_path, 'TERM:1:10', '--mesh=fsdp'))
   assert (first[0], second[0]) == (143, 143), first[3] + second[3]
