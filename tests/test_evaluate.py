@@ -206,8 +206,8 @@ def test_reconstructions_of_frames(root, run, tmp_path):
 
   model = ImageTokenizer.load(root / 'vqgan')
   tokens, drawn = model.encode(true), np.stack([picture(tmp_path, r) for r in rows])
-  np.testing.assert_array_equal(drawn, model.reconstruct(true))
-  np.testing.assert_array_equal(drawn, model.decode(tokens))
+  np.testing.assert_array_equal(model.reconstruct(true), model.decode(tokens))
+  np.testing.assert_allclose(drawn.astype(int), model.decode(tokens), atol=1)  # drawn in batches of another size
   error = drawn.astype(float) - true
   assert metrics['l1'] == pytest.approx(np.abs(error).mean() / 127.5, abs=1e-3)
   assert metrics['psnr'] == pytest.approx(np.mean(-10 * np.log10(np.square(error / 255).mean((1, 2, 3)))), abs=1e-3)
