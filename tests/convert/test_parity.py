@@ -1,5 +1,7 @@
 """Imported public checkpoints give the numbers that their own code gives: `pytest tests/convert/test_parity.py`.
 
+Those of `inception` are by a net that was written after its code, every width divided by 16.
+
 `--parity-dir DIR` runs the same comparisons on other folders: every one in DIR (or DIR itself) whose name begins with
 that of a kind. The released StoryDALL-E lays keys and values of its sources out wrongly for more than one row; the
 comparison lays ours out so, too.

@@ -55,7 +55,7 @@ def _load(kind: str) -> tuple[Any, str]:
 
 
 def divide(names: Sequence[str], split: str, val_fraction: float, test_fraction: float) -> list[int]:
-  """The indices of `names` that belong to a split, in order: by a hash of each name alone.
+  """The indices of `names` that belong to a split, in order: by a hash of each name alone; 'all' has every one.
 
   So a name stays where it is when others come and go. Only where chance leaves val or test without a name although
   their fraction is positive, as in folders of a few pictures, each gets the one of train with the lowest hash. Raises
