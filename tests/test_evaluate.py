@@ -170,6 +170,7 @@ def test_records_of_one_caption_get_pictures_of_their_own(root, run, tmp_path):
     assert files == ({'00000.png', '00001.png', '00002.png', '00004.png'} if not count else {'00000.png', '00001.png'})
   assert run('--run', root / 'dalle', *flags, '--save_true') == 0
   assert run('--run', root / 'dalle', *flags, '--temperature', -1) == 2  # and leaves the one before
+  assert not list(tmp_path.glob('out.*'))  # nothing of what it began
   true = np.asarray(Image.open(tmp_path / 'out' / 'true' / '00001.png'))
   np.testing.assert_array_equal(true, np.asarray(Image.open(folder / 'b.png')))
   rows, metrics = read(tmp_path)
