@@ -30,7 +30,7 @@ from configs import common
 from dalle_jax.data import sources
 from dalle_jax.evals import captions, fid, reconstructions, split, stories
 from dalle_jax.models import image_tokenizer
-from dalle_jax.pipelines import generator
+from dalle_jax.pipelines import options
 from dalle_jax.pipelines.image_tokenizer import ImageTokenizer
 from dalle_jax.pipelines.stories import StoryTeller
 from dalle_jax.training import checkpoint, distributed, errors, layout
@@ -38,7 +38,7 @@ from dalle_jax.training import checkpoint, distributed, errors, layout
 FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
 integer = lambda name, default, text, low=0: flags.DEFINE_integer(name, default, text, low, flag_values=FLAGS)
-string('run', '', 'run directory of a StoryDALL-E, StoryGANc, DALL-E, VQGAN or dVAE')
+string('run', '', 'run directory of a DALL-E, unCLIP, StoryDALL-E, StoryGANc, VQGAN or dVAE')
 string('split', 'test', 'of the data; all: every picture of a folder or of tars')
 string('source', '', 'data other than what the run was trained on, e.g. pororo; with --path')
 string('path', '', 'where the data is, if not where it was in training')
@@ -50,23 +50,16 @@ string('clip', '', 'run directory of a CLIP: ranks candidates, CLIP score, FID b
 string('lpips', '', 'run directory of an imported LPIPS, for reconstructions')
 integer('count', 0, 'only the first records; 0: all')
 integer('n', 1, 'candidates a picture, of which CLIP picks the best', 1)
-integer('seed', 0, 'same seed, same pictures')
-flags.DEFINE_float('temperature', 1.0, '0: the most probable token, no noise in a GAN', flag_values=FLAGS)
-integer('top_k', 0, 'only the k most probable tokens; 0: all')
-flags.DEFINE_float('top_p', 1.0, 'only the most probable tokens of this mass', flag_values=FLAGS)
-flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale; 1: none', flag_values=FLAGS)
+options.define_flags(FLAGS)
 integer('resize', 0, "side in pixels that pictures are brought to before FID; 0: the network's own")
 integer('image_size', 0, 'of reconstructions; 0: that of training')
 string('out', 'evaluation', 'directory for what is written; an earlier evaluation there is replaced')
 flags.DEFINE_bool('save_true', False, 'the true pictures, too, as they are compared: OUT/true/', flag_values=FLAGS)
-integer('batch_size', 64, 'pictures at once', 1)
-flags.DEFINE_bool('int8', False, 'weights in eight bits', flag_values=FLAGS)
-integer('step', 0, 'a checkpoint other than the newest')
 layout.define_flags(FLAGS)
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
-SAMPLING = ('temperature', 'top_k', 'top_p', 'guidance')
 COUNTS = {'records', 'pictures', 'skipped', 'skipped_records'}  # of metrics that are no scores
-DRAWING = ('clip', 'n', 'seed', *SAMPLING, 'int8')  # flags of models that draw
+# flags of models that draw
+DRAWING = ('clip', 'n', 'seed', *options.SAMPLING, 'int8', *options.PARTS, *options.DIFFUSION)
 SETTINGS = ('run', 'split', 'count', 'resize', 'batch_size', *fid.KINDS, 'lpips', *DRAWING)  # in metrics.json
 
 
@@ -126,7 +119,7 @@ def load(where: dict[str, Any]) -> tuple[Any, type[split.Evaluation]]:
   """The pipeline of the run, and what evaluates it. Raises ValueError for flags that it has no use for."""
   step = FLAGS.step or None
   if checkpoint.read_config(FLAGS.run).get('objective') in image_tokenizer.ROOMS:
-    if given := [k for k in DRAWING if FLAGS[k].value != FLAGS[k].default and k != 'clip']:
+    if given := [k for k in options.changed(FLAGS, *DRAWING) if k != 'clip']:
       raise ValueError(f'{FLAGS.run} is an image tokenizer, which draws nothing; leave out --{", --".join(given)}.')
     tokenizer = ImageTokenizer.load(FLAGS.run, image_size=FLAGS.image_size, step=step, **where)
     return tokenizer, reconstructions.Reconstructions
@@ -134,7 +127,7 @@ def load(where: dict[str, Any]) -> tuple[Any, type[split.Evaluation]]:
     raise ValueError(f'--{", --".join(given)} is for reconstructions by an image tokenizer; leave it out.')
   if FLAGS.n > 1 and not FLAGS.clip:
     raise ValueError(f'--n {FLAGS.n} needs --clip RUN_DIR, which picks the best of the candidates.')
-  model = generator.load(FLAGS.run, clip=FLAGS.clip, step=step, int8=FLAGS.int8, **where)
+  model = options.load(FLAGS, where)
   return model, stories.Stories if isinstance(model, StoryTeller) else captions.Captions
 
 
@@ -185,7 +178,7 @@ def build(model: Any, kind: type[split.Evaluation], source: Any) -> split.Evalua
     n=FLAGS.n,
     seed=FLAGS.seed,
     batch_size=FLAGS.batch_size,
-    sampling={k: getattr(FLAGS, k) for k in SAMPLING},
+    sampling={} if kind is reconstructions.Reconstructions else options.sampling(FLAGS, model),
     resize=FLAGS.resize,
     save_true=FLAGS.save_true,
     network=networks.get(seen_by),

@@ -1,9 +1,11 @@
-"""Draws pictures from captions by a trained DALL-E, or continues a story by a trained StoryDALL-E or StoryGANc.
+"""Draws pictures from captions by a trained DALL-E or unCLIP, or continues a story by a StoryDALL-E or StoryGANc.
 
   python sample.py --run runs/quickstart/dalle --clip runs/quickstart/clip --prompt "a large red circle at the top"
   python sample.py --run RUN --prompts captions.txt --n 8 --guidance 2       # one caption a line
   python sample.py --run RUN --prompt "..." --init_image photo.png --keep_rows 3     # completes the lower part
   python sample.py --run RUN --prompts captions.txt --mesh data=-1,fsdp=1 --distributed   # by every process of a job
+  python sample.py --run UNCLIP --prompt "..." --guidance 4 --steps 50
+  python sample.py --run UNCLIP --vary photo.png --n 8                       # what CLIP sees as the same
   python sample.py --run runs/quickstart/story --story story.json --source frame.png  # {"captions": ["...", "..."]}
 Writes OUT/NUMBER_RANK.png, OUT/grid.png (best first with --clip), OUT/samples.json, for a story OUT/storyboard.png.
 `--debug` shows tracebacks.
@@ -22,33 +24,27 @@ from PIL import Image
 
 from configs import common
 from dalle_jax.data.restricted import open_array
-from dalle_jax.pipelines import generator
+from dalle_jax.pipelines import options
 from dalle_jax.pipelines.grids import caption_grid, storyboard
 from dalle_jax.pipelines.stories import StoryTeller
 from dalle_jax.training import distributed, errors, layout
 
 FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
-string('run', '', 'run directory of a DALL-E, StoryDALL-E or StoryGANc')
+string('run', '', 'run directory of a DALL-E, unCLIP, StoryDALL-E or StoryGANc')
 string('clip', '', 'run directory of a CLIP that ranks the pictures')
 flags.DEFINE_multi_string('prompt', [], 'a caption; may be repeated', flag_values=FLAGS)
 string('prompts', '', 'a text file with one caption a line')
 string('out', 'samples', 'directory for the pictures')
 flags.DEFINE_integer('n', 4, 'pictures a caption', 1, flag_values=FLAGS)
 flags.DEFINE_integer('best', 0, 'how many of them are written, best first; 0: all', 0, flag_values=FLAGS)
-flags.DEFINE_integer('seed', 0, 'same seed and caption, same pictures', 0, flag_values=FLAGS)
-flags.DEFINE_float('temperature', 1.0, '0: the most probable token, no noise in a GAN', flag_values=FLAGS)
-flags.DEFINE_integer('top_k', 0, 'only the k most probable tokens; 0: all', 0, flag_values=FLAGS)
-flags.DEFINE_float('top_p', 1.0, 'only the most probable tokens of this mass', flag_values=FLAGS)
-flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale; 1: none', flag_values=FLAGS)
+options.define_flags(FLAGS)
 string('story', '', 'a JSON file with the captions of a story: a list, or {"captions": [...], "source": "frame.png"}')
 string('source', '', 'the frame that the story goes on from')
 string('vectors', '', 'a .npy file float32[captions, dim], for a model that reads sentence vectors')
 string('init_image', '', 'a picture to complete')
 flags.DEFINE_integer('keep_rows', 0, 'rows of its image tokens to keep', 0, flag_values=FLAGS)
-flags.DEFINE_integer('batch_size', 64, 'pictures at once', 1, flag_values=FLAGS)
-flags.DEFINE_integer('step', 0, 'a checkpoint other than the newest', 0, flag_values=FLAGS)
-flags.DEFINE_bool('int8', False, 'weights in eight bits: less to read a token', flag_values=FLAGS)
+string('vary', '', 'a picture that an unCLIP draws variations of')
 layout.define_flags(FLAGS)
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
@@ -88,38 +84,55 @@ def story() -> list[str]:
 
 def run() -> None:
   if not FLAGS.run:
-    raise ValueError('give --run RUN_DIR, the run directory of a trained DALL-E, StoryDALL-E or StoryGANc.')
+    raise ValueError('give --run RUN_DIR, the run directory of a trained DALL-E, unCLIP, StoryDALL-E or StoryGANc.')
   if FLAGS.source and not FLAGS.story:
     raise ValueError('--source is the first frame of a story; give its captions with --story FILE.')
-  captions = story() if FLAGS.story else prompts()
+  if FLAGS.vary and (FLAGS.story or FLAGS.prompt or FLAGS.prompts or FLAGS.init_image or FLAGS.clip):
+    raise ValueError('--vary draws without a caption; leave out --prompt(s), --story, --init_image and --clip.')
+  captions = [FLAGS.vary] if FLAGS.vary else story() if FLAGS.story else prompts()
   with layout.asked(FLAGS, common.MESHES['data'], common.RULES) as where:
     draw(captions, **where)
 
 
 def draw(asked: list[str], **where) -> None:
   """Draws and writes pictures for captions, or for those of a story."""
-  files = [Path(name) for name in (FLAGS.source, FLAGS.init_image, FLAGS.vectors) if name]
+  files = [Path(name) for name in (FLAGS.source, FLAGS.init_image, FLAGS.vectors, FLAGS.vary) if name]
   distributed.check_same({'captions': str(asked), 'files': str([f.read_bytes() for f in files if f.is_file()])})
-  model = generator.load(FLAGS.run, clip=FLAGS.clip, step=FLAGS.step or None, int8=FLAGS.int8, **where)
+  model = options.load(FLAGS, where)
   if isinstance(model, StoryTeller) != bool(FLAGS.story):
     wanted = 'a caption; give --prompt "..."' if FLAGS.story else 'a story; give --story FILE and --source FRAME.png'
     raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}, which needs {wanted}.')
   if FLAGS.vectors and model.config['model'].get('sentences') != 'data':
     raise ValueError(f'{FLAGS.run} reads no sentence vectors; leave out --vectors.')
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
-  names = ('n', 'seed', 'temperature', 'top_k', 'top_p', 'guidance', 'batch_size')
-  options = {name: getattr(FLAGS, name) for name in names}
+  how = {name: getattr(FLAGS, name) for name in ('n', 'seed', 'batch_size')} | options.sampling(FLAGS, model)
   if FLAGS.story:
     vectors = np.array(open_array(FLAGS.vectors, 'sentence vectors, one a caption')) if FLAGS.vectors else None
-    drawn = model.continue_story(FLAGS.source, asked, vectors=vectors, **options)
+    drawn = model.continue_story(FLAGS.source, asked, vectors=vectors, **how)
     none = [None] * len(asked)
     results = zip(asked, drawn.frames, drawn.candidates, none if drawn.scores is None else drawn.scores, strict=True)
     board = storyboard(drawn.source, drawn.frames[:, 0], asked)
   else:
-    samples = model.sample(asked, init_image=FLAGS.init_image or None, keep_rows=FLAGS.keep_rows, **options)
-    results, board = ((s.prompt, s.images, s.candidates, s.scores) for s in samples), None
+    samples = draw_pictures(model, asked, how)
+    results, board = ((p, s.images, s.candidates, s.scores) for p, s in zip(asked, samples, strict=True)), None
   if jax.process_index() == 0:
     write(Path(FLAGS.out), results, board)
+
+
+def draw_pictures(model: Any, asked: list[str], how: dict[str, Any]) -> list[Any]:
+  """For captions, or for the picture of --vary. Raises ValueError for what the model has no use for."""
+  completes = hasattr(model, 'encode')
+  if FLAGS.vary:
+    if not hasattr(model, 'variations'):
+      raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}; --vary needs one of an unCLIP.')
+    if given := options.changed(FLAGS, 'temperature', 'top_k', 'top_p', 'prior_guidance', 'prior_steps', 'priors'):
+      raise ValueError(f'--{", --".join(given)} is not for --vary, which has no tokens and no prior; leave it out.')
+    how = {k: how[k] for k in ('n', 'seed', 'batch_size', 'guidance', 'steps', 'upsampler_steps')}
+    return model.variations(asked, **how)
+  if not completes and (FLAGS.init_image or FLAGS.keep_rows):
+    raise ValueError(f'{FLAGS.run} has no image tokens to keep; leave out --init_image and --keep_rows.')
+  given = dict(init_image=FLAGS.init_image or None, keep_rows=FLAGS.keep_rows) if completes else {}
+  return model.sample(asked, **given, **how)
 
 
 def write(out: Path, results: Iterable[tuple[Any, ...]], board: Image.Image | None) -> None:
@@ -137,7 +150,8 @@ def write(out: Path, results: Iterable[tuple[Any, ...]], board: Image.Image | No
     table.append(row)
     rows.append((caption, images[: len(files)]))
   caption_grid(rows).save(out / 'grid.png')
-  settings = {k: getattr(FLAGS, k) for k in ('run', 'clip', 'seed', 'n', 'temperature', 'top_k', 'top_p', 'guidance')}
+  names = ('run', 'clip', 'seed', 'n', *options.SAMPLING, *options.changed(FLAGS, *options.PARTS, *options.DIFFUSION))
+  settings = {k: getattr(FLAGS, k) for k in names}
   (out / 'samples.json').write_text(json.dumps({**settings, 'samples': table}, indent=2) + '\n')
   more = 'storyboard.png, ' if FLAGS.story else ''
   print(f'wrote {sum(len(t["files"]) for t in table)} pictures, {more}grid.png and samples.json to {out}')

@@ -178,9 +178,9 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
     encoders = {}
     if words:
       encoders['text'] = bpe.text_encoder(words, config.tokenizer, config.tokenizer.dropout if training else 0.0)
-      for name, other in frozen.items():  # a frozen network that reads text has words of its own
-        if other.tokenizer:
-          encoders[f'{name}_text'] = bpe.text_encoder(other.tokenizer, other.config['tokenizer'])
+    for name, other in frozen.items():  # a frozen network that reads text has words of its own
+      if other.tokenizer:
+        encoders[f'{name}_text'] = bpe.text_encoder(other.tokenizer, other.config['tokenizer'])
     return pipeline.make_loader(
       records[split],
       data,

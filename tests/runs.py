@@ -35,9 +35,9 @@ def larger(params, seed=0, scale=0.3):
   return jax.tree.map(lambda x: np.asarray(x + rng.normal(0, scale, x.shape), x.dtype), jax.device_get(params))
 
 
-def write(path, kind, model, config, *inputs, words, frozen=(), players=False):
+def write(path, kind, model, config, *inputs, words=None, frozen=(), players=False):
   """A run of the objective `kind` in `path`; `frozen` ones lie beside it; with `players` parameters are by player."""
   params = parameters(model.init, *inputs)['params']
   frozen = {name: str(path.parent / name) for name in frozen}
   config = {'objective': kind, **config}
-  export_run(path, Run(config, params if players else {kind: params}, words.to_json(), 3, str(path), frozen))
+  export_run(path, Run(config, params if players else {kind: params}, words and words.to_json(), 3, str(path), frozen))

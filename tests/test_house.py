@@ -21,7 +21,7 @@ MAY_IMPORT = {  # room -> rooms (or one file of a room)
   'functional': {'functional'},
   'data': {'data'},
   'training': {'training'},
-  'models': {'models', 'layers'},
+  'models': {'models', 'layers', 'functional'},
   'objectives': {'objectives', 'models', 'functional', 'layers'},
   'aot': {'aot', 'models', 'training', 'functional', 'pipelines'},
   'convert': {'convert', 'models', 'training', 'data.restricted'},
@@ -72,6 +72,8 @@ def test_shipped_configs_build_their_objective(name):
   networks = {'vqgan': {'model': {'variant': 'f8_8192' if runs[0].data.image_size >= 256 else 'quickstart'}}}
   networks['lpips'] = {'model': {'variant': 'vgg16'}}
   roberta = dict(vocab_size=50_265, length=32, pad=1, start=0, end=2)
+  words = dict(vocab_size=512, length=24)
+  networks['clip'] = {'model': {'variant': 'quickstart'}, 'tokenizer': words, 'data': {'image_size': 36}}
   networks['roberta'] = {'model': {'variant': 'base'}, 'tokenizer': roberta}
   if runs[0].model.get('variant') == 'init':  # fine-tuning of what `convert` made
     kind = 'f16_1024' if runs[0].objective == 'vqgan' else 'mindalle'

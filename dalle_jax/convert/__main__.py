@@ -27,6 +27,7 @@ string('config', 'storydalle: the config.yaml of minDALL-E, where it is not besi
 string('cross', 'storydalle: a file with cross-attention layers')
 string('version', 'rudalle: v3 or v2')
 flags.DEFINE_integer('heads', 0, 'rudalle: attention heads, where no config tells them', 0, flag_values=FLAGS)
+string('image_encoder', 'karlo: the folder image_encoder of the other repository')
 string('vqgan', 'rudalle: the run of its image tokenizer')
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
@@ -46,7 +47,8 @@ def run() -> None:
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise ValueError(f'{out} is there already; give another --out.')
   host.give_back_memory()
-  options = dict(config=FLAGS.config, cross=FLAGS.cross, version=FLAGS.version, heads=FLAGS.heads)
+  names = ('config', 'cross', 'version', 'heads', 'image_encoder')
+  options = {name: getattr(FLAGS, name) for name in names}
   imported = read(source, path, **options)
   if FLAGS.vqgan:
     imported.frozen['vqgan'] = _of_run(FLAGS.vqgan)

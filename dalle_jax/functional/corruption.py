@@ -21,3 +21,21 @@ def drop_captions(rng: jax.Array, text: jax.Array, rate: float, padding: jax.Arr
   """int32[..., N], of which the fraction `rate` is replaced by `padding` int32[N]; 1.0 for those kept, float32[...]."""
   drop = jax.random.bernoulli(rng, rate, text.shape[:-1])
   return jnp.where(drop[..., None], padding, text), 1.0 - drop
+
+
+def damage(rng: jax.Array, images: jax.Array, blur: float, noise: float) -> jax.Array:
+  """float32[B, H, W, 3], each blurred by 3 x 3 pixels and with normal noise, by deviations of its own up to these."""
+  how, what = jax.random.split(rng)
+  if blur:
+    sigma = jnp.maximum(jax.random.uniform(how, (len(images), 1), maxval=blur), 1e-3)
+    weights = jnp.exp(-0.5 * jnp.square(jnp.arange(-1, 2) / sigma))  # (B, 3)
+    weights = (weights / weights.sum(1, keepdims=True))[:, :, None, None, None]
+    for axis in (1, 2):
+      padded = jnp.pad(images, [(0, 0), *((int(a == axis),) * 2 for a in (1, 2)), (0, 0)], mode='edge')
+      n = images.shape[axis]
+      parts = (jax.lax.slice_in_dim(padded, i, i + n, axis=axis) for i in range(3))
+      images = sum(weights[:, i] * part for i, part in enumerate(parts))
+  if noise:
+    amount = jax.random.uniform(jax.random.fold_in(rng, 2), (len(images), 1, 1, 1), maxval=noise)
+    images = images + amount * jax.random.normal(what, images.shape)
+  return images

@@ -1,49 +1,106 @@
-"""Convolutional blocks of VQGAN encoders and decoders (Esser et al., 2021, appendix); NHWC throughout.
+"""Convolutional blocks of VQGANs (Esser et al., 2021, appendix) and of U-Nets (Dhariwal and Nichol, 2021); NHWC.
 
-Names of parameters follow the public implementation (norm1, conv1, nin_shortcut, proj_out, ...), so that its weights
-can be read in. Parameters are float32; computation is in `dtype`, norms and softmax in float32.
+Names of parameters follow the public VQGAN (norm1, conv1, nin_shortcut, proj_out, ...), so that its weights can be read
+in. Parameters are float32; computation is in `dtype`, norms and softmax in float32.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layers.basic import Conv, GroupNorm
+from dalle_jax.layers import kernels
+from dalle_jax.layers.basic import Conv, Dense, GroupNorm
+
+SHIFTS = ('add', 'scale')
 
 
 class ResBlock(nn.Module):
-  """GroupNorm, swish, conv, twice, around a shortcut: `[B, H, W, C] -> [B, H, W, features]`."""
+  """GroupNorm, swish, conv, twice, around a shortcut: `[B, H, W, C] -> [B, H, W, features]`.
+
+  Attributes:
+    groups, eps: of the norms.
+    resample: 'down' halves height and width after the first swish, and in the shortcut, by means of 2 x 2; 'up' doubles
+      them by repeating.
+    shift: what a vector of time does: 'add' is added before the second norm, 'scale' scales and shifts what that gives.
+  """
 
   features: int
   dtype: jnp.dtype = jnp.float32
-  groups: int = 32  # of the norms
+  groups: int = 32
+  eps: float = 1e-6
+  resample: str = ''
+  shift: str = 'add'
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    h = jax.nn.swish(GroupNorm(self.groups, dtype=self.dtype, name='norm1')(x))
+  def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
+    """`time` is [B, D]. Raises ValueError for an unknown shift."""
+    if self.shift not in SHIFTS:
+      raise ValueError(f'ResBlock shift {self.shift!r} is unknown; there are {", ".join(SHIFTS)}.')
+    h = jax.nn.swish(GroupNorm(self.groups, self.eps, self.dtype, name='norm1')(x))
+    if self.resample:
+      change = {'down': halved, 'up': doubled}[self.resample]
+      h, x = change(h), change(x)
     h = Conv(self.features, dtype=self.dtype, name='conv1')(h)
-    h = jax.nn.swish(GroupNorm(self.groups, dtype=self.dtype, name='norm2')(h))
-    h = Conv(self.features, dtype=self.dtype, name='conv2')(h)
+    norm = GroupNorm(self.groups, self.eps, self.dtype, name='norm2')
+    if time is None:
+      h = norm(h)
+    elif self.shift == 'add':
+      h = norm(h + self._of_time(time, 1)[0])
+    else:
+      scale, shift = self._of_time(time, 2)
+      h = norm(h) * (1 + scale) + shift
+    h = Conv(self.features, dtype=self.dtype, name='conv2')(jax.nn.swish(h))
     if x.shape[-1] != self.features:
       x = Conv(self.features, 1, dtype=self.dtype, name='nin_shortcut')(x)
     return x + h
 
+  def _of_time(self, time: jax.Array, count: int) -> list[jax.Array]:
+    dense = Dense(count * self.features, (None, 'conv_out'), dtype=self.dtype, name='time')
+    return jnp.split(dense(jax.nn.swish(time))[:, None, None], count, -1)
+
 
 class AttnBlock(nn.Module):
-  """Residual attention of one head among all positions of `[B, H, W, C]`."""
+  """Residual attention among all positions of `[B, H, W, C]`, and to a context where there is one.
+
+  Attributes:
+    groups, eps: of the norm.
+    head_dim: channels a head; 0: one head has all.
+  """
 
   dtype: jnp.dtype = jnp.float32
-  groups: int = 32  # of the norm
+  groups: int = 32
+  eps: float = 1e-6
+  head_dim: int = 0
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, context: jax.Array | None = None, seen: jax.Array | None = None) -> jax.Array:
+    """`context` is [B, N, D], of which `seen` bool[B, N] count. Raises ValueError where heads do not fit."""
     b, h, w, c = x.shape
-    y = GroupNorm(self.groups, dtype=self.dtype, name='norm')(x)
-    q, k, v = (Conv(c, 1, dtype=self.dtype, name=name)(y).reshape(b, h * w, c) for name in 'qkv')
-    scores = jnp.einsum('bqc,bkc->bqk', q, k, preferred_element_type=jnp.float32) * c**-0.5
-    weights = jax.nn.softmax(scores).astype(self.dtype)
-    y = jnp.einsum('bqk,bkc->bqc', weights, v).reshape(b, h, w, c)
+    if c % (size := self.head_dim or c):
+      raise ValueError(f'AttnBlock: {c} channels are not divisible into heads of {size}; change either.')
+    heads = lambda y: y.reshape(b, -1, c // size, size)
+    keys = lambda y: heads(y).swapaxes(1, 2)
+    y = GroupNorm(self.groups, self.eps, self.dtype, name='norm')(x)
+    q, k, v = (Conv(c, 1, dtype=self.dtype, name=name)(y) for name in 'qkv')
+    parts = [(keys(k), keys(v), None)]
+    if context is not None:
+      of = lambda name: keys(Dense(c, (None, 'conv_out'), dtype=self.dtype, name=name)(context))
+      parts.append((of('k_context'), of('v_context'), None if seen is None else seen[:, None, None]))
+    y = kernels.attend(heads(q), *parts).astype(self.dtype).reshape(b, h, w, c)
     return x + Conv(c, 1, dtype=self.dtype, name='proj_out')(y)
+
+
+def halved(x: jax.Array) -> jax.Array:
+  """[B, H, W, C], height and width even, as means of 2 x 2. Raises ValueError for odd ones."""
+  b, h, w, c = x.shape
+  if h % 2 or w % 2:
+    raise ValueError(f'a map of {h} x {w} cannot be halved; change the size of pictures or the number of levels.')
+  return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
+def doubled(x: jax.Array) -> jax.Array:
+  """[B, H, W, C], each position as 2 x 2."""
+  return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
 class Downsample(nn.Module):
@@ -63,7 +120,7 @@ class Upsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    return Conv(x.shape[-1], dtype=self.dtype, name='conv')(x.repeat(2, axis=1).repeat(2, axis=2))
+    return Conv(x.shape[-1], dtype=self.dtype, name='conv')(doubled(x))
 
 
 def space_to_depth(x: jax.Array, patch: int) -> jax.Array:

@@ -82,7 +82,7 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-  """int32[B, N] -> float32[B, embed_dim]; fields as in CLIP."""
+  """int32[B, N] -> float32[B, embed_dim] and, of each token, [B, N, width] after the last layer; fields as in CLIP."""
 
   vocab_size: int
   length: int
@@ -100,7 +100,7 @@ class TextTower(nn.Module):
   eps: float = 1e-5
 
   @nn.compact
-  def __call__(self, ids: jax.Array, seen: jax.Array | None = None) -> jax.Array:
+  def __call__(self, ids: jax.Array, seen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """`seen` bool[B, N]: the positions that count as keys; all by default."""
     if ids.shape[1] != self.length:
       raise ValueError(f'CLIP takes {self.length} text tokens, not {ids.shape[1]}; pad or cut the captions.')
@@ -113,18 +113,17 @@ class TextTower(nn.Module):
     encoder = stack(self)
     x, _ = encoder(x, mask)
     self.sow('hidden', 'last', x)
+    hidden = LayerNorm(self.eps, name='norm_out')(x)
     if self.pool == 'last':
-      x = x[:, -1]
+      x = hidden[:, -1]
     elif self.pool in ('max_id', 'end'):  # that of the end-of-text token, which has the highest id in OpenAI's models
       where = (ids if self.pool == 'max_id' else ids == self.end).argmax(-1)
-      x = jnp.take_along_axis(x, where[:, None, None], 1)[:, 0]
+      x = jnp.take_along_axis(hidden, where[:, None, None], 1)[:, 0]
     else:
       raise ValueError(f'CLIP text_pool {self.pool!r} is unknown; there are last, max_id and end.')
-    x = LayerNorm(self.eps, name='norm_out')(x)
     self.sow('hidden', 'pooled', x)
-    return Dense(
-      self.embed_dim, ('embed', None), use_bias=False, kernel_init=normal_init(self.width**-0.5), name='proj'
-    )(x)
+    init = normal_init(self.width**-0.5)
+    return Dense(self.embed_dim, ('embed', None), use_bias=False, kernel_init=init, name='proj')(x), hidden
 
 
 class CLIP(nn.Module):
@@ -137,6 +136,7 @@ class CLIP(nn.Module):
     text_causal: whether text sees earlier text alone (as the OpenAI models) or all of it.
     text_pool: the position that stands for the caption: 'last', that of the highest id ('max_id') or the first of the
       id `end` ('end').
+    activation, text_activation: of the towers; '' for the text is that of pictures.
     mlp, text_mlp: widths of the MLPs; 0: four times those of the towers.
     unroll: see `layers.transformer.Stack`.
   """
@@ -156,6 +156,7 @@ class CLIP(nn.Module):
   text_length: int = 77
   embed_dim: int = 512
   activation: str = 'quick_gelu'
+  text_activation: str = ''
   mlp: int = 0
   text_mlp: int = 0
   end: int = -1
@@ -177,7 +178,7 @@ class CLIP(nn.Module):
       self.embed_dim,
       self.text_causal,
       self.text_pool,
-      self.activation,
+      self.text_activation or self.activation,
       self.dtype,
       self.unroll,
       self.text_mlp,
@@ -193,14 +194,29 @@ class CLIP(nn.Module):
 
   def encode_image(self, images: jax.Array) -> jax.Array:
     """float32[B, H, W, 3] in [-1, 1] -> float32[B, embed_dim] of unit length. Raises ValueError for another size."""
-    return normalize(self.image(images))
+    return normalize(self.image_features(images))
 
   def encode_text(self, text: jax.Array, seen: jax.Array | None = None) -> jax.Array:
     """int32[B, N] -> float32[B, embed_dim] of unit length. Raises ValueError for another length.
 
     `seen` bool[B, N] are the positions that count as keys; OpenAI's models count all, and see none behind the end.
     """
-    return normalize(self.text(text, seen))
+    return normalize(self.text_features(text, seen)[0])
+
+  def image_features(self, images: jax.Array) -> jax.Array:
+    """As `encode_image`, of any length."""
+    return self.image(images)
+
+  def text_features(self, text: jax.Array, seen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """As `encode_text`, of any length; and the last layer's vector of each token, normed: [B, N, text_width]."""
+    return self.text(text, seen)
+
+
+def resized(images: jax.Array, size: int) -> jax.Array:
+  """Square pictures float32[B, H, W, 3] in [-1, 1] brought to `size` pixels a side."""
+  if images.shape[1:3] == (size, size):
+    return images
+  return jnp.clip(jax.image.resize(images, (len(images), size, size, 3), 'cubic'), -1, 1)
 
 
 def normalize(x: jax.Array) -> jax.Array:

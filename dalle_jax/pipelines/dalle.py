@@ -1,8 +1,6 @@
 """Pictures from captions by a trained DALL-E: `DallE.load('runs/mine').sample(['a red circle'], n=8, seed=0)`."""
 
-import dataclasses
 import functools
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,30 +11,13 @@ from dalle_jax.data import ops
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import dalle, image_tokenizer
-from dalle_jax.pipelines.generator import TokenGenerator, check_numbers, in_one_call, request_keys
+from dalle_jax.pipelines.generator import TokenGenerator, request_keys
 from dalle_jax.pipelines.image_tokenizer import decode_codes
-from dalle_jax.training import checkpoint, sharding
+from dalle_jax.pipelines.pictures import Painter, Sample, check_prompts
+from dalle_jax.training import checkpoint
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-  """The pictures of one prompt, best first where there is a CLIP.
-
-  Attributes:
-    images: uint8[n, H, W, 3].
-    tokens: int32[n, I], their image tokens.
-    candidates: int[n], the number of each: with the seed and the prompt it determines the picture.
-    scores: float32[n], cosines by CLIP; None without one.
-  """
-
-  prompt: str
-  images: np.ndarray
-  tokens: np.ndarray
-  candidates: np.ndarray
-  scores: np.ndarray | None
-
-
-class DallE(TokenGenerator):
+class DallE(TokenGenerator, Painter):
   """A trained DALL-E with its VQGAN, its tokenizer and, if wanted, a CLIP that ranks what it draws."""
 
   OBJECTIVE = 'dalle'
@@ -76,41 +57,13 @@ class DallE(TokenGenerator):
 
     Raises ValueError for arguments out of range.
     """
-    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-      raise ValueError('prompts must be a list of strings, e.g. ["a red circle"].')
-    if not len(prompts):
-      raise ValueError('there are no prompts; give at least one.')
-    check_numbers(n, batch_size, seed)
-    sampling = Sampling(temperature, top_k, top_p, guidance)
-    given = self._given(init_image, keep_rows)
-    begins = np.full(len(prompts), first) if np.ndim(first) == 0 else np.asarray(first)
-    if (
-      begins.shape != (len(prompts),) or begins.dtype.kind not in 'iu' or not 0 <= begins.min() <= begins.max() < 2**30
-    ):
-      raise ValueError(f'first is {first}; expected a number of 0 or more, or one for each of {len(prompts)} prompts.')
+    check_prompts(prompts)
+    sampling, given = Sampling(temperature, top_k, top_p, guidance), self._given(init_image, keep_rows)
     text = np.stack([self._text(p) for p in prompts])
-    h, w = self.model.grid
-    images = np.zeros((len(prompts), n, self.image_size, self.image_size, 3), np.uint8)
-    tokens = np.zeros((len(prompts), n, h * w), np.int32)
-    shards = sharding.batch_shards(self.mesh) if self.mesh else 1
-    each, together = min(n, batch_size), in_one_call(len(prompts), batch_size // n, shards)  # candidates, prompts
-    names = np.array([zlib.crc32(p.encode()) for p in prompts], np.uint32)
-    with sharding.within(self.mesh, self.rules):
-      for done in range(0, n, each):
-        for start in range(0, len(prompts), together):
-          rows = np.minimum(np.arange(start, start + together), len(prompts) - 1)  # the last call repeats the last one
-          batch = {'text': text[rows], 'image': np.tile(given, (together, 1)), 'name': names[rows]}
-          batch['number'] = (begins[rows, None] + np.arange(done, done + each)).astype(np.int32)
-          pictures, codes = self._draw(self.params, self._put(batch), np.uint32(seed), sampling=sampling)
-          images[rows, done : done + each] = np.asarray(pictures)[:, : n - done]
-          tokens[rows, done : done + each] = np.asarray(codes)[:, : n - done]
-      scores = self.reranker.scores(prompts, images) if self.reranker else None
-    results = []
-    for i, prompt in enumerate(prompts):
-      order = np.arange(n) if scores is None else np.argsort(-scores[i], kind='stable')
-      ranked = None if scores is None else scores[i, order]
-      results.append(Sample(prompt, images[i, order], tokens[i, order], begins[i] + order, ranked))
-    return results
+    rows = {'text': text, 'image': np.tile(given, (len(prompts), 1))}
+    call = lambda batch, seed: self._draw(self.params, batch, seed, sampling=sampling)
+    asked = dict(n=n, seed=seed, first=first, batch_size=batch_size)
+    return self._ranked(prompts, self._paint([p.encode() for p in prompts], rows, call, **asked))
 
   # --- On the host
 

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ logger = logging.getLogger(__name__)
 class Generator:
   """A trained network that draws, with its words and, if wanted, a CLIP that ranks.
 
-  A kind of it has the OBJECTIVE of its runs, and the frozen networks that it NEEDS.
+  A kind of it has the OBJECTIVE of its runs, the frozen networks that it NEEDS, and the one of these whose WORDS it
+  reads, '' for its own.
   """
 
   OBJECTIVE = ''
   NEEDS: tuple[str, ...] = ()
+  WORDS = ''
 
   def __init__(
     self,
@@ -40,7 +43,8 @@ class Generator:
     int8: bool = False,
   ):
     self.config, self.reranker, self.mesh, self.rules = run.config, reranker, mesh, rules
-    self.words = text_encoder(run.tokenizer, self.config['tokenizer'])
+    reads = frozen[self.WORDS] if self.WORDS else run
+    self.words = text_encoder(reads.tokenizer, reads.config['tokenizer'])
     self.image_size = self.config['data']['image_size']
     self.step, self.params, self.int8 = run.step, dict(run.params), int8
     self._jit = functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
@@ -55,6 +59,7 @@ class Generator:
     rules: sharding.Rules = (),
     step: int | None = None,
     int8: bool = False,
+    parts: Mapping[str, str | Path] | None = None,
   ):
     """Loads the run in `path` (its EMA if it has one) and, with `clip`, the run of a CLIP.
 
@@ -62,18 +67,19 @@ class Generator:
     Any checkpoint loads onto any mesh: with `mesh` parameters and pictures are split over it by `rules`, and where it
     spans several processes all ask for the same and get all; without it everything is on one device. With `int8` a
     transformer over tokens keeps its weights in eight bits: where reading them is what a token takes, a quarter of
-    float32 is to be read, and pictures differ a little. Raises FileNotFoundError when there is no checkpoint (of that
-    `step`), ValueError when a run is of another kind.
+    float32 is to be read, and pictures differ a little. `parts` are runs in place of the frozen ones of these names.
+    Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when a run is of another kind.
     """
     run = checkpoint.load_run(path, mesh=mesh, rules=rules, step=step)
     if run.config.get('objective') != cls.OBJECTIVE:
       found = run.config.get('objective')
       raise ValueError(f'{path} is a run of {found!r}; sampling needs one of the objective {cls.OBJECTIVE}.')
-    lacking = [] if run.tokenizer else ['tokenizer']
-    lacking += [name for name in cls.NEEDS if name not in run.frozen]
+    paths = {**run.frozen, **(parts or {})}
+    lacking = [] if run.tokenizer or cls.WORDS else ['tokenizer']
+    lacking += [name for name in cls.NEEDS if name not in paths]
     if lacking:
       raise ValueError(f'{path} has no {" and no ".join(lacking)}, which sampling needs; convert it again with them.')
-    frozen = {name: checkpoint.load_run(p, mesh=mesh, rules=rules) for name, p in run.frozen.items()}
+    frozen = {name: checkpoint.load_run(p, mesh=mesh, rules=rules) for name, p in paths.items()}
     reranker = Reranker.load(clip, mesh=mesh, rules=rules) if clip else None
     return cls(run, frozen, reranker, mesh, rules, int8)
 

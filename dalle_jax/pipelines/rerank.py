@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -26,7 +25,8 @@ class Reranker:
     apply = lambda params, x, method: model.apply({'params': params}, x, method=method)
     jit = functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
     self._text = jit(functools.partial(apply, method='encode_text'))
-    self._image = jit(lambda params, images: apply(params, self._resize(images), method='encode_image'))
+    sized = lambda images: clip.resized(to_float(images), model.image_size)
+    self._image = jit(lambda params, images: apply(params, sized(images), method='encode_image'))
 
   @classmethod
   def load(cls, path: str | Path, *, mesh: Mesh | None = None, rules: sharding.Rules = ()) -> 'Reranker':
@@ -50,11 +50,6 @@ class Reranker:
     flat = images.reshape(-1, *images.shape[2:])
     pictures = in_batches(lambda x: self._image(self.params, x), flat, BATCH)
     return np.einsum('be,bne->bn', texts, pictures.reshape(*images.shape[:2], -1))
-
-  def _resize(self, images: jax.Array) -> jax.Array:
-    size = self.model.image_size
-    x = to_float(images)
-    return x if x.shape[1:3] == (size, size) else jnp.clip(jax.image.resize(x, (len(x), size, size, 3), 'cubic'), -1, 1)
 
 
 def in_batches(function: Any, rows: np.ndarray, batch: int) -> np.ndarray:

@@ -15,12 +15,25 @@ from dalle_jax.convert.__main__ import read
 from dalle_jax.convert.sources import lpips as lpips_source
 from dalle_jax.convert.sources.clip import MEAN, STD
 from dalle_jax.data.bpe import text_encoder
-from dalle_jax.functional import decoding, gan, losses
+from dalle_jax.functional import decoding, diffusion, gan, losses
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.layers import variants
 from dalle_jax.layers.cross import CrossAttention
 from dalle_jax.layers.patterns import Pattern
-from dalle_jax.models import clip, dalle, dvae, inception, lpips, patchgan, roberta, story_dalle, vqgan
+from dalle_jax.models import (
+  clip,
+  dalle,
+  dvae,
+  inception,
+  lpips,
+  patchgan,
+  prior,
+  roberta,
+  story_dalle,
+  unclip,
+  upsampler,
+  vqgan,
+)  # fmt: skip
 
 LEFT_OUT = {  # kind -> arrays that are not compared, with the reason
   'storydalle': {
@@ -290,7 +303,7 @@ def clip_hf(folder, arrays):
     run = lambda m, *x: getattr(m, name)(*x)
     features, state = model.apply({'params': params}, *inputs, method=run, mutable='hidden')
     last = state['hidden'][name]['last'][0]
-    return features, last, state['hidden'][name]['pooled'][0]
+    return features[0] if name == 'text' else features, last, state['hidden'][name]['pooled'][0]
 
   def last_norm(x):
     scale, bias = (params['text']['norm_out'][k] for k in ('scale', 'bias'))
@@ -359,6 +372,85 @@ def of_inception(folder, arrays):
   return {f'out_{name}': features(arrays[f'in_{name}']) for name in ('small', 'large')}
 
 
+def unclip_diffusers(folder, arrays):
+  other = folder / 'karlo-image-variations'
+  run = read('karlo', folder / 'karlo', image_encoder=str(other))
+  parts = run.frozen
+  words, small = parts['clip'], unclip.of_run(run.config, parts['clip'].config)
+  (model, reader), (guess, _) = small, prior.of_run(parts['prior'].config, words.config)
+  up = upsampler.of_run(parts['upsampler'].config)
+  of = lambda run, player: run.network(player)
+  clip_params, guess_params, params = of(words, 'clip'), of(parts['prior'], 'prior'), of(run, 'unclip')
+  first, last = (of(parts['upsampler'], name) for name in ('upsampler', 'last'))
+  prompts = json.loads((folder / 'prompts.json').read_text())
+  ids = texts(words, prompts)
+  caption, empty = (reader.read(clip_params, jnp.asarray(x)) for x in (ids, np.tile(reader.empty, (2, 1))))
+  predict = jax.jit(lambda x, t, c: guess.apply({'params': guess_params}, x, jnp.full(len(x), t), c))
+  paint = jax.jit(lambda x, t, e, c, k: model.apply({'params': params}, x, jnp.full(len(x), t), e, c, k))
+  sharpen = jax.jit(lambda p, x, t, low: up.apply({'params': p}, x, jnp.full(len(x), t), low))
+  widen = lambda low: jax.image.resize(jnp.clip(low, -1, 1), (*low.shape[:1], up.image_size, up.image_size, 3), 'cubic')
+  back = diffusion.step_back
+
+  def down(d, step_of, x, noise, count):
+    steps = d.timesteps(count)
+    for i, (t, then) in enumerate(zip(steps, [*steps[1:], -1], strict=True)):
+      x = back(d, step_of(i, x, t), x, t, then, noise[i] if i < len(noise) else 0.0)
+    return x
+
+  def paint_guided(embed, about, scale):
+    known = lambda value: jnp.full(2, value)
+    return lambda i, x, t: diffusion.guide(
+      model.diffusion, paint(x, t, embed, about, known(True)), paint(x, t, embed, empty, known(False)), scale
+    )
+
+  def finish(small):
+    noise, counts = [nhwc(x) for x in arrays['in_noise_sr']], arrays['in_steps']
+    low = jnp.clip(small, -1, 1)
+    use = lambda i, x, t: sharpen(last if i == counts[2] - 1 else first, x, t, low)
+    return down(up.diffusion, use, nhwc(arrays['in_super_res_latents']), noise, int(counts[2]))
+
+  t, latents, picture = arrays['in_t'], arrays['in_prior_latents'], nhwc(arrays['in_decoder_latents'])
+  large, counts = nhwc(arrays['in_super_res_latents']), arrays['in_steps']
+  embedding = lambda x: guess.apply({'params': guess_params}, x, method='embedding')
+  conditions = lambda e, c, known: model.apply({'params': params}, e, c, known, method='conditions')
+  # One embedding: the first row is without it, the second with it; a prompt each.
+  embed, half = np.tile(latents[:1], (2, 1)), jnp.array([False, True])
+  tokens, time, _ = conditions(embed, caption, half)
+  out, seen = predict(latents, t[0], caption), paint(picture, t[1], embed, caption, half)
+  low = jnp.clip(picture, -1, 1)
+  sharp = [sharpen(p, large, t[2], low) for p in (first, last)]
+  noises = {k: arrays[f'in_step_noise_{k}'] for k in ('prior', 'decoder', 'sr')}
+  found = {
+    'out_input_ids': ids,
+    'out_attention_mask': np.asarray(caption.seen).astype(np.int64),
+    'out_text_embeds': caption.embed,
+    'out_text_hidden': caption.hidden,
+    'out_prior': out,
+    'out_prior_post': embedding(latents),
+    'out_textproj_hidden': tokens,
+    'out_textproj_time': time,
+    'out_decoder': nchw(seen),
+    'out_upscaled': nchw(widen(picture)),
+    'out_sr_first': nchw(sharp[0]),
+    'out_sr_last': nchw(sharp[1]),
+    'out_step_prior': back(guess.diffusion, out, latents, 500, 250, noises['prior']),
+    'out_step_sr': nchw(back(up.diffusion, sharp[0], large, 166, 0, nhwc(noises['sr']))),
+  }
+  for name, later, then in (('decoder', 666, 333), ('decoder_t1', 1, 0), ('decoder_t0', 0, -1)):
+    found[f'out_step_{name}'] = nchw(back(model.diffusion, seen, picture, later, then, nhwc(noises['decoder'])))
+  # Both pipelines, from captions and from pictures
+  guided = lambda i, x, t: diffusion.guide(guess.diffusion, predict(x, t, caption), predict(x, t, empty), 4.0)
+  drawn = down(guess.diffusion, guided, latents, arrays['in_noise_prior'], int(counts[0]))
+  noise, unit = [nhwc(x) for x in arrays['in_noise_decoder']], lambda x: jnp.clip(x * 0.5 + 0.5, 0, 1)
+  small = down(model.diffusion, paint_guided(embedding(drawn), caption, 3.0), picture, noise, int(counts[1]))
+  sharp = finish(small)
+  found |= {'out_pipe_prior': drawn, 'out_pipe_decoder': nchw(small), 'out_pipe_sr': nchw(sharp)}
+  pixels = nhwc(arrays['in_pixel_values']) * np.array(STD) * 2 + np.array(MEAN) * 2 - 1
+  embeds = reader.look(clip_params, pixels)
+  varied = finish(down(model.diffusion, paint_guided(embeds, empty, 3.0), picture, noise, int(counts[1])))
+  return found | {'out_pipe_image': unit(sharp), 'out_var_image_embeds': embeds, 'out_var_image': unit(varied)}
+
+
 def torch_formats(folder, arrays):
   """The last file; the others are compared with it."""
   names = [k.removeprefix('out_') for k in arrays if k.startswith('out_')]
@@ -385,4 +477,5 @@ KINDS = {
   'lpips': of_lpips,
   'inception': of_inception,
   'torch_formats': torch_formats,
+  'unclip_diffusers': unclip_diffusers,
 }

@@ -130,7 +130,10 @@ def test_a_run_may_be_named_by_its_repository(mindalle, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--from=dallemini', '--path=x'], "--from 'dallemini' is unknown; there are clip, inception, lpips, mindalle"),
+    (
+      ['--from=dallemini', '--path=x'],
+      "--from 'dallemini' is unknown; there are clip, inception, karlo,",
+    ),
     (['--from=mindalle', '--path=/none'], 'there is no /none; expected the folder of minDALL-E'),
     (['--from=taming', f'--path={FIXTURES}/clip_hf'], 'has no model.yaml or'),
     (['--from=clip', f'--path={FIXTURES}/roberta_hf'], 'describes a roberta; expected a clip'),

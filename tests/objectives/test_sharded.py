@@ -11,7 +11,7 @@ import pytest
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import vqgan
 from tests import runs
-from tests.objectives import steps, test_dalle, test_story_dalle, test_storyganc, test_vqgan
+from tests.objectives import steps, test_dalle, test_story_dalle, test_storyganc, test_unclip, test_vqgan
 
 LOSS = dict(caption_dropout=0.5, token_noise=0.5)
 MESHES = [
@@ -44,8 +44,16 @@ def storyganc():
   return test_storyganc.build(labels=5), test_storyganc.config(labels=5), test_storyganc.BATCH, {}
 
 
+def of_unclip(name):
+  return lambda: (test_unclip.build(name), test_unclip.config(name), test_unclip.BATCH, test_unclip.frozen())
+
+
+unclip, prior, upsampler = (of_unclip(name) for name in ('unclip', 'prior', 'upsampler'))
+
+
 # objective, steps, how close; batch normalisation of few numbers makes more of rounding, from step to step
-LAWS = [(dalle, 5, 1e-5), (story_dalle, 5, 1e-5), (vqgan_, 5, 1e-5), (storyganc, 2, 2e-4)]
+LAWS = [(dalle, 5, 1e-5), (story_dalle, 5, 1e-5), (vqgan_, 5, 1e-5), (unclip, 3, 1e-5)]
+LAWS += [(prior, 5, 1e-5), (upsampler, 3, 1e-5), (storyganc, 2, 2e-4)]
 
 
 def pytest_generate_tests(metafunc):
@@ -53,7 +61,7 @@ def pytest_generate_tests(metafunc):
   if 'sizes' in metafunc.fixturenames:
     name = lambda sizes: '-'.join(f'{k}{v}' for k, v in sizes.items())
     metafunc.parametrize('sizes', MESHES if every else MESHES[:1], ids=name)
-    metafunc.parametrize(('what', 'count', 'close'), LAWS if every else LAWS[:3])
+    metafunc.parametrize(('what', 'count', 'close'), LAWS if every else LAWS[:4])
 
 
 def learn(what, count, sizes=None, **options):

@@ -5,7 +5,7 @@ preprocessor_config.json, its mean and deviation of pixels are taken. Our towers
 pixels goes into the first convolution and its shift into the positions of the patches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,20 @@ def block(theirs: str) -> list[Row]:
   return [*table, *dense(f'{ours}mlp_in', f'{theirs}mlp.fc1'), *dense(f'{ours}mlp_out', f'{theirs}mlp.fc2')]
 
 
-def rows(layers: int, text_layers: int, mean: np.ndarray, std: np.ndarray) -> list[Row]:
+def within(part: str, table: Iterable[Row]) -> list[Row]:
+  """The rows with the name of a part of our network in front."""
+  return [Row(f'{part}/{r.ours}', r.theirs, r.op, r.stacked, r.missing) for r in table]
+
+
+def image_rows(layers: int, mean: np.ndarray, std: np.ndarray) -> list[Row]:
   """Their pixels are (x - mean) / std of x in [0, 1], ours 2 x - 1."""
-  patch, vision, text = 'vision_model.embeddings.patch_embedding.weight', 'vision_model.', 'text_model.'
+  patch, vision = 'vision_model.embeddings.patch_embedding.weight', 'vision_model.'
 
   def shifted(positions: np.ndarray, weight: np.ndarray) -> np.ndarray:
     shift = np.einsum('oihw,i->o', weight, (0.5 - mean) / std)
     return np.concatenate([positions[:1], positions[1:] + shift])
 
-  within = lambda tower, table: [Row(f'{tower}/{r.ours}', r.theirs, r.op, r.stacked, r.missing) for r in table]
-  image = [
+  table = [
     row('stem/kernel', patch, lambda w: conv(w * (0.5 / std)[:, None, None])),
     row('class_token', f'{vision}embeddings.class_embedding'),
     row('positions', (f'{vision}embeddings.position_embedding.weight', patch), shifted),
@@ -54,47 +58,67 @@ def rows(layers: int, text_layers: int, mean: np.ndarray, std: np.ndarray) -> li
     row('proj/kernel', 'visual_projection.weight', linear),
     *stacked(block(f'{vision}encoder.layers.{{i}}.'), layers),
   ]
-  words = [
+  return within('image', table)
+
+
+def text_rows(layers: int) -> list[Row]:
+  text = 'text_model.'
+  table = [
     row('embed/embedding', f'{text}embeddings.token_embedding.weight'),
     row('positions', f'{text}embeddings.position_embedding.weight'),
     *norm('norm_out', f'{text}final_layer_norm'),
     row('proj/kernel', 'text_projection.weight', linear),
-    *stacked(block(f'{text}encoder.layers.{{i}}.'), text_layers),
+    *stacked(block(f'{text}encoder.layers.{{i}}.'), layers),
   ]
-  return [row('logit_scale', 'logit_scale'), *within('image', image), *within('text', words)]
+  return within('text', table)
 
 
-def model_fields(file: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], int, int]:
-  """Fields of our CLIP, and the numbers of text ids and positions."""
-  sizes = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
-  image = files.fields(file, config, *(f'vision_config.{k}' for k in (*sizes, 'image_size', 'patch_size')))
-  text = files.fields(file, config, *(f'text_config.{k}' for k in (*sizes, 'vocab_size', 'max_position_embeddings')))
-  both = [config[tower] for tower in ('vision_config', 'text_config')]
-  acts, eps = {t.get('hidden_act', 'quick_gelu') for t in both}, {t.get('layer_norm_eps', 1e-5) for t in both}
-  if len(acts) > 1 or not acts <= set(ACTIVATIONS) or len(eps) > 1:
-    raise ValueError(
-      f'{file} has the activations {", ".join(sorted(acts))} and eps {sorted(eps)}; expected one of each.'
-    )
-  end = config['text_config'].get('eos_token_id', 2)
+SIZES = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads')
+
+
+def image_fields(file: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+  """Fields of our CLIP that follow from the config of its picture tower."""
+  c = files.fields(file, config, *SIZES, 'image_size', 'patch_size')
+  return dict(
+    image_size=c['image_size'],
+    patch=c['patch_size'],
+    width=c['hidden_size'],
+    layers=c['num_hidden_layers'],
+    heads=c['num_attention_heads'],
+    mlp=c['intermediate_size'],
+    activation=_activation(file, config),
+    eps=float(config.get('layer_norm_eps', 1e-5)),
+  )
+
+
+def text_fields(file: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any], int, int]:
+  """Fields of our CLIP that follow from the config of its text tower, and the numbers of text ids and positions."""
+  c, end = files.fields(file, config, *SIZES, 'vocab_size', 'max_position_embeddings'), config.get('eos_token_id', 2)
   model = dict(
-    variant='vit_b32',
-    image_size=image['image_size'],
-    patch=image['patch_size'],
-    width=image['hidden_size'],
-    layers=image['num_hidden_layers'],
-    heads=image['num_attention_heads'],
-    mlp=image['intermediate_size'],
-    text_width=text['hidden_size'],
-    text_layers=text['num_hidden_layers'],
-    text_heads=text['num_attention_heads'],
-    text_mlp=text['intermediate_size'],
-    embed_dim=files.fields(file, config, 'projection_dim')['projection_dim'],
-    activation=ACTIVATIONS[acts.pop()],
-    eps=float(eps.pop()),
+    text_width=c['hidden_size'],
+    text_layers=c['num_hidden_layers'],
+    text_heads=c['num_attention_heads'],
+    text_mlp=c['intermediate_size'],
+    text_activation=_activation(file, config),
+    eps=float(config.get('layer_norm_eps', 1e-5)),
     text_pool='max_id' if end == 2 else 'end',  # 2 stands in old configs for the highest id
     end=-1 if end == 2 else end,
   )
-  return model, text['vocab_size'], text['max_position_embeddings']
+  return model, c['vocab_size'], c['max_position_embeddings']
+
+
+def _activation(file: Path, config: Mapping[str, Any]) -> str:
+  name = config.get('hidden_act', 'quick_gelu')
+  if name not in ACTIVATIONS:
+    raise ValueError(f'{file} has the activation {name!r}; expected one of {", ".join(ACTIVATIONS)}.')
+  return ACTIVATIONS[name]
+
+
+def both(file: Path, image: Mapping[str, Any], text: Mapping[str, Any], embed_dim: int) -> dict[str, Any]:
+  """The fields of our CLIP. Raises ValueError where the towers differ in what ours has for both."""
+  if image and image['eps'] != text['eps']:
+    raise ValueError(f'{file} has the eps {image["eps"]} and {text["eps"]}; expected one for both towers.')
+  return dict(variant='vit_b32', embed_dim=embed_dim) | dict(image) | dict(text)
 
 
 def tokenizer(folder: Path) -> Tokenizer:
@@ -124,24 +148,40 @@ def read(path: Path, **options: Any) -> Imported:
   weights = files.find(folder, 'model.safetensors', 'pytorch_model.bin', expected=EXPECTED)
   if config.get('model_type', 'clip') != 'clip':
     raise ValueError(f'{file} describes a {config["model_type"]}; expected a clip.')
-  model, words, length = model_fields(file, config)
-  preprocessor = folder / 'preprocessor_config.json'
-  pixels = files.config(preprocessor) if preprocessor.is_file() else {}
-  mean, std = (np.array(pixels.get(k, v), np.float32) for k, v in (('image_mean', MEAN), ('image_std', STD)))
-  module = clip.build(**model, vocab_size=words, text_length=length)
+  for part in ('vision_config', 'text_config'):
+    files.fields(file, config, part)
+  of_text, words, length = text_fields(file, config['text_config'])
+  embed_dim = files.fields(file, config, 'projection_dim')['projection_dim']
+  model = both(file, image_fields(file, config['vision_config']), of_text, embed_dim)
+  mean, std = pixels(folder / 'preprocessor_config.json')
   size = model['image_size']
+  module = clip.build(**model, vocab_size=words, text_length=length)
   ours = Network.of(module, (1, size, size, 3), jax.ShapeDtypeStruct((1, length), jnp.int32))
-  table = rows(model['layers'], model['text_layers'], mean, std)
+  table = [row('logit_scale', 'logit_scale'), *image_rows(model['layers'], mean, std), *text_rows(model['text_layers'])]
   params = convert(str(weights), table, files.state_dict(weights), ours.shapes, [r'.*position_ids'])
+  return imported(model, words, length, folder, named('clip', params), named('clip', ours.axes))
+
+
+def imported(
+  model: dict[str, Any], words: int, length: int, folder: Path, params: dict[str, Any], axes: dict[str, Any]
+) -> Imported:
+  """The run of a CLIP whose tokenizer lies in `folder`."""
   bpe = tokenizer(folder)
   start, end = (bpe.token_to_id(w) for w in (START, END))
   settings = {
     'objective': 'clip',
     'model': model,
-    'data': {'image_size': size},
+    'data': {'image_size': model['image_size']},
     'tokenizer': {'vocab_size': words, 'length': length, 'start': start, 'end': end, 'pad': _padding(folder, bpe)},
   }
-  return Imported(settings, named('clip', params), named('clip', ours.axes), bpe.to_str())
+  return Imported(settings, params, axes, bpe.to_str())
+
+
+def pixels(preprocessor: Path) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and deviation of pixels in [0, 1], of the file or OpenAI's."""
+  found = files.config(preprocessor) if preprocessor.is_file() else {}
+  mean, std = (np.array(found.get(k, v), np.float32) for k, v in (('image_mean', MEAN), ('image_std', STD)))
+  return mean, std
 
 
 def _padding(folder: Path, bpe: Tokenizer) -> int:

@@ -1,0 +1,56 @@
+"""unCLIP on the procedural world, on two CPU cores: prior, upsampler and decoder for the CLIP of the quickstart.
+
+  python train.py --config configs/quickstart.py:clip              # first, if it is not there
+  python train.py --config configs/unclip_shapes.py                # all three, in runs/quickstart
+  python sample.py --run runs/quickstart/unclip --prompt "a large red circle at the top" --guidance 3
+The decoder draws 36 x 36 pixels, the upsampler makes 72 x 72 of them. The decoder's run has all that sampling needs.
+"""
+
+from configs import common
+
+SIZE = 36
+
+
+def get_config(arg: str = ''):
+  arg = common.parse_arg(arg, stage='')
+  c = common.base()
+  c.stages = ('prior', 'upsampler', 'unclip')
+  c.root = 'runs/quickstart'
+  c.data.source = 'shapes'
+  c.data.image_size = SIZE
+  c.data.source_args = dict(image_size=SIZE)
+  c.optim.update(name='adamw', b1=0.9, b2=0.99, weight_decay=0.01, clip=1.0, schedule='cosine')
+  if arg.stage:
+    common.choose_stage(c, arg.stage, dict(prior=prior, upsampler=upsampler, unclip=unclip))
+  return c
+
+
+def prior(c):
+  c.objective = 'prior'
+  c.model = dict(variant='quickstart')
+  c.frozen = dict(clip=c.get_ref('root') + '/clip')
+  c.data.batch_size = 64
+  c.optim.update(lr=1e-3, warmup=100)
+  c.train.update(steps=4_000, ema=0.995, log_every=100, checkpoint_every=1_000, eval_every=2_000)
+
+
+def upsampler(c):
+  c.objective = 'upsampler'
+  c.model = dict(variant='quickstart')
+  c.loss = dict(crop=24)
+  c.data.image_size = c.data.source_args.image_size = 2 * SIZE
+  c.data.batch_size = 32
+  c.optim.update(lr=1e-3, warmup=100)
+  c.train.xla_options = common.CONVOLUTIONS_ON_CPU
+  c.train.update(steps=2_000, ema=0.995, log_every=100, checkpoint_every=1_000, eval_every=2_000)
+
+
+def unclip(c):
+  c.objective = 'unclip'
+  c.model = dict(variant='quickstart')
+  root = c.get_ref('root')
+  c.frozen = dict(clip=root + '/clip', prior=root + '/prior', upsampler=root + '/upsampler')
+  c.data.batch_size = 32
+  c.optim.update(lr=1e-3, warmup=100)
+  c.train.xla_options = common.CONVOLUTIONS_ON_CPU
+  c.train.update(steps=6_000, ema=0.998, log_every=100, checkpoint_every=1_000, eval_every=3_000)

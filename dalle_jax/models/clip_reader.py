@@ -1,0 +1,94 @@
+"""What the networks of unCLIP read of captions and pictures, by a frozen CLIP.
+
+"Hierarchical Text-Conditional Image Generation with CLIP Latents", Ramesh et al., 2022 (unCLIP), section 2.
+Axis legend: B rows, N text tokens, E the space of CLIP, W width of its text tower.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from dalle_jax.models import clip
+
+
+@struct.dataclass
+class Caption:
+  """A caption as CLIP knows it.
+
+  Attributes:
+    embed: float32[B, E].
+    hidden: [B, N, W], each token after the last layer.
+    seen: bool[B, N], the tokens that are no padding, those around the words among them.
+  """
+
+  embed: jax.Array
+  hidden: jax.Array
+  seen: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipReader:
+  """A CLIP with its words. Embeddings are of length sqrt(E), so that entries are about 1, or, with `raw`, as projected.
+
+  Attributes:
+    vocab: how many ids there are but for the paddings that each position has for itself.
+    pad, start, end: as in `config.tokenizer`.
+  """
+
+  model: clip.CLIP
+  vocab: int
+  pad: int = -1
+  start: int = -1
+  end: int = -1
+  raw: bool = False
+
+  @classmethod
+  def of_run(cls, config: Mapping[str, Any], raw: bool = False) -> 'ClipReader':
+    """That of a run from its config. Raises ValueError for a run of another kind."""
+    if config.get('objective', 'clip') != 'clip':
+      raise ValueError(f'config.frozen.clip is a run of {config["objective"]!r}; expected one of the objective clip.')
+    c = config['tokenizer']
+    special = {name: c.get(name, -1) for name in ('pad', 'start', 'end')}
+    return cls(clip.of_run(config), c['vocab_size'], **special, raw=raw)
+
+  @property
+  def sizes(self) -> dict[str, int]:
+    """The fields of the networks that follow from it."""
+    m = self.model
+    return dict(embed_dim=m.embed_dim, text_width=m.text_width, text_length=m.text_length)
+
+  @property
+  def empty(self) -> np.ndarray:
+    """The ids of '', int32[N]: what stands for no caption."""
+    n = self.model.text_length
+    ids = np.arange(self.vocab, self.vocab + n) if self.pad < 0 else np.full(n, self.pad)
+    around = [i for i in (self.start, self.end) if i >= 0]
+    ids[: len(around)] = around
+    return ids.astype(np.int32)
+
+  def seen(self, ids: jax.Array) -> jax.Array:
+    """Which of int32[B, N] are no padding; where that is the end of text, the first one counts."""
+    if self.pad < 0:
+      return ids < self.vocab
+    if self.pad != self.end:
+      return ids != self.pad
+    ends = ids == self.end
+    return jnp.cumsum(ends, 1) - ends == 0
+
+  def read(self, params: Any, ids: jax.Array) -> Caption:
+    """Captions int32[B, N]; not differentiated, as CLIP is frozen."""
+    embed, hidden = self.model.apply({'params': params}, ids, method='text_features')
+    return jax.lax.stop_gradient(Caption(self._scaled(embed), hidden, self.seen(ids)))
+
+  def look(self, params: Any, images: jax.Array) -> jax.Array:
+    """Square pictures float32[B, H, W, 3] in [-1, 1], of any size -> float32[B, E]; not differentiated."""
+    sized = clip.resized(images, self.model.image_size)
+    return jax.lax.stop_gradient(self._scaled(self.model.apply({'params': params}, sized, method='image_features')))
+
+  def _scaled(self, x: jax.Array) -> jax.Array:
+    return x if self.raw else clip.normalize(x) * self.model.embed_dim**0.5

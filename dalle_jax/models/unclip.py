@@ -1,0 +1,138 @@
+"""The decoder of unCLIP: a picture from CLIP's embedding of it and from its caption (Ramesh et al., 2022, section 2.1).
+
+Axis legend: B rows, N text tokens, E the space of CLIP, W width of its text tower.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.functional import diffusion
+from dalle_jax.functional.diffusion import Diffusion
+from dalle_jax.layers import variants
+from dalle_jax.layers.basic import Dense, LayerNorm, boxed
+from dalle_jax.models.clip_reader import Caption, ClipReader
+from dalle_jax.models.unet import UNet
+
+VARIANTS = {
+  'test': dict(image_size=16, channels=(8, 16), num_res_blocks=1, attention=(1,), head_dim=8, norm_groups=4,
+               context_dim=16),
+  'quickstart': dict(image_size=36, patch=2, channels=(48, 96), num_res_blocks=1, attention=(1,), head_dim=32,
+                     norm_groups=8, context_dim=96),
+  'karlo': dict(channels=(320, 640, 960, 1280), num_res_blocks=3, attention=(1, 2, 3), context_dim=1536),
+}  # fmt: skip
+
+
+class UnCLIP(nn.Module):
+  """A U-Net whose step is shifted by CLIP's embeddings, and whose attention looks at a few tokens made of that of the
+  picture, and at the caption's.
+
+  Attributes:
+    image_size: side of the pictures in pixels.
+    extra_tokens: how many are made of the picture's embedding.
+    context_dim: width of all tokens that attention looks at.
+    channels, num_res_blocks, attention, head_dim, patch, norm_groups, remat: see `models.unet.UNet`.
+    embed_dim, text_width, text_length, raw, steps, schedule: as in `models.prior.Prior`.
+  """
+
+  channels: tuple[int, ...]
+  num_res_blocks: int
+  attention: tuple[int, ...]
+  context_dim: int
+  image_size: int = 64
+  extra_tokens: int = 4
+  head_dim: int = 64
+  patch: int = 1
+  norm_groups: int = 32
+  embed_dim: int = 512
+  text_width: int = 512
+  text_length: int = 77
+  raw: bool = False
+  steps: int = 1000
+  schedule: str = 'cosine'
+  remat: str = 'none'
+  dtype: jnp.dtype = jnp.float32
+
+  @property
+  def diffusion(self) -> Diffusion:
+    return Diffusion(self.steps, self.schedule, 'noise', 'learned', 1.0)
+
+  def setup(self):
+    linear = lambda features, axes=(None, 'embed'): Dense(features, axes, dtype=self.dtype)
+    self.image_time, self.caption_time = linear(4 * self.channels[0]), linear(4 * self.channels[0])
+    self.image_tokens, self.text_in = linear(self.extra_tokens * self.context_dim), linear(self.context_dim)
+    self.text_norm = LayerNorm(dtype=self.dtype)
+    self.no_image = self.param('no_image', boxed(nn.initializers.zeros, (None,)), (self.embed_dim,), jnp.float32)
+    self.unet = UNet(
+      3 * self.diffusion.outputs, self.channels, self.num_res_blocks, self.attention, self.head_dim,
+      self.patch, 'scale', self.norm_groups, remat=self.remat, dtype=self.dtype,
+    )  # fmt: skip
+
+  def __call__(
+    self, noisy: jax.Array, t: jax.Array, embed: jax.Array, caption: Caption, known: jax.Array | None = None
+  ) -> jax.Array:
+    """Pictures with noise, float32[B, H, W, 3], at steps t int32[B] -> what `functional.diffusion` reads of them.
+
+    Args:
+      embed: CLIP's embeddings of the pictures, float32[B, E].
+      known: bool[B], for which they are known; of others the model has a vector of its own (guidance). All by default.
+    """
+    size = self.image_size
+    if noisy.shape[1:] != (size, size, 3):
+      raise ValueError(f'unCLIP takes pictures [B, {size}, {size}, 3], not {list(noisy.shape)}; resize.')
+    context, extra, seen = self.conditions(embed, caption, known)
+    return self.unet(noisy, t, extra, context, seen)
+
+  def conditions(
+    self, embed: jax.Array, caption: Caption, known: jax.Array | None = None
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens [B, extra_tokens + N, context_dim], what is added to the step, [B, 4 * channels[0]], and which count."""
+    embed = embed if known is None else jnp.where(known[:, None], embed, self.no_image)
+    added = self.image_tokens(embed).reshape(len(embed), self.extra_tokens, self.context_dim)
+    tokens = jnp.concatenate([added, self.text_norm(self.text_in(caption.hidden))], 1)
+    seen = jnp.pad(caption.seen, ((0, 0), (self.extra_tokens, 0)), constant_values=True)
+    return tokens, self.image_time(embed) + self.caption_time(caption.embed), seen
+
+
+def paint(
+  model: UnCLIP,
+  apply: Callable[..., jax.Array],
+  embed: jax.Array,
+  caption: Caption,
+  empty: Caption,
+  keys: jax.Array,
+  steps: Sequence[int],
+  guidance: float,
+) -> jax.Array:
+  """Pictures float32[B, H, W, 3] in [-1, 1] of embeddings [B, E] and captions, from noise by keys[B].
+
+  `apply` is the model's with its parameters, `steps` are of `Diffusion.timesteps`. With a guidance s other than 1 it is
+  uncond + s (cond - uncond), where uncond knows neither the embedding nor the caption, but `empty`, that of ''.
+  """
+  d, b = model.diffusion, len(embed)
+  if guidance != 1:
+    embed, known = jnp.concatenate([embed, embed]), jnp.arange(2 * b) < b
+    caption = jax.tree.map(lambda *both: jnp.concatenate(both), caption, empty)
+
+  def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+    if guidance == 1:
+      return apply(x, t, embed, caption)
+    out = apply(jnp.concatenate([x, x]), jnp.concatenate([t, t]), embed, caption, known)
+    return diffusion.guide(d, out[:b], out[b:], guidance)
+
+  noise = diffusion.noise_of(keys, (model.image_size, model.image_size, 3))
+  return jnp.clip(diffusion.draw(d, predict, noise, keys, steps), -1, 1)
+
+
+def build(variant: str, **overrides) -> UnCLIP:
+  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  return variants.build(UnCLIP, VARIANTS, variant, overrides)
+
+
+def of_run(config: Mapping[str, Any], clip_config: Mapping[str, Any]) -> tuple[UnCLIP, ClipReader]:
+  """The network of a run from its config and that of its CLIP."""
+  reader = ClipReader.of_run(clip_config, config['model'].get('raw', False))
+  return build(**{**config['model'], **reader.sizes}), reader

@@ -1,0 +1,104 @@
+"""The U-Net of diffusion models ("Diffusion Models Beat GANs on Image Synthesis", Dhariwal and Nichol, 2021, 3)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.layers.basic import Conv, GroupNorm, constrain
+from dalle_jax.layers.convnet import AttnBlock, ResBlock, depth_to_space, space_to_depth
+from dalle_jax.layers.timesteps import TimeEmbed
+
+REMATS = ('none', 'full')
+
+
+class UNet(nn.Module):
+  """A picture and a step of diffusion -> numbers for each of its pixels: [B, H, W, C] -> [B, H, W, outputs].
+
+  Attributes:
+    channels: of each level; each halves the one before.
+    num_res_blocks: of a level going down; going up there is one more.
+    attention: which levels have attention, counted from 0, the full resolution. Where there is any the middle has it,
+      too.
+    head_dim: channels of a head.
+    patch: squares of patch x patch pixels become channels before the first convolution and pixels again after the last:
+      cheap on small machines. 1 is the published network.
+    shift: what the step does in a block, see `layers.convnet.ResBlock`.
+    norm_groups, eps: of every GroupNorm.
+    remat: what the backward pass computes again: 'none', or 'full', all but the inputs of each block.
+  """
+
+  outputs: int
+  channels: tuple[int, ...]
+  num_res_blocks: int
+  attention: tuple[int, ...] = ()
+  head_dim: int = 64
+  patch: int = 1
+  shift: str = 'scale'
+  norm_groups: int = 32
+  eps: float = 1e-5
+  remat: str = 'none'
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    t: jax.Array,
+    extra: jax.Array | None = None,
+    context: jax.Array | None = None,
+    seen: jax.Array | None = None,
+  ) -> jax.Array:
+    """float32.
+
+    Args:
+      t: int32[B].
+      extra: [B, 4 * channels[0]], added to the vector of the step.
+      context: [B, N, D], which attention looks at, too; `seen` bool[B, N] of it count.
+
+    Raises ValueError when levels do not come out even, or for unknown fields.
+    """
+    if self.remat not in REMATS:
+      raise ValueError(f'UNet remat {self.remat!r} is unknown; there are {", ".join(REMATS)}.')
+    if unknown := [i for i in self.attention if not 0 <= i < len(self.channels)]:
+      raise ValueError(f'UNet attention names the levels {unknown}; there are 0 to {len(self.channels) - 1}.')
+    again = nn.remat if self.remat == 'full' else lambda module: module
+    res, look = again(ResBlock), again(AttnBlock)
+    norms = dict(dtype=self.dtype, groups=self.norm_groups, eps=self.eps)
+    time = TimeEmbed(self.channels[0], 4 * self.channels[0], self.dtype, name='time')(t)
+    time = time if extra is None else time + extra.astype(time.dtype)
+
+    def block(x: jax.Array, features: int, name: str, resample: str = '') -> jax.Array:
+      x = res(features, **norms, resample=resample, shift=self.shift, name=name)(x, time)
+      return constrain(x, ('batch', 'height', None, None))
+
+    def attend(x: jax.Array, name: str) -> jax.Array:
+      return look(**norms, head_dim=self.head_dim, name=name)(x, context, seen)
+
+    if x.shape[1] % self.patch or x.shape[2] % self.patch:
+      raise ValueError(f'UNet patch {self.patch} does not divide pictures of {x.shape[1]} x {x.shape[2]} pixels.')
+    x = Conv(self.channels[0], dtype=self.dtype, name='conv_in')(space_to_depth(x, self.patch))
+    last, passed = len(self.channels) - 1, [x]
+    for level, features in enumerate(self.channels):
+      for i in range(self.num_res_blocks):
+        x = block(x, features, f'down_{level}_block_{i}')
+        if level in self.attention:
+          x = attend(x, f'down_{level}_attn_{i}')
+        passed.append(x)
+      if level < last:
+        x = block(x, features, f'down_{level}_downsample', 'down')
+        passed.append(x)
+    x = block(x, self.channels[-1], 'mid_block_0')
+    if self.attention:
+      x = attend(x, 'mid_attn')
+    x = block(x, self.channels[-1], 'mid_block_1')
+    for level, features in reversed(list(enumerate(self.channels))):
+      for i in range(self.num_res_blocks + 1):
+        x = block(jnp.concatenate([x, passed.pop()], -1), features, f'up_{level}_block_{i}')
+        if level in self.attention:
+          x = attend(x, f'up_{level}_attn_{i}')
+      if level:
+        x = block(x, features, f'up_{level}_upsample', 'up')
+    x = jax.nn.swish(GroupNorm(self.norm_groups, self.eps, self.dtype, name='norm_out')(x))
+    # Nothing at the start: the first steps of training learn how much noise there is from zero.
+    last_conv = Conv(self.outputs * self.patch**2, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='conv_out')
+    return depth_to_space(last_conv(x).astype(jnp.float32), self.patch)

@@ -1,0 +1,89 @@
+"""The upsamplers of unCLIP: a large picture from a small one, by diffusion (Ramesh et al., 2022, section 2.1)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.functional import diffusion
+from dalle_jax.functional.diffusion import Diffusion
+from dalle_jax.layers import variants
+from dalle_jax.models.unet import UNet
+
+VARIANTS = {
+  'test': dict(image_size=32, low_size=16, channels=(8, 16), num_res_blocks=1, norm_groups=4),
+  'quickstart': dict(image_size=72, low_size=36, channels=(32, 64), num_res_blocks=1, norm_groups=8),
+  'karlo': dict(image_size=256, low_size=64, channels=(320, 640, 960, 1280), num_res_blocks=3),
+}
+
+
+class Upsampler(nn.Module):
+  """A U-Net of convolutions alone, which sees the small picture beside its own, and knows no caption.
+
+  Attributes:
+    image_size, low_size: sides of the pictures in pixels.
+    last: whether the last step of drawing has a network of its own, with the parameters of the player 'last' (Karlo).
+    channels, num_res_blocks, patch, shift, norm_groups, remat: see `models.unet.UNet`.
+    steps, schedule: see `functional.diffusion`.
+  """
+
+  image_size: int
+  low_size: int
+  channels: tuple[int, ...]
+  num_res_blocks: int
+  patch: int = 1
+  shift: str = 'add'
+  norm_groups: int = 32
+  last: bool = False
+  steps: int = 1000
+  schedule: str = 'cosine'
+  remat: str = 'none'
+  dtype: jnp.dtype = jnp.float32
+
+  @property
+  def diffusion(self) -> Diffusion:
+    return Diffusion(self.steps, self.schedule, 'noise', 'small', 1.0)
+
+  @nn.compact
+  def __call__(self, noisy: jax.Array, t: jax.Array, low: jax.Array) -> jax.Array:
+    """Pictures with noise at steps t int32[B], and the small ones, float32[B, ., ., 3] in [-1, 1] -> the noise.
+
+    They may be cut-outs of any size. Raises ValueError when levels do not come out even.
+    """
+    wide = jax.image.resize(low, noisy.shape, 'cubic')
+    unet = UNet(
+      3 * self.diffusion.outputs, self.channels, self.num_res_blocks, patch=self.patch, shift=self.shift,
+      norm_groups=self.norm_groups, remat=self.remat, dtype=self.dtype, name='unet',
+    )  # fmt: skip
+    return unet(jnp.concatenate([noisy, wide], -1), t)
+
+
+def widen(
+  model: Upsampler,
+  apply: Callable[..., jax.Array],
+  low: jax.Array,
+  keys: jax.Array,
+  steps: Sequence[int],
+  last: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
+  """Large pictures float32[B, H, W, 3] in [-1, 1] of small ones, from noise by keys[B].
+
+  `apply` is the model's with its parameters, `last` with those of the last step, where it has some of its own; `steps`
+  are of `Diffusion.timesteps`.
+  """
+  d, size = model.diffusion, model.image_size
+  at = lambda apply: lambda x, t: apply(x, t, low)
+  x = diffusion.noise_of(keys, (size, size, 3))
+  return jnp.clip(diffusion.draw(d, at(apply), x, keys, steps, None if last is None else at(last)), -1, 1)
+
+
+def build(variant: str, **overrides) -> Upsampler:
+  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  return variants.build(Upsampler, VARIANTS, variant, overrides)
+
+
+def of_run(config: Mapping[str, Any]) -> Upsampler:
+  """The network of a run from its config."""
+  return build(**config['model'])

@@ -1,0 +1,93 @@
+"""Trains the prior of unCLIP: CLIP's embedding of a picture from noise and the caption (Ramesh et al., 2022, 2.2)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dalle_jax.functional import corruption, diffusion
+from dalle_jax.functional.pixels import to_float
+from dalle_jax.layers import variants
+from dalle_jax.models import prior
+from dalle_jax.models.clip_reader import Caption, ClipReader
+
+DEFAULTS = dict(
+  caption_dropout=0.1,  # the fraction of captions replaced by the empty one, for guidance in sampling
+)
+
+
+class PriorObjective:
+  """The player is 'prior'. Batches: image uint8[B, H, W, 3], clip_text int32[B, N], both for the frozen 'clip'.
+
+  Embeddings of CLIP all point much the same way; means and deviations of their entries are counted over all batches, so
+  that diffusion begins and ends with numbers of one size.
+  """
+
+  def __init__(self, model: prior.Prior, reader: ClipReader, c: ConfigDict):
+    self.model, self.reader, self.c = model, reader, c
+
+  def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+    noisy, t, caption = jnp.zeros((1, self.model.embed_dim)), jnp.zeros(1, jnp.int32), example(self.model)
+    size = self.model.embed_dim
+    counted = {'batches': jnp.zeros(()), 'mean': jnp.zeros(size), 'square': jnp.ones(size)}
+    return {'prior': self.model.init(rng, noisy, t, caption)['params']}, counted
+
+  def loss(
+    self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
+  ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+    """The squared error of the normal embedding; `cosine` is that of what is predicted and the true one."""
+    drop, when, noise_key = jax.random.split(ctx.rng, 3)
+    text, clip = batch['clip_text'], ctx.frozen['clip']
+    if ctx.train and self.c.caption_dropout:
+      text, _ = corruption.drop_captions(drop, text, self.c.caption_dropout, self.reader.empty)
+    apply = lambda *args, **options: self.model.apply({'params': params['prior']}, *args, **options)
+    embed = self.reader.look(clip, to_float(batch['image']))
+    start, d = apply(embed, method='normal'), self.model.diffusion
+    t = jax.random.randint(when, (len(text),), 0, d.steps)
+    noise = jax.random.normal(noise_key, start.shape)
+    x = diffusion.add_noise(d, start, t, noise)
+    out = apply(x, t, self.reader.read(clip, text))
+    loss = diffusion.losses(d, out, start, x, t, noise)[0].mean()
+    unit = lambda x: x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
+    cosine = (unit(out) * unit(start)).sum(-1).mean()
+    return loss, ({'cosine': cosine}, count(ctx.mutable, embed) if ctx.train else ctx.mutable)
+
+  def after_update(self, params: Any, mutable: Any) -> Any:
+    mean = mutable['mean']
+    std = jnp.sqrt(jnp.maximum(mutable['square'] - jnp.square(mean), 1e-6))
+    return {**params, 'prior': {**params['prior'], 'mean': mean, 'std': std}}
+
+
+def count(counted: Any, embed: jax.Array) -> Any:
+  """Means of entries and of their squares over one batch more."""
+  batches = counted['batches'] + 1
+  move = lambda old, new: old + (new - old) / batches
+  return {
+    'batches': batches,
+    'mean': move(counted['mean'], embed.mean(0)),
+    'square': move(counted['square'], jnp.square(embed).mean(0)),
+  }
+
+
+def example(model: Any) -> Caption:
+  """A caption of the sizes that a prior or a decoder has, to make its parameters with."""
+  n = model.text_length
+  return Caption(jnp.zeros((1, model.embed_dim)), jnp.zeros((1, n, model.text_width)), jnp.ones((1, n), bool))
+
+
+def clip_of(frozen_configs: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+  """The config of the frozen CLIP. Raises ValueError without one."""
+  if 'clip' not in frozen_configs:
+    raise ValueError(f'the objective {name} needs a CLIP; set config.frozen.clip to the run of one.')
+  return frozen_configs['clip']
+
+
+def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> PriorObjective:
+  """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields), with the sizes of the frozen 'clip'.
+
+  Raises ValueError for an unknown field, or without a CLIP.
+  """
+  c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
+  return PriorObjective(*prior.of_run(config, clip_of(frozen_configs, 'prior')), c)

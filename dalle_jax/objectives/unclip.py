@@ -1,0 +1,84 @@
+"""Trains the decoder of unCLIP: a picture from CLIP's embedding of it and its caption (Ramesh et al., 2022, 2.1)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dalle_jax.functional import corruption, diffusion
+from dalle_jax.functional.pixels import to_float, to_uint8
+from dalle_jax.layers import variants
+from dalle_jax.models import clip, unclip
+from dalle_jax.models.clip_reader import ClipReader
+from dalle_jax.objectives.prior import clip_of, example
+
+DEFAULTS = dict(
+  image_dropout=0.1,  # the fraction of embeddings of pictures that are not told, for guidance in sampling
+  caption_dropout=0.5,  # the fraction of captions replaced by the empty one
+  guidance=1.0,  # of the pictures in the log
+  sampling_steps=25,  # of them
+)
+
+
+class UnCLIPObjective:
+  """The player is 'unclip'. Batches: image uint8[B, H, W, 3], clip_text int32[B, N].
+
+  Pictures may be larger than the decoder's (for a CLIP of larger ones); it learns them at its own size.
+  """
+
+  rows_apart = True  # see training.loop
+
+  def __init__(self, model: unclip.UnCLIP, reader: ClipReader, c: ConfigDict):
+    self.model, self.reader, self.c = model, reader, c
+
+  def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+    noisy, t = jnp.zeros((1, *(self.model.image_size,) * 2, 3)), jnp.zeros(1, jnp.int32)
+    embed, known = jnp.zeros((1, self.model.embed_dim)), jnp.ones(1, bool)
+    return {'unclip': self.model.init(rng, noisy, t, embed, example(self.model), known)['params']}, {}
+
+  def loss(
+    self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
+  ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+    """The squared error of the noise, and the bound in bits a number, which trains the variance."""
+    drop, hide, when, noise_key = jax.random.split(ctx.rng, 4)
+    text, images, d = batch['clip_text'], to_float(batch['image']), self.model.diffusion
+    known = jnp.ones(len(text), bool)
+    if ctx.train:
+      text, _ = corruption.drop_captions(drop, text, self.c.caption_dropout, self.reader.empty)
+      known = jax.random.bernoulli(hide, 1 - self.c.image_dropout, known.shape)
+    embed, caption = self.reader.look(ctx.frozen['clip'], images), self.reader.read(ctx.frozen['clip'], text)
+    start = clip.resized(images, self.model.image_size)
+    t = jax.random.randint(when, (len(text),), 0, d.steps)
+    noise = jax.random.normal(noise_key, start.shape)
+    x = diffusion.add_noise(d, start, t, noise)
+    out = self.model.apply({'params': params['unclip']}, x, t, embed, caption, known)
+    simple, bound = (v.mean() for v in diffusion.losses(d, out, start, x, t, noise))
+    return simple + bound * d.steps / 1000, ({'noise_loss': simple, 'bound': bound}, ctx.mutable)
+
+  def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Each picture beside one drawn from CLIP's embedding of it and its caption: uint8[B, H, 2 * W, 3]."""
+    images, frozen = to_float(batch['image']), ctx.frozen['clip']
+    keys = jax.random.split(ctx.rng, len(images))
+    caption, embed = self.reader.read(frozen, batch['clip_text']), self.reader.look(frozen, images)
+    empty = self.reader.read(frozen, jnp.broadcast_to(self.reader.empty, batch['clip_text'].shape))
+    apply = lambda *args: self.model.apply({'params': params['unclip']}, *args)
+    steps = self.model.diffusion.timesteps(self.c.sampling_steps)
+    drawn = unclip.paint(self.model, apply, embed, caption, empty, keys, steps, self.c.guidance)
+    return jnp.concatenate([to_uint8(x) for x in (clip.resized(images, self.model.image_size), drawn)], 2)
+
+
+def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> UnCLIPObjective:
+  """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields), with the sizes of the frozen 'clip'.
+
+  Raises ValueError for an unknown field, without a CLIP, or for data smaller than the decoder's pictures.
+  """
+  c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
+  model, reader = unclip.of_run(config, clip_of(frozen_configs, 'unclip'))
+  if config.data.image_size < model.image_size:
+    raise ValueError(
+      f'the decoder draws {model.image_size} pixels a side, the data has {config.data.image_size}; set '
+      'config.model.image_size or config.data.image_size.'
+    )
+  return UnCLIPObjective(model, reader, c)

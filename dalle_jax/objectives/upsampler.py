@@ -1,0 +1,96 @@
+"""Trains an upsampler of unCLIP: a picture from a small, slightly damaged one (Ramesh et al., 2022, section 2.1)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from dalle_jax.functional import corruption, diffusion
+from dalle_jax.functional.pixels import to_float, to_uint8
+from dalle_jax.layers import variants
+from dalle_jax.models import clip, upsampler
+
+DEFAULTS = dict(
+  blur=0.6,  # the largest deviation, in small pixels, by which small pictures are blurred in training
+  noise=0.0,  # the largest deviation of the noise added to them, of pixels in [-1, 1]
+  crop=0,  # side of the cut-outs of large pictures to train on, in pixels; 0: whole ones
+  sampling_steps=7,  # of the pictures in the log
+)
+
+
+class UpsamplerObjective:
+  """The player is 'upsampler'. Batches: image uint8[B, H, W, 3].
+
+  In sampling the small pictures are drawn ones: what they are damaged by in training it learns to see past.
+  """
+
+  rows_apart = True  # see training.loop
+
+  def __init__(self, model: upsampler.Upsampler, c: ConfigDict):
+    self.model, self.c = model, c
+
+  def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+    picture = lambda size: jnp.zeros((1, size, size, 3))
+    m = self.model
+    params = m.init(rng, picture(m.image_size), jnp.zeros(1, jnp.int32), picture(m.low_size))['params']
+    return {'upsampler': params}, {}
+
+  def loss(
+    self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
+  ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+    """The squared error of the noise."""
+    blur, cut, when, noise_key = jax.random.split(ctx.rng, 4)
+    start, low = self._both(batch)
+    if ctx.train:
+      low = corruption.damage(blur, low, self.c.blur, self.c.noise)
+      start, low = self._cut(cut, start, low)
+    d = self.model.diffusion
+    t = jax.random.randint(when, (len(start),), 0, d.steps)
+    noise = jax.random.normal(noise_key, start.shape)
+    x = diffusion.add_noise(d, start, t, noise)
+    out = self.model.apply({'params': params['upsampler']}, x, t, low)
+    return diffusion.losses(d, out, start, x, t, noise)[0].mean(), ({}, ctx.mutable)
+
+  def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+    """Each picture beside the small one as wide, and what is drawn from that: uint8[B, H, 3 * W, 3]."""
+    start, low = self._both(batch)
+    keys, steps = jax.random.split(ctx.rng, len(start)), self.model.diffusion.timesteps(self.c.sampling_steps)
+    apply = lambda *args: self.model.apply({'params': params['upsampler']}, *args)
+    drawn = upsampler.widen(self.model, apply, low, keys, steps)
+    shown = start, jax.image.resize(low, start.shape, 'cubic'), drawn
+    return jnp.concatenate([to_uint8(x) for x in shown], 2)
+
+  def _both(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Large and small pictures."""
+    start = clip.resized(to_float(batch['image']), self.model.image_size)
+    return start, clip.resized(start, self.model.low_size)
+
+  def _cut(self, key: jax.Array, start: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same part of all pictures of a batch, large and small."""
+    factor = self.model.image_size // self.model.low_size
+    side = self.c.crop // factor or self.model.low_size
+    y, x = jax.random.randint(key, (2,), 0, self.model.low_size - side + 1)
+    part = lambda p, by: jax.lax.dynamic_slice(p, (0, y * by, x * by, 0), (len(p), side * by, side * by, 3))
+    return part(start, factor), part(low, 1)
+
+
+def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> UpsamplerObjective:
+  """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields).
+
+  Raises ValueError for an unknown field, for sizes that are no multiples, and for data smaller than the pictures.
+  """
+  c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
+  model = upsampler.of_run(config)
+  factor = model.image_size // model.low_size
+  if model.image_size % model.low_size or factor < 2:
+    raise ValueError(f'the upsampler makes {model.image_size} of {model.low_size} pixels; expected a multiple.')
+  if config.data.image_size < model.image_size:
+    raise ValueError(
+      f'the upsampler draws {model.image_size} pixels a side, the data has {config.data.image_size}; set '
+      'config.model.image_size or config.data.image_size.'
+    )
+  if c.crop % factor or not 0 <= c.crop <= model.image_size:
+    raise ValueError(f'config.loss.crop is {c.crop}; expected a multiple of {factor}, at most {model.image_size}.')
+  return UpsamplerObjective(model, c)

@@ -1,0 +1,205 @@
+"""Pictures by a trained unCLIP (DALL-E 2), from captions or as variations of pictures: `UnCLIP.load('runs/mine')`."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax.data import ops
+from dalle_jax.functional.decoding import Sampling
+from dalle_jax.functional.pixels import to_float, to_uint8
+from dalle_jax.models import prior, unclip, upsampler
+from dalle_jax.pipelines.generator import request_keys
+from dalle_jax.pipelines.pictures import Painter, Sample, check_prompts
+from dalle_jax.training import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+  """How to draw; hashable, a static argument under jit.
+
+  Attributes:
+    guidance, prior_guidance: s of uncond + s (cond - uncond), of the decoder and of the prior; 1.0 for none.
+    steps, prior_steps, upsampler_steps: of diffusion, of those that training has.
+    priors: embeddings that are drawn for a picture, of which that nearest to the caption's is taken (section 2.2).
+  """
+
+  guidance: float = 1.0
+  prior_guidance: float = 1.0
+  steps: int = 25
+  prior_steps: int = 25
+  upsampler_steps: int = 7
+  priors: int = 2
+
+
+class UnCLIP(Painter):
+  """A trained decoder with its CLIP, its prior, its upsamplers, and, if wanted, another CLIP that ranks what it draws.
+
+  Frozen runs are 'clip', 'prior' (not needed for variations), 'upsampler', 'upsampler_2', ..., each of which takes up
+  where the one before ends.
+  """
+
+  OBJECTIVE = 'unclip'
+  NEEDS, WORDS = ('clip',), 'clip'
+
+  def __init__(self, run: checkpoint.Run, frozen: dict[str, checkpoint.Run], *layout: Any):
+    super().__init__(run, frozen, *layout)
+    if self.int8:
+      raise ValueError('unCLIP draws all of a picture at once, so weights in int8 gain nothing; leave it out.')
+    clip = frozen['clip']
+    self.model, self.reader = unclip.of_run(self.config, clip.config)
+    self.params = {'unclip': run.network('unclip'), 'clip': clip.network('clip')}
+    self.guess = None
+    if 'prior' in frozen:
+      self.guess, reader = prior.of_run(of_kind(frozen, 'prior', 'prior').config, clip.config)
+      self.params['prior'] = frozen['prior'].network('prior')
+      if reader.raw != self.reader.raw:
+        raise ValueError('the prior and the decoder do not scale the embeddings of CLIP alike (model.raw).')
+    self.upsamplers: dict[str, upsampler.Upsampler] = {}
+    self.image_size = self.model.image_size
+    for name in sorted(k for k in frozen if k.startswith('upsampler')):
+      self.upsamplers[name] = upsampler.of_run(of_kind(frozen, name, 'upsampler').config)
+      self.params[name] = frozen[name].params
+      if (low := self.upsamplers[name].low_size) != self.image_size:
+        raise ValueError(f'the {name} takes pictures of {low} pixels a side, and gets {self.image_size}.')
+      self.image_size = self.upsamplers[name].image_size
+    self._draw = self._jit(self._draw_pictures, static_argnames='how')
+    self._look = self._jit(lambda params, images: self.reader.look(params['clip'], to_float(images)))
+
+  @classmethod
+  def load(cls, path: str | Path, *, prior: str | Path = '', upsampler: Sequence[str | Path] = (), **options: Any):
+    """As `Generator.load`; with `prior` and `upsampler`, runs in place of those in the directory of the decoder.
+
+    Raises ValueError when a run is of another kind, or sizes do not go together.
+    """
+    parts = {'prior': prior} if prior else {}
+    given = [upsampler] if isinstance(upsampler, (str, Path)) else upsampler
+    parts |= {f'upsampler_{i}' if i > 1 else 'upsampler': p for i, p in enumerate(given, 1)}
+    return super().load(path, **options, parts=parts)
+
+  def sample(
+    self,
+    prompts: Sequence[str],
+    n: int = 1,
+    seed: int = 0,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    guidance: float = 1.0,
+    prior_guidance: float | None = None,
+    steps: int = 25,
+    prior_steps: int = 25,
+    upsampler_steps: int = 7,
+    priors: int = 2,
+    first: int | Sequence[int] = 0,
+    batch_size: int = 16,
+  ) -> list[Sample]:
+    """Draws `n` pictures for each prompt.
+
+    A picture is a function of (prompt, seed, its number), whatever else is asked for beside it.
+
+    Args:
+      temperature, top_k, top_p: of models of tokens; they must be left as they are.
+      guidance: of the decoder, and of the prior where `prior_guidance` is None; the others see `Drawing`.
+      first: the number of the first picture, of all prompts or of each; the others follow it.
+      batch_size: pictures at once.
+
+    Raises ValueError for arguments out of range, or without a prior.
+    """
+    check_prompts(prompts)
+    of_tokens = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    if changed := [k for k, v in of_tokens.items() if v != getattr(Sampling, k)]:
+      raise ValueError(f'unCLIP has no tokens, so no {", ".join(changed)}; leave it out.')
+    if self.guess is None:
+      raise ValueError('this unCLIP has no prior, so it draws nothing from captions; give one, or a picture to vary.')
+    how = Drawing(
+      guidance, guidance if prior_guidance is None else prior_guidance, steps, prior_steps, upsampler_steps, priors
+    )
+    rows = {'text': np.stack([self._text(p) for p in prompts])}
+    asked = dict(n=n, seed=seed, first=first, batch_size=batch_size)
+    return self._ranked(prompts, self._paint([p.encode() for p in prompts], rows, self._call(how), **asked))
+
+  def variations(
+    self,
+    images: Sequence[Any],
+    n: int = 1,
+    seed: int = 0,
+    *,
+    guidance: float = 1.0,
+    steps: int = 25,
+    upsampler_steps: int = 7,
+    first: int | Sequence[int] = 0,
+    batch_size: int = 16,
+  ) -> list[Sample]:
+    """Draws `n` pictures that CLIP sees as each of `images`: paths, bytes, PIL images or uint8[H, W, 3], cropped.
+
+    No caption is read (section 3.1). Arguments and errors are as of `sample`; ValueError for a CLIP without pictures.
+    """
+    if 'image' not in self.params['clip']:
+      raise ValueError('this CLIP came without its tower for pictures, so none can be varied; convert it with it.')
+    if isinstance(images, (str, bytes, Path)) or not len(images):
+      raise ValueError('images must be a list of pictures, one or more.')
+    size = self.reader.model.image_size
+    given = np.stack([ops.open_picture(x, size, f'picture {i}') for i, x in enumerate(images)])
+    embeds = np.asarray(self._look(self.params, given))
+    how = Drawing(guidance, steps=steps, upsampler_steps=upsampler_steps)
+    rows = {'text': np.tile(self.reader.empty, (len(given), 1)), 'embed': embeds}
+    asked = dict(n=n, seed=seed, first=first, batch_size=batch_size)
+    drawn = self._paint([x.tobytes() for x in given], rows, self._call(how), **asked)
+    return [Sample('', pictures, numbers) for pictures, _, numbers in drawn]
+
+  def _call(self, how: Drawing) -> Any:
+    """Raises ValueError for numbers of steps that training does not have."""
+    self.model.diffusion.timesteps(how.steps)
+    for module in self.upsamplers.values():
+      module.diffusion.timesteps(how.upsampler_steps)
+    if self.guess is not None:
+      self.guess.diffusion.timesteps(how.prior_steps)
+    if how.priors < 1:
+      raise ValueError(f'priors is {how.priors}; expected one embedding a picture or more.')
+    return lambda batch, seed: (self._draw(self.params, batch, seed, how=how), None)
+
+  # --- Under jit
+
+  def _draw_pictures(self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, *, how: Drawing) -> jax.Array:
+    """uint8[B, n, H, W, 3]; `batch` has text int32[B, N], name uint32[B], number int32[B, n], maybe embed [B, E]."""
+    n, keys = batch['number'].shape[1], request_keys(seed, batch['name'], batch['number'])
+    stage = lambda i: jax.vmap(jax.random.fold_in, (0, None))(keys, i)
+    each = lambda x: jnp.repeat(x, n, axis=0)
+    caption = jax.tree.map(each, self.reader.read(params['clip'], batch['text']))
+    empty = self.reader.read(params['clip'], jnp.asarray(self.reader.empty)[None])
+    empty = jax.tree.map(lambda x: jnp.repeat(x, len(keys), axis=0), empty)
+    of = lambda module, name, player: lambda *x, **kw: module.apply({'params': params[name][player]}, *x, **kw)
+    if 'embed' in batch:
+      embed = each(batch['embed'])
+    else:
+      apply = lambda *x, **kw: self.guess.apply({'params': params['prior']}, *x, **kw)
+      draw = functools.partial(prior.guess, self.guess, apply, guidance=how.prior_guidance)
+      steps = self.guess.diffusion.timesteps(how.prior_steps)
+      embeds = jnp.stack([draw(caption, empty, stage(1 + i), steps) for i in range(how.priors)])  # (P, B n, E)
+      best = jnp.einsum('pbe,be->pb', embeds, caption.embed).argmax(0)
+      embed = jnp.take_along_axis(embeds, best[None, :, None], 0)[0]
+    apply = lambda *x: self.model.apply({'params': params['unclip']}, *x)
+    steps = self.model.diffusion.timesteps(how.steps)
+    x = unclip.paint(self.model, apply, embed, caption, empty, stage(0), steps, how.guidance)
+    for i, (name, module) in enumerate(self.upsamplers.items()):
+      last = of(module, name, 'last') if module.last else None
+      steps = module.diffusion.timesteps(how.upsampler_steps)
+      x = upsampler.widen(module, of(module, name, 'upsampler'), x, stage(2**20 + i), steps, last)
+    return to_uint8(x).reshape(-1, n, *x.shape[1:])
+
+
+def of_kind(frozen: dict[str, checkpoint.Run], name: str, kind: str) -> checkpoint.Run:
+  """Raises ValueError for a run of another objective."""
+  if (found := frozen[name].config.get('objective')) != kind:
+    raise ValueError(f'{frozen[name].path} is a run of {found!r}; expected one of the objective {kind}.')
+  return frozen[name]
+
+
+load = UnCLIP.load

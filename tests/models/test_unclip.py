@@ -1,0 +1,145 @@
+"""The networks of unCLIP: what each reads and what it must not, sizes, what is computed again, errors."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.models import clip, prior, unclip, upsampler
+from dalle_jax.models.clip_reader import Caption, ClipReader
+from dalle_jax.models.unet import UNet
+from tests import runs
+
+SIZES = dict(embed_dim=16, text_width=12, text_length=6)
+B, T = 2, jnp.array([3, 700])
+normal = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+CAPTION = Caption(normal(0, B, 16), normal(1, B, 6, 12), jnp.arange(6) < jnp.array([[4], [6]]))
+EMBED, PICTURE = normal(2, B, 16), normal(3, B, 16, 16, 3)
+
+
+def made(module, *inputs):
+  params = runs.parameters(module.init, *inputs)['params']
+  return jax.jit(lambda *x: module.apply({'params': params}, *x))
+
+
+def change(caption, where):
+  """Tokens at these positions of each row are others."""
+  return caption.replace(hidden=jnp.where(where[..., None], caption.hidden + 1, caption.hidden))
+
+
+def test_the_prior_reads_its_caption_and_no_padding():
+  model = prior.build('test', **SIZES)
+  run = made(model, EMBED, T, CAPTION)
+  out = run(EMBED, T, CAPTION)
+  assert out.shape == (B, 16) and out.dtype == jnp.float32
+  np.testing.assert_allclose(run(EMBED, T, change(CAPTION, ~CAPTION.seen)), out, atol=1e-5)
+  for other in (
+    change(CAPTION, jnp.arange(6)[None] == 3), CAPTION.replace(embed=CAPTION.embed + 1),
+  ):  # fmt: skip
+    assert (jnp.abs(run(EMBED, T, other) - out).max(1) > 1e-3).all()
+  assert (jnp.abs(run(EMBED, T + 100, CAPTION) - out).max(1) > 1e-3).all()
+  assert (jnp.abs(run(EMBED + 1, T, CAPTION) - out).max(1) > 1e-3).all()
+  with pytest.raises(ValueError, match='reads 6 text tokens, not 5'):
+    run(EMBED, T, jax.tree.map(lambda x: x[:, :5] if x.shape[1] == 6 else x, CAPTION))
+
+
+def test_embeddings_become_normal_and_back_and_their_numbers_get_no_gradient():
+  model = prior.build('test', **SIZES)
+  params = runs.parameters(model.init, EMBED, T, CAPTION)['params'] | {'mean': normal(5, 16), 'std': 2 * jnp.ones(16)}
+  to = lambda p, x: model.apply({'params': p}, x, method='normal')
+  back = model.apply({'params': params}, to(params, EMBED), method='embedding')
+  np.testing.assert_allclose(back, EMBED, atol=1e-5)
+  np.testing.assert_allclose(to(params, EMBED), (EMBED - params['mean']) / 2, atol=1e-6)
+  slopes = jax.grad(lambda p: to(p, EMBED).sum())(params)
+  assert all(float(jnp.abs(v).max()) == 0 for v in jax.tree.leaves(slopes))
+
+
+def test_the_decoder_reads_both_and_neither_padding_nor_what_it_is_not_told():
+  model = unclip.build('test', **SIZES)
+  known = jnp.array([True, False])
+  run = made(model, PICTURE, T, EMBED, CAPTION, known)
+  out = run(PICTURE, T, EMBED, CAPTION, known)
+  assert out.shape == (B, 16, 16, 6) and out.dtype == jnp.float32
+  np.testing.assert_allclose(run(PICTURE, T, EMBED, change(CAPTION, ~CAPTION.seen), known), out, atol=1e-5)
+  moved = jnp.abs(run(PICTURE, T, EMBED + 1, CAPTION, known) - out).max((1, 2, 3))
+  assert moved[0] > 1e-3 and moved[1] == 0
+  for other in (change(CAPTION, jnp.arange(6)[None] == 3), CAPTION.replace(embed=CAPTION.embed + 1)):
+    assert (jnp.abs(run(PICTURE, T, EMBED, other, known) - out).max((1, 2, 3)) > 1e-4).all()
+  assert (jnp.abs(run(PICTURE, T + 50, EMBED, CAPTION, known) - out).max((1, 2, 3)) > 1e-4).all()
+  with pytest.raises(ValueError, match=r'takes pictures \[B, 16, 16, 3\], not \[2, 8, 8, 3\]'):
+    run(PICTURE[:, :8, :8], T, EMBED, CAPTION, known)
+
+
+def test_a_fresh_decoder_says_nothing():
+  model = unclip.build('test', **SIZES)
+  params = nn.unbox(jax.jit(model.init)(jax.random.key(0), PICTURE, T, EMBED, CAPTION))['params']
+  np.testing.assert_array_equal(model.apply({'params': params}, PICTURE, T, EMBED, CAPTION), 0)
+
+
+def test_the_upsampler_sees_the_small_picture_and_takes_cut_outs():
+  model = upsampler.build('test')
+  large, low = normal(6, B, 32, 32, 3), normal(7, B, 16, 16, 3)
+  run = made(model, large, T, low)
+  out = run(large, T, low)
+  assert out.shape == large.shape and (jnp.abs(run(large, T, -low) - out).max((1, 2, 3)) > 1e-3).all()
+  assert run(large[:, :16, :24], T, low[:, :8, :12]).shape == (B, 16, 24, 3)
+
+
+@pytest.mark.parametrize('patch', [1, 2])
+def test_a_unet_computed_again_is_the_same(patch):
+  fields = dict(patch=patch, head_dim=8, norm_groups=4)
+  model, again = (UNet(3, (8, 16), 1, (1,), remat=remat, **fields) for remat in ('none', 'full'))
+  params = runs.parameters(model.init, PICTURE, T)['params']
+  of = lambda m: jax.jit(jax.value_and_grad(lambda p: jnp.square(m.apply({'params': p}, PICTURE, T)).mean()))(params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), of(model), of(again))
+
+
+@pytest.mark.parametrize(
+  ('fields', 'size', 'message'),
+  [
+    (dict(channels=(8, 8, 8)), 10, 'a map of 5 x 5 cannot be halved'),
+    (dict(channels=(8, 12), attention=(1,), head_dim=8), 8, '12 channels are not divisible into heads of 8'),
+    (dict(channels=(8,), attention=(1,)), 8, r'attention names the levels \[1\]; there are 0 to 0'),
+    (dict(channels=(8,), shift='turn'), 8, "shift 'turn' is unknown"),
+    (dict(channels=(8,), patch=3), 8, 'patch 3 does not divide pictures of 8 x 8'),
+    (dict(channels=(8,), remat='dots'), 8, "remat 'dots' is unknown; there are none, full"),
+    (dict(channels=(9,), norm_groups=3), 8, 'need an even width, not 9'),
+  ],
+)
+def test_unet_errors(fields, size, message):
+  model = UNet(3, num_res_blocks=1, **{'norm_groups': 4, **fields})
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)), jnp.zeros(1, jnp.int32))
+
+
+def reader(raw=False, **special):
+  model = clip.build('test', vocab_size=40, text_length=8)
+  params = runs.parameters(model.init, jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8), jnp.int32))['params']
+  return ClipReader(model, 32, **special, raw=raw), params
+
+
+def test_embeddings_have_entries_of_about_one_or_are_as_projected():
+  ids, images = jnp.arange(16).reshape(2, 8), jax.random.uniform(jax.random.key(0), (2, 24, 24, 3), minval=-1)
+  (unit, params), (raw, _) = reader(), reader(raw=True)
+  caption, plain = unit.read(params, ids), raw.read(params, ids)
+  for scaled, projected in ((caption.embed, plain.embed), (unit.look(params, images), raw.look(params, images))):
+    np.testing.assert_allclose(jnp.linalg.norm(scaled, axis=-1), 4.0, rtol=1e-4)
+    np.testing.assert_allclose(scaled, 4 * projected / jnp.linalg.norm(projected, axis=-1, keepdims=True), rtol=1e-3)
+  assert caption.hidden.shape == (2, 8, 16)
+  expected = unit.model.apply({'params': params}, ids, method='encode_text')
+  np.testing.assert_allclose(caption.embed / 4, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('special', 'empty', 'ids', 'seen'),
+  [
+    ({}, [32, 33, 34, 35], [5, 6, 34, 35], [1, 1, 0, 0]),  # a padding for each position
+    (dict(pad=0), [0, 0, 0, 0], [5, 6, 0, 0], [1, 1, 0, 0]),
+    (dict(pad=31, start=30, end=31), [30, 31, 31, 31], [30, 5, 31, 31], [1, 1, 1, 0]),  # OpenAI's
+  ],
+)
+def test_padding_does_not_count(special, empty, ids, seen):
+  r, _ = reader(**special)
+  assert r.empty[:4].tolist() == empty and r.empty.dtype == np.int32
+  assert r.seen(jnp.array([ids]))[0].astype(int).tolist() == seen

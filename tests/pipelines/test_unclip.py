@@ -1,0 +1,178 @@
+"""unCLIP as its user meets it, with runs of random parameters: captions, variations, scripts, what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+import sample
+from configs import common
+from dalle_jax.convert import __main__ as convert
+from dalle_jax.data import bpe
+from dalle_jax.data.sources import shapes
+from dalle_jax.models import clip, prior, unclip, upsampler
+from dalle_jax.objectives.prior import example
+from dalle_jax.pipelines import generator
+from dalle_jax.pipelines.unclip import UnCLIP
+from dalle_jax.training import sharding
+from tests import runs
+
+SOURCE = shapes.load('test', image_size=24)
+WORDS = bpe.train((SOURCE[k]['caption'] for k in range(30)), 280)
+PROMPTS = ['a small red circle', 'two blue hearts', '']
+QUICK = dict(steps=4, prior_steps=3, upsampler_steps=2)
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  root, step = tmp_path_factory.mktemp('runs'), np.zeros(1, np.int32)
+  picture = lambda size: np.zeros((1, size, size, 3), np.float32)
+  data = {'image_size': 16, 'source': 'shapes', 'path': '', 'source_args': {'image_size': 24, 'count': 20}}
+  c = {'objective': 'clip', 'model': {'variant': 'test'}, 'data': data}
+  c['tokenizer'] = {'vocab_size': WORDS.vocab_size, 'length': 8}
+  runs.write(root / 'clip', 'clip', clip.of_run(c), c, picture(16), np.zeros((1, 8), np.int32), words=WORDS)
+  own = {'model': {'variant': 'test'}, 'data': data, 'tokenizer': {'vocab_size': 0}}
+  model, _ = prior.of_run(own, c)
+  embed = np.zeros((1, 16), np.float32)
+  runs.write(root / 'prior', 'prior', model, own, embed, step, example(model))
+  for name, sizes in (('upsampler', {}), ('upsampler_2', dict(image_size=64, low_size=32))):
+    fields = {**own, 'model': {'variant': 'test', **sizes}}
+    module = upsampler.of_run(fields)
+    runs.write(root / name, 'upsampler', module, fields, picture(module.image_size), step, picture(module.low_size))
+  model, _ = unclip.of_run(own, c)
+  inputs = (picture(16), step, embed, example(model), np.ones(1, bool))
+  whole = ('clip', 'prior', 'upsampler')
+  runs.write(root / 'unclip', 'unclip', model, own, *inputs, frozen=whole)
+  runs.write(root / 'bare', 'unclip', model, own, *inputs, frozen=['clip'])
+  return root
+
+
+@pytest.fixture(scope='module')
+def model(root):
+  return UnCLIP.load(root / 'unclip', clip=root / 'clip')
+
+
+def equal(a, b):
+  for x, y in zip(a, b, strict=True):
+    assert (x.candidates == y.candidates).all()
+    near(x.images, y.images)
+
+
+def near(a, b):
+  """But for a few pixels: with random parameters diffusion makes much of rounding."""
+  assert a.shape == b.shape and (np.abs(a.astype(int) - b.astype(int)) > 1).mean() < 0.005
+
+
+def test_pictures_depend_on_prompt_seed_and_number_alone(model):
+  options = dict(seed=5, guidance=2.0, **QUICK)
+  samples = model.sample(PROMPTS, n=3, **options)
+  for s in samples:
+    assert s.images.shape == (3, 32, 32, 3) and s.images.dtype == np.uint8 and s.tokens is None
+    assert sorted(s.candidates) == [0, 1, 2] and (np.diff(s.scores) <= 0).all()
+    assert (s.images[0] != s.images[1]).any()
+  equal(model.sample(PROMPTS[1:], n=3, batch_size=2, **options), samples[1:])
+  (later,) = model.sample(PROMPTS[:1], n=1, first=2, **options)
+  where = samples[0].candidates.tolist().index(2)
+  near(later.images[0], samples[0].images[where])
+  assert (model.sample(PROMPTS[:1], n=3, **options | {'seed': 6})[0].images != samples[0].images).any()
+
+
+def test_a_mesh_draws_the_same_pictures(root, model):
+  expected = model.sample(PROMPTS, n=2, seed=1, guidance=2.0, **QUICK)
+  with sharding.use(dict(data=2, fsdp=2, tensor=2), common.RULES) as mesh:
+    split = UnCLIP.load(root / 'unclip', clip=root / 'clip', mesh=mesh, rules=common.RULES)
+    equal(split.sample(PROMPTS, n=2, seed=1, guidance=2.0, **QUICK), expected)
+
+
+def test_each_argument_of_drawing_changes_the_pictures(model):
+  draw = lambda **more: model.sample(PROMPTS[:1], n=1, **{**QUICK, **more})[0].images
+  base = draw()
+  for more in (dict(guidance=3.0, prior_guidance=1.0), dict(prior_guidance=3.0), dict(steps=5), dict(prior_steps=4)):
+    assert (draw(**more) != base).any(), more
+  assert (draw(upsampler_steps=3) != base).any()
+  first = {k: draw(priors=k) for k in (1, 2, 3, 4)}
+  assert len({x.tobytes() for x in first.values()}) > 1  # the nearest of several is not always the first
+
+
+def test_variations_are_of_the_picture(model):
+  pictures = [SOURCE[k]['image'] for k in range(2)]
+  how = dict(guidance=2.0, steps=4, upsampler_steps=2)
+  both = model.variations(pictures, n=2, seed=3, **how)
+  assert [s.images.shape for s in both] == [(2, 32, 32, 3)] * 2 and (both[0].images != both[1].images).any()
+  equal(model.variations(pictures[1:], n=2, seed=3, batch_size=1, **how), both[1:])
+
+
+def test_upsamplers_take_up_where_the_one_before_ends(root):
+  chain = UnCLIP.load(root / 'bare', prior=root / 'prior', upsampler=[root / 'upsampler', root / 'upsampler_2'])
+  (found,) = chain.sample(PROMPTS[:1], **QUICK)
+  assert found.images.shape == (1, 64, 64, 3) and chain.image_size == 64
+  alone = UnCLIP.load(root / 'bare', prior=root / 'prior')
+  small = UnCLIP.load(root / 'unclip').sample(PROMPTS[:1], **QUICK)[0].images
+  assert alone.sample(PROMPTS[:1], **QUICK)[0].images.shape == (1, 16, 16, 3) and small.shape == (1, 32, 32, 3)
+  with pytest.raises(ValueError, match='the upsampler takes pictures of 32 pixels a side, and gets 16'):
+    UnCLIP.load(root / 'bare', upsampler=[root / 'upsampler_2'])
+
+
+def test_what_is_refused(root, model, tmp_path):
+  for options, message in (
+    (dict(prompts='a circle'), 'prompts must be a list of strings'),
+    (dict(top_k=3), 'unCLIP has no tokens, so no top_k'),
+    (dict(steps=1), '1 steps of diffusion; expected 2 to 1000'),
+    (dict(priors=0), 'priors is 0; expected one embedding a picture or more'),
+    (dict(n=0), 'n is 0'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      model.sample(**{'prompts': PROMPTS, **options})
+  bare = UnCLIP.load(root / 'bare')
+  with pytest.raises(ValueError, match='has no prior, so it draws nothing from captions'):
+    bare.sample(PROMPTS)
+  with pytest.raises(ValueError, match='images must be a list of pictures'):
+    bare.variations('photo.png')
+  with pytest.raises(ValueError, match='weights in int8 gain nothing'):
+    UnCLIP.load(root / 'unclip', int8=True)
+  with pytest.raises(ValueError, match="is a run of 'clip'; expected one of the objective prior"):
+    UnCLIP.load(root / 'bare', prior=root / 'clip')
+
+
+def test_scripts(root, tmp_path, capsys):
+  flags = ['--steps', 3, '--prior_steps', 2, '--upsampler_steps', 2]
+  draw = lambda *more: runs.call(sample, '--out', tmp_path / 'out', '--n', 2, *more)
+  assert draw(*flags, '--run', root / 'unclip', '--clip', root / 'clip', '--prompt', 'a red circle') == 0
+  files = {'000_0.png', '000_1.png', 'grid.png', 'samples.json'}
+  assert {p.name for p in (tmp_path / 'out').iterdir()} == files
+  assert json.loads((tmp_path / 'out' / 'samples.json').read_text())['prior_steps'] == 2
+  picture = tmp_path / 'out' / '000_0.png'
+  assert draw('--run', root / 'bare', '--vary', picture, '--steps', 3, '--upsampler', root / 'upsampler') == 0
+  assert Image.open(tmp_path / 'out' / '000_1.png').size == (32, 32)
+  capsys.readouterr()
+  for arguments, message in (
+    (['--run', root / 'clip', '--prompt', 'x', '--steps', '3'], '--steps is for an unCLIP'),
+    (['--run', root / 'unclip', '--vary', picture, '--prompt', 'x'], '--vary draws without a caption'),
+    (['--run', root / 'unclip', '--vary', picture, '--priors', '3'], '--priors is not for --vary'),
+    (['--run', root / 'unclip', '--vary', 'none.png'], 'there is no picture'),
+    (['--run', root / 'unclip', '--prompt', 'x', '--keep_rows', '2'], 'has no image tokens to keep'),
+  ):
+    assert draw(*arguments) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count('\n') == 1, err
+  score = ['--run', root / 'unclip', '--clip', root / 'clip', '--count', 3, '--split', 'test']
+  assert runs.call(evaluate, *score, *flags, '--out', tmp_path / 'scores') == 0
+  metrics = json.loads((tmp_path / 'scores' / 'metrics.json').read_text())
+  assert metrics['pictures'] == 3 and 0 <= metrics['all'] <= 1 and metrics['settings']['steps'] == 3
+
+
+def test_an_imported_karlo_draws_and_varies(tmp_path, capsys):
+  folder = runs.ROOT / 'tests' / 'convert' / 'fixtures' / 'unclip_diffusers'
+  out = tmp_path / 'karlo'
+  read = lambda out, *more: runs.call(convert, '--from', 'karlo', '--path', folder / 'karlo', '--out', out, *more)
+  assert read(out, '--image_encoder', folder / 'karlo-image-variations') == 0
+  model = generator.load(out)
+  (found,) = model.sample(['a quiet river'], n=2, guidance=4.0, **QUICK)
+  assert found.images.shape == (2, 32, 32, 3)
+  assert model.variations([found.images[0]], steps=3, upsampler_steps=2)[0].images.shape == (1, 32, 32, 3)
+  assert read(tmp_path / 'words') == 0
+  assert 'varies no pictures' in capsys.readouterr().out
+  with pytest.raises(ValueError, match='this CLIP came without its tower for pictures'):
+    generator.load(tmp_path / 'words').variations([found.images[0]])
