@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup test lint format quickstart ablations storyganc clean
+.PHONY: setup test lint format quickstart ablations storyganc unclip clean
 
 setup: .venv/installed
 
@@ -31,6 +31,10 @@ ablations: setup
 
 storyganc: setup
 	$(BIN)/python quickstart.py --run_dir runs/quickstart --storyganc
+
+unclip: setup
+	$(BIN)/python train.py --config configs/unclip_shapes.py --config.root=runs/quickstart
+	$(BIN)/python evaluate.py --run runs/quickstart/unclip --clip runs/quickstart/clip --guidance 2 --count 200 --out runs/quickstart/unclip_scores
 
 clean:
 	rm -rf .venv runs/quickstart

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.layers import kernels
-from dalle_jax.layers.basic import Conv, Dense, GroupNorm
+from dalle_jax.layers.basic import Conv, Dense, GroupNorm, constrain, split
 
 SHIFTS = ('add', 'scale')
 
@@ -88,6 +88,11 @@ class AttnBlock(nn.Module):
       parts.append((of('k_context'), of('v_context'), None if seen is None else seen[:, None, None]))
     y = kernels.attend(heads(q), *parts).astype(self.dtype).reshape(b, h, w, c)
     return x + Conv(c, 1, dtype=self.dtype, name='proj_out')(y)
+
+
+def over_devices(x: jax.Array) -> jax.Array:
+  """[B, H, W, C] split by pictures, and by rows where channels are not: XLA (jax 0.10) gets both at once wrong."""
+  return constrain(x, ('batch', None if split('conv_out') > 1 else 'height', None, None))
 
 
 def halved(x: jax.Array) -> jax.Array:

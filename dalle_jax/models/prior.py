@@ -23,6 +23,7 @@ VARIANTS = {
   'test': dict(width=16, depth=2, heads=2),
   'quickstart': dict(width=256, depth=4, heads=4, unroll=4),
   'karlo': dict(width=2048, depth=20, heads=32),
+  'paper': dict(width=2048, depth=24, heads=32, remat='full', dtype='bfloat16'),
 }
 ADDED = 4  # tokens behind those of the caption
 

@@ -23,6 +23,8 @@ VARIANTS = {
   'quickstart': dict(image_size=36, patch=2, channels=(48, 96), num_res_blocks=1, attention=(1,), head_dim=32,
                      norm_groups=8, context_dim=96),
   'karlo': dict(channels=(320, 640, 960, 1280), num_res_blocks=3, attention=(1, 2, 3), context_dim=1536),
+  'paper': dict(channels=(512, 1024, 1536, 2048), num_res_blocks=3, attention=(1, 2, 3), context_dim=2048,
+                remat='full', dtype='bfloat16'),
 }  # fmt: skip
 
 

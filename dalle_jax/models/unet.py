@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layers.basic import Conv, GroupNorm, constrain
-from dalle_jax.layers.convnet import AttnBlock, ResBlock, depth_to_space, space_to_depth
+from dalle_jax.layers.basic import Conv, GroupNorm
+from dalle_jax.layers.convnet import AttnBlock, ResBlock, depth_to_space, over_devices, space_to_depth
 from dalle_jax.layers.timesteps import TimeEmbed
 
 REMATS = ('none', 'full')
@@ -69,7 +69,7 @@ class UNet(nn.Module):
 
     def block(x: jax.Array, features: int, name: str, resample: str = '') -> jax.Array:
       x = res(features, **norms, resample=resample, shift=self.shift, name=name)(x, time)
-      return constrain(x, ('batch', 'height', None, None))
+      return over_devices(x)
 
     def attend(x: jax.Array, name: str) -> jax.Array:
       return look(**norms, head_dim=self.head_dim, name=name)(x, context, seen)

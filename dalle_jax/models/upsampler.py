@@ -16,7 +16,11 @@ VARIANTS = {
   'test': dict(image_size=32, low_size=16, channels=(8, 16), num_res_blocks=1, norm_groups=4),
   'quickstart': dict(image_size=72, low_size=36, channels=(32, 64), num_res_blocks=1, norm_groups=8),
   'karlo': dict(image_size=256, low_size=64, channels=(320, 640, 960, 1280), num_res_blocks=3),
-}
+  'paper': dict(image_size=256, low_size=64, channels=(320, 640, 960, 1280), num_res_blocks=3, shift='scale',
+                remat='full', dtype='bfloat16'),
+  'paper_1024': dict(image_size=1024, low_size=256, channels=(192, 192, 384, 384, 768, 768), num_res_blocks=2,
+                     shift='scale', schedule='linear', remat='full', dtype='bfloat16'),
+}  # fmt: skip
 
 
 class Upsampler(nn.Module):

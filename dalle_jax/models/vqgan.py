@@ -7,8 +7,16 @@ from einops import rearrange
 from flax import struct
 
 from dalle_jax.layers import variants
-from dalle_jax.layers.basic import Conv, GroupNorm, constrain, split
-from dalle_jax.layers.convnet import AttnBlock, Downsample, ResBlock, Upsample, depth_to_space, space_to_depth
+from dalle_jax.layers.basic import Conv, GroupNorm
+from dalle_jax.layers.convnet import (
+  AttnBlock,
+  Downsample,
+  ResBlock,
+  Upsample,
+  depth_to_space,
+  over_devices,
+  space_to_depth,
+)
 from dalle_jax.layers.quantize import GumbelQuantizer, NearestQuantizer, Quantized
 
 VARIANTS = {
@@ -100,11 +108,6 @@ class Decoder(nn.Module):
         x = Upsample(self.dtype, name=f'up_{level}_upsample')(x)
       x = over_devices(x)
     return jax.nn.swish(GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(x))
-
-
-def over_devices(x: jax.Array) -> jax.Array:
-  """[B, H, W, C] split by pictures, and by rows where channels are not: XLA (jax 0.10) gets both at once wrong."""
-  return constrain(x, ('batch', None if split('conv_out') > 1 else 'height', None, None))
 
 
 def middle(x: jax.Array, dtype: jnp.dtype, groups: int) -> jax.Array:
