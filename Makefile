@@ -34,7 +34,7 @@ storyganc: setup
 
 unclip: setup
 	$(BIN)/python train.py --config configs/unclip_shapes.py --config.root=runs/quickstart
-	$(BIN)/python evaluate.py --run runs/quickstart/unclip --clip runs/quickstart/clip --guidance 2 --count 200 --out runs/quickstart/unclip_scores
+	$(BIN)/python evaluate.py --run runs/quickstart/unclip --clip runs/quickstart/clip --guidance 2 --count 200 --source_arg image_size=72 --out runs/quickstart/unclip_scores
 
 clean:
 	rm -rf .venv runs/quickstart

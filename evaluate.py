@@ -60,7 +60,7 @@ flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 COUNTS = {'records', 'pictures', 'skipped', 'skipped_records'}  # of metrics that are no scores
 # flags of models that draw
 DRAWING = ('clip', 'n', 'seed', *options.SAMPLING, 'int8', *options.PARTS, *options.DIFFUSION)
-SETTINGS = ('run', 'split', 'count', 'resize', 'batch_size', *fid.KINDS, 'lpips', *DRAWING)  # in metrics.json
+SETTINGS = ('run', 'split', 'count', 'resize', *fid.KINDS, 'lpips', 'n', 'seed', 'int8')  # in metrics.json
 
 
 def run() -> None:
@@ -89,6 +89,7 @@ def score(where: dict[str, Any]) -> None:
   with split.in_place_of(out) as partial:
     evaluation.run(partial, FLAGS.count)
     given = {k: FLAGS[k].value for k in FLAGS if k in SETTINGS}
+    given |= options.told(FLAGS, model) if hasattr(model, 'OBJECTIVE') else {}
     given |= {'source': data.source, 'path': data.path, 'source_args': data.source_args.to_dict()}
     metrics = evaluation.metrics()
     settings = given | {'step': model.step, 'image_size': model.image_size}
@@ -177,7 +178,7 @@ def build(model: Any, kind: type[split.Evaluation], source: Any) -> split.Evalua
   settings = split.Settings(
     n=FLAGS.n,
     seed=FLAGS.seed,
-    batch_size=FLAGS.batch_size,
+    batch_size=FLAGS.batch_size or getattr(model, 'BATCH', 64),
     sampling={} if kind is reconstructions.Reconstructions else options.sampling(FLAGS, model),
     resize=FLAGS.resize,
     save_true=FLAGS.save_true,

@@ -87,8 +87,9 @@ def run() -> None:
     raise ValueError('give --run RUN_DIR, the run directory of a trained DALL-E, unCLIP, StoryDALL-E or StoryGANc.')
   if FLAGS.source and not FLAGS.story:
     raise ValueError('--source is the first frame of a story; give its captions with --story FILE.')
-  if FLAGS.vary and (FLAGS.story or FLAGS.prompt or FLAGS.prompts or FLAGS.init_image or FLAGS.clip):
-    raise ValueError('--vary draws without a caption; leave out --prompt(s), --story, --init_image and --clip.')
+  beside = (FLAGS.story, FLAGS.prompt, FLAGS.prompts, FLAGS.init_image, FLAGS.keep_rows, FLAGS.clip, FLAGS.prior)
+  if FLAGS.vary and any(beside):
+    raise ValueError('--vary draws of a picture alone; leave out captions, other pictures, --clip and --prior.')
   captions = [FLAGS.vary] if FLAGS.vary else story() if FLAGS.story else prompts()
   with layout.asked(FLAGS, common.MESHES['data'], common.RULES) as where:
     draw(captions, **where)
@@ -105,7 +106,7 @@ def draw(asked: list[str], **where) -> None:
   if FLAGS.vectors and model.config['model'].get('sentences') != 'data':
     raise ValueError(f'{FLAGS.run} reads no sentence vectors; leave out --vectors.')
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
-  how = {name: getattr(FLAGS, name) for name in ('n', 'seed', 'batch_size')} | options.sampling(FLAGS, model)
+  how = dict(n=FLAGS.n, seed=FLAGS.seed, batch_size=FLAGS.batch_size or model.BATCH) | options.sampling(FLAGS, model)
   if FLAGS.story:
     vectors = np.array(open_array(FLAGS.vectors, 'sentence vectors, one a caption')) if FLAGS.vectors else None
     drawn = model.continue_story(FLAGS.source, asked, vectors=vectors, **how)
@@ -116,7 +117,7 @@ def draw(asked: list[str], **where) -> None:
     samples = draw_pictures(model, asked, how)
     results, board = ((p, s.images, s.candidates, s.scores) for p, s in zip(asked, samples, strict=True)), None
   if jax.process_index() == 0:
-    write(Path(FLAGS.out), results, board)
+    write(Path(FLAGS.out), results, board, options.told(FLAGS, model))
 
 
 def draw_pictures(model: Any, asked: list[str], how: dict[str, Any]) -> list[Any]:
@@ -135,7 +136,7 @@ def draw_pictures(model: Any, asked: list[str], how: dict[str, Any]) -> list[Any
   return model.sample(asked, **given, **how)
 
 
-def write(out: Path, results: Iterable[tuple[Any, ...]], board: Image.Image | None) -> None:
+def write(out: Path, results: Iterable[tuple[Any, ...]], board: Image.Image | None, how: dict[str, Any]) -> None:
   """Pictures, grid and table of (caption, pictures, numbers, scores) each, and the storyboard of a story."""
   out.mkdir(parents=True, exist_ok=True)
   if board:
@@ -150,8 +151,7 @@ def write(out: Path, results: Iterable[tuple[Any, ...]], board: Image.Image | No
     table.append(row)
     rows.append((caption, images[: len(files)]))
   caption_grid(rows).save(out / 'grid.png')
-  names = ('run', 'clip', 'seed', 'n', *options.SAMPLING, *options.changed(FLAGS, *options.PARTS, *options.DIFFUSION))
-  settings = {k: getattr(FLAGS, k) for k in names}
+  settings = {k: getattr(FLAGS, k) for k in ('run', 'clip', 'seed', 'n')} | how
   (out / 'samples.json').write_text(json.dumps({**settings, 'samples': table}, indent=2) + '\n')
   more = 'storyboard.png, ' if FLAGS.story else ''
   print(f'wrote {sum(len(t["files"]) for t in table)} pictures, {more}grid.png and samples.json to {out}')

@@ -10,7 +10,7 @@
 import importlib
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -75,10 +75,13 @@ def captions(source: pipeline.Source, count: int) -> Iterator[str]:
     yield from found
 
 
-def frozen_runs(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh, started: bool) -> dict[str, checkpoint.Run]:
+def frozen_runs(
+  config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh, started: bool, reads: Sequence[str] | None = None
+) -> dict[str, checkpoint.Run]:
   """Loads config.frozen, copying each into RUN_DIR/frozen first, so that a run needs nothing outside itself.
 
-  A run that has `started` (saved once) keeps its copies whatever becomes of the originals.
+  A run that has `started` (saved once) keeps its copies whatever becomes of the originals. Where training `reads` some
+  alone, the others are copied for those who draw with the run: not kept in memory, and renewed with the originals.
   """
   runs = {}
   for name, path in config.frozen.items():
@@ -86,8 +89,8 @@ def frozen_runs(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh, star
     have, there = (checkpoint.origin(p) for p in (copy, path or copy))
     if not have and not path:
       raise ValueError(f'config.frozen.{name} is empty; pass --config.frozen.{name}=RUN_DIR of a trained {name}.')
-    renew = not have or bool(there and have != there)
-    if have and renew and started:
+    renew, needed = not have or bool(there and have != there), reads is None or name in reads
+    if have and renew and started and needed:
       print(f'config.frozen.{name} is not what this run was trained with; it keeps its copy, {copy}', flush=True)
       renew = False
     if multihost_utils.broadcast_one_to_all(np.int32(renew)):  # process 0 knows: others may see its copy half made
@@ -96,7 +99,8 @@ def frozen_runs(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh, star
         shutil.rmtree(copy, ignore_errors=True)
       multihost_utils.sync_global_devices(f'frozen {name}')
       checkpoint.export_run(copy, run, mesh=mesh, rules=config.rules)
-    runs[name] = checkpoint.load_run(copy, mesh=mesh, rules=config.rules)
+    if needed:
+      runs[name] = checkpoint.load_run(copy, mesh=mesh, rules=config.rules)
   return runs
 
 
@@ -154,7 +158,7 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
   words = tokenizer(config, before, initial, records[data.split])
   if words:
     config.tokenizer.vocab_size = words.vocab_size
-  frozen = frozen_runs(config, run_dir, mesh, started=before is not None)
+  frozen = frozen_runs(config, run_dir, mesh, before is not None, getattr(room, 'READS', None))
   if config.encode.enabled or data.source == 'tokens':
     records = encoded(config, records, frozen, run_dir)
 
@@ -171,7 +175,7 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
   if before and (changed := config_lib.changes(before['config'], now)):
     print(f'config changed since the last checkpoint: {"; ".join(changed)}', flush=True)
   checkpoint.write_json(run_dir / 'config.json', now)
-  kept = {name: f'frozen/{name}' for name in frozen}
+  kept = {name: f'frozen/{name}' for name in config.frozen}
   meta = {'config': now, 'tokenizer': words.to_json() if words else None, 'frozen': kept}
 
   def batches(split: str, training: bool, start: int = 0):

@@ -2,11 +2,12 @@
 
   python -m dalle_jax.convert --from clip --path clip-vit-large-patch14/ --out runs/clip
   python train.py --config configs/unclip_paper.py:unclip --config.root=runs/mine --config.data.path=PICTURES \\
-    --config.frozen.clip=runs/clip                                   # and prior, upsampler, upsampler_2
+    --config.frozen.clip=runs/clip                                   # and prior; upsampler, upsampler_2 without it
   python sample.py --run runs/mine/unclip --prior runs/mine/prior --upsampler runs/mine/upsampler \\
     --upsampler runs/mine/upsampler_2 --prompt "..." --guidance 4 --steps 250 --prior_steps 64
 Stages: prior (1.2B parameters), unclip (2.2B), upsampler (64 to 256 pixels, 0.7B), upsampler_2 (256 to 1,024, 0.3B).
-Unlike the paper's: text is read by CLIP alone, networks have no dropout, small pictures are blurred and no more.
+Unlike the paper's: text is read by CLIP alone, networks have no dropout, small pictures are blurred and no more,
+upsamplers draw as the decoder does, all by as many steps.
 """
 
 from configs import common
@@ -58,4 +59,4 @@ def upsampler_2(c):
   c.loss = dict(crop=256)
   c.data.update(image_size=1024, batch_size=512)
   c.optim.lr = 1e-4
-  c.train.steps = 1_000_000
+  c.train.update(steps=1_000_000, pictures=4)

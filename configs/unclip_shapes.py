@@ -31,7 +31,7 @@ def prior(c):
   c.frozen = dict(clip=c.get_ref('root') + '/clip')
   c.data.batch_size = 64
   c.optim.update(lr=1e-3, warmup=100)
-  c.train.update(steps=4_000, ema=0.995, log_every=100, checkpoint_every=1_000, eval_every=2_000)
+  c.train.update(steps=3_000, ema=0.995, log_every=100, checkpoint_every=1_000, eval_every=3_000)
 
 
 def upsampler(c):
@@ -42,7 +42,7 @@ def upsampler(c):
   c.data.batch_size = 32
   c.optim.update(lr=1e-3, warmup=100)
   c.train.xla_options = common.CONVOLUTIONS_ON_CPU
-  c.train.update(steps=2_000, ema=0.995, log_every=100, checkpoint_every=1_000, eval_every=2_000)
+  c.train.update(steps=1_500, ema=0.995, log_every=100, checkpoint_every=1_500, eval_every=1_500)
 
 
 def unclip(c):

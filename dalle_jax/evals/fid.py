@@ -151,6 +151,7 @@ class Network:
       raise ValueError(f'{run.path} is a run of {self.kind!r}; looking at pictures needs one of {", ".join(KINDS)}.')
     room, method = KINDS[self.kind]
     self.model, self.run, self.step = room.of_run(run.config), run.path, run.step
+    _ = getattr(self.model, 'side', 0)  # raises for a CLIP that sees no pictures
     self._params, self._mesh = run.network(self.kind), mesh
     digest = hashlib.sha256()
     for name, value in sorted(sharding.flatten(self._params).items()):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SCHEDULES = ('cosine', 'linear')
-PREDICTS = ('noise', 'start')
+PREDICTS = ('noise', 'start', 'velocity')
 VARIANCES = ('small', 'learned')
 LEAST = 1e-20  # of a variance, before its logarithm
 
@@ -26,7 +26,8 @@ class Diffusion:
   Attributes:
     steps: T.
     schedule: 'cosine' (IDDPM, section 3.2) or 'linear' (DDPM, section 4, which scales with T).
-    predicts: the 'noise' in x, or its 'start', x without noise.
+    predicts: the 'noise' in x, its 'start', which is x without noise, or the 'velocity', of which a network learns both
+      ends alike ("Progressive Distillation", Salimans and Ho, 2022, section 4): signal * noise - amount * start.
     variance: of a step back: 'small', that of the true one if the start were known, or 'learned', where between it and
       the largest the network says in as many channels more, -1 to 1 (IDDPM, equation 15).
     clip: while drawing, the start is kept in [-clip, clip].
@@ -44,6 +45,8 @@ class Diffusion:
         raise ValueError(f'diffusion {name} {getattr(self, name)!r} is unknown; there are {", ".join(known)}.')
     if self.steps < 2 or self.clip <= 0:
       raise ValueError(f'diffusion has {self.steps} steps and clip {self.clip}; expected 2 or more, and above 0.')
+    if self.schedule == 'linear' and self.steps <= 20:
+      raise ValueError(f'diffusion has {self.steps} steps; schedule linear needs more than 20, or use cosine.')
 
   @property
   def outputs(self) -> int:
@@ -62,27 +65,18 @@ class Diffusion:
     """The share of it that is the start's after each step, falling: float32[T] (DDPM: alpha bar)."""
     return np.cumprod(1 - self.added(), dtype=np.float64).astype(np.float32)
 
-  def timesteps(self, count: int) -> tuple[int, ...]:
-    """`count` of the T steps, evenly, from the last to 0. Raises ValueError for fewer than two or more than T."""
+  def timesteps(self, count: int, name: str = 'steps') -> tuple[int, ...]:
+    """`count` of the T steps, evenly, from the last to 0. Raises ValueError, which says `name`, for no 2 to T."""
     if not 2 <= count <= self.steps:
-      raise ValueError(f'{count} steps of diffusion; expected 2 to {self.steps}.')
+      raise ValueError(f'{name} is {count}; expected 2 to {self.steps}, the steps of diffusion in training.')
     return tuple(int(t) for t in np.round(np.arange(count) * (self.steps - 1) / (count - 1))[::-1])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Back:
-  """From steps t to earlier steps, numbers for each pair, float32 (DDPM, equations 6 and 7)."""
+def _back(d: Diffusion, later: Sequence[int], earlier: Sequence[int]) -> dict[str, np.ndarray]:
+  """From steps to earlier ones, numbers for each pair, float32 (DDPM, equations 6 and 7); step -1 is the start itself.
 
-  of_start: np.ndarray  # the mean is of_start * start + of_x * x
-  of_x: np.ndarray
-  small: np.ndarray  # logarithms of variances
-  large: np.ndarray
-  signal: np.ndarray  # x is signal * start + noise * a normal draw
-  noise: np.ndarray
-
-
-def _back(d: Diffusion, later: Sequence[int], earlier: Sequence[int]) -> _Back:
-  """Step -1 is the start itself.
+  The mean is of_start * start + of_x * x; 'small' and 'large' are logarithms of the least and the largest variance; x
+  at the later step is signal * start + noise * a normal draw.
 
   In float64 from what is rounded to float32, as in public code: its weights are made for the mean at step 0 being
   0.9995 of the start, as 1 - kept is off by so much there.
@@ -92,15 +86,15 @@ def _back(d: Diffusion, later: Sequence[int], earlier: Sequence[int]) -> _Back:
   now, then = kept[later], kept[earlier]
   beta = np.where(later - earlier == 1, added[later], 1 - now / then)
   small = (1 - then) / (1 - now) * beta
-  numbers = (
-    np.sqrt(then) * beta / (1 - now),
-    np.sqrt(1 - beta) * (1 - then) / (1 - now),
-    np.log(np.maximum(small, LEAST)),
-    np.log(beta),
-    np.sqrt(now),
-    np.sqrt(1 - now),
+  numbers = dict(
+    of_start=np.sqrt(then) * beta / (1 - now),
+    of_x=np.sqrt(1 - beta) * (1 - then) / (1 - now),
+    small=np.log(np.maximum(small, LEAST)),
+    large=np.log(beta),
+    signal=np.sqrt(now),
+    noise=np.sqrt(1 - now),
   )
-  return _Back(*(x.astype(np.float32) for x in numbers))
+  return {name: value.astype(np.float32) for name, value in numbers.items()}
 
 
 def add_noise(d: Diffusion, start: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
@@ -128,13 +122,24 @@ def guide(d: Diffusion, cond: jax.Array, uncond: jax.Array, scale: float) -> jax
   return found if variance is None else jnp.concatenate([found, variance], -1)
 
 
+def doubled(d: Diffusion, apply: Callable[[jax.Array, jax.Array], jax.Array], scale: float) -> Any:
+  """A guided `predict` for `draw`, by a network that is given every row twice, with its condition, then without."""
+
+  def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+    return guide(d, *jnp.split(apply(jnp.concatenate([x, x]), jnp.concatenate([t, t])), 2), scale)
+
+  return predict
+
+
 def _start(d: Diffusion, found: jax.Array, x: jax.Array, signal: jax.Array, noise: jax.Array) -> jax.Array:
-  return found if d.predicts == 'start' else (x - noise * found) / signal
+  if d.predicts == 'start':
+    return found
+  return (x - noise * found) / signal if d.predicts == 'noise' else signal * x - noise * found
 
 
 def step_back(d: Diffusion, out: jax.Array, x: jax.Array, later: int, earlier: int, noise: jax.Array) -> jax.Array:
   """x at step `earlier` (-1: the start) from x at `later`, what the network says of it, and standard normal noise."""
-  numbers = dataclasses.asdict(_back(d, [later], [earlier]))
+  numbers = _back(d, [later], [earlier])
   return _step(d, out, x, {k: v[0] for k, v in numbers.items()}, noise, last=later == 0)
 
 
@@ -171,7 +176,7 @@ def draw(
     out = predict(x, jnp.full(len(x), t, jnp.int32)).astype(jnp.float32)
     return _step(d, out, x, by, normal(i), t == 0), None
 
-  by = jax.tree.map(jnp.asarray, dataclasses.asdict(_back(d, steps, [*steps[1:], -1])))
+  by = jax.tree.map(jnp.asarray, _back(d, steps, [*steps[1:], -1]))
   turns = jnp.asarray(steps, jnp.int32), jnp.arange(1, len(steps) + 1), by  # 0: where x itself came from
   if last is None:
     return jax.lax.scan(body, x, turns)[0]
@@ -198,11 +203,13 @@ def losses(
   out = out.astype(jnp.float32)
   found, variance = _split(d, out)
   axes = tuple(range(1, x.ndim))
-  simple = jnp.square(found - (start if d.predicts == 'start' else noise)).mean(axes)
+  signal, amount = (_rows(np.sqrt(v), t, start) for v in (d.kept(), 1 - d.kept()))
+  wanted = {'start': start, 'noise': noise, 'velocity': signal * noise - amount * start}[d.predicts]
+  simple = jnp.square(found - wanted).mean(axes)
   if variance is None:
     return simple, jnp.zeros_like(simple)
   every = list(range(d.steps))
-  numbers = dataclasses.asdict(_back(d, every, [t - 1 for t in every]))
+  numbers = _back(d, every, [t - 1 for t in every])
   numbers['small'] = np.append(numbers['small'][1], numbers['small'][1:])  # that of step 0 is none
   by = {k: _rows(v, t, x) for k, v in numbers.items()}
   mean_of = lambda start: by['of_start'] * start + by['of_x'] * x

@@ -242,14 +242,14 @@ def along(x: jax.Array, y: jax.Array) -> jax.Array:
   return jnp.einsum('...d,...d->...', x, y, precision=jax.lax.Precision.HIGHEST)[..., None]
 
 
-def sinusoid(length: int, width: int) -> jax.Array:
-  """Sines, then cosines, of positions 0 .. length - 1 at wavelengths 2 pi to 20,000 pi: float32[length, width].
+def sinusoid(at: jax.Array, width: int) -> jax.Array:
+  """Sines, then cosines, of positions at[N] at wavelengths 2 pi to 20,000 pi: float32[N, width].
 
   "Attention Is All You Need", Vaswani et al., 2017, section 3.5. Raises ValueError for an odd width.
   """
   if width % 2:
     raise ValueError(f'sinusoidal positions need an even width, not {width}.')
-  angle = jnp.arange(length)[:, None] * 1e4 ** (-jnp.arange(width // 2) / (width // 2))
+  angle = at.astype(jnp.float32)[:, None] * 1e4 ** (-jnp.arange(width // 2) / (width // 2))
   return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], 1)
 
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.layers import kernels
-from dalle_jax.layers.basic import Conv, Dense, GroupNorm, constrain, split
+from dalle_jax.layers.basic import Conv, Dense, GroupNorm, Init, constrain, split
 
 SHIFTS = ('add', 'scale')
 
@@ -21,6 +21,7 @@ class ResBlock(nn.Module):
     groups, eps: of the norms.
     resample: 'down' halves height and width after the first swish, and in the shortcut, by means of 2 x 2; 'up' doubles
       them by repeating.
+    out_init: of the last kernel.
     shift: what a vector of time does: 'add' is added before the second norm, 'scale' scales and shifts what that gives.
   """
 
@@ -30,6 +31,7 @@ class ResBlock(nn.Module):
   eps: float = 1e-6
   resample: str = ''
   shift: str = 'add'
+  out_init: Init = nn.initializers.lecun_normal()
 
   @nn.compact
   def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
@@ -49,7 +51,7 @@ class ResBlock(nn.Module):
     else:
       scale, shift = self._of_time(time, 2)
       h = norm(h) * (1 + scale) + shift
-    h = Conv(self.features, dtype=self.dtype, name='conv2')(jax.nn.swish(h))
+    h = Conv(self.features, dtype=self.dtype, kernel_init=self.out_init, name='conv2')(jax.nn.swish(h))
     if x.shape[-1] != self.features:
       x = Conv(self.features, 1, dtype=self.dtype, name='nin_shortcut')(x)
     return x + h
@@ -65,12 +67,14 @@ class AttnBlock(nn.Module):
   Attributes:
     groups, eps: of the norm.
     head_dim: channels a head; 0: one head has all.
+    out_init: of the last kernel.
   """
 
   dtype: jnp.dtype = jnp.float32
   groups: int = 32
   eps: float = 1e-6
   head_dim: int = 0
+  out_init: Init = nn.initializers.lecun_normal()
 
   @nn.compact
   def __call__(self, x: jax.Array, context: jax.Array | None = None, seen: jax.Array | None = None) -> jax.Array:
@@ -87,7 +91,7 @@ class AttnBlock(nn.Module):
       of = lambda name: keys(Dense(c, (None, 'conv_out'), dtype=self.dtype, name=name)(context))
       parts.append((of('k_context'), of('v_context'), None if seen is None else seen[:, None, None]))
     y = kernels.attend(heads(q), *parts).astype(self.dtype).reshape(b, h, w, c)
-    return x + Conv(c, 1, dtype=self.dtype, name='proj_out')(y)
+    return x + Conv(c, 1, dtype=self.dtype, kernel_init=self.out_init, name='proj_out')(y)
 
 
 def over_devices(x: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """Modules from named sets of fields, and the checks that fields of a config deserve."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -28,6 +28,27 @@ def fields(owner: str, defaults: Mapping[str, Any], given: Mapping[str, Any]) ->
     if not isinstance(value, wanted) or (isinstance(value, bool) and wanted not in (bool, object)):
       raise ValueError(f'{owner}.{name} is {value!r}; expected something like {defaults[name]!r}.')
   return dict(given)
+
+
+def check_ranges(
+  owner: str, given: Mapping[str, Any], fractions: Sequence[str] = (), sizes: Sequence[str] = ()
+) -> None:
+  """Raises ValueError for a fraction outside [0, 1] or a negative size among `given`."""
+  for name in fractions:
+    if not 0 <= given[name] <= 1:
+      raise ValueError(f'{owner}.{name} is {given[name]}; expected a fraction, 0 to 1.')
+  for name in sizes:
+    if given[name] < 0:
+      raise ValueError(f'{owner}.{name} is {given[name]}; expected 0 or more.')
+
+
+def check_pictures(side: int, data: Mapping[str, Any]) -> None:
+  """Raises ValueError when the pictures of `config.data` are smaller than those that a network learns to draw."""
+  if data['image_size'] < side:
+    raise ValueError(
+      f'the network draws {side} pixels a side, the data has {data["image_size"]}; set config.model.image_size or '
+      'config.data.image_size.'
+    )
 
 
 def build(module: type[Module], variants: Mapping[str, Mapping[str, Any]], variant: str, overrides: Any) -> Module:

@@ -130,6 +130,7 @@ class CLIP(nn.Module):
   """Two towers and a learnt scale. `vocab_size` counts all ids, the padding ones included.
 
   Attributes:
+    image_size: side of the pictures in pixels; 0 for one that was imported without its tower for pictures.
     image_pool: what the projection of a picture reads: 'class', the class token (as the OpenAI models), or 'all', every
       patch and no class token. A sum over patches has forgotten where things are and is long in finding out; with 'all'
       small models know at once.
@@ -203,6 +204,13 @@ class CLIP(nn.Module):
     """
     return normalize(self.text_features(text, seen)[0])
 
+  @property
+  def side(self) -> int:
+    """`image_size`. Raises ValueError for a CLIP without a tower for pictures."""
+    if not self.image_size:
+      raise ValueError('this CLIP came without its tower for pictures; convert it again with it.')
+    return self.image_size
+
   def image_features(self, images: jax.Array) -> jax.Array:
     """As `encode_image`, of any length."""
     return self.image(images)
@@ -210,13 +218,6 @@ class CLIP(nn.Module):
   def text_features(self, text: jax.Array, seen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """As `encode_text`, of any length; and the last layer's vector of each token, normed: [B, N, text_width]."""
     return self.text(text, seen)
-
-
-def resized(images: jax.Array, size: int) -> jax.Array:
-  """Square pictures float32[B, H, W, 3] in [-1, 1] brought to `size` pixels a side."""
-  if images.shape[1:3] == (size, size):
-    return images
-  return jnp.clip(jax.image.resize(images, (len(images), size, size, 3), 'cubic'), -1, 1)
 
 
 def normalize(x: jax.Array) -> jax.Array:

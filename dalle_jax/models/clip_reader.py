@@ -5,7 +5,7 @@ Axis legend: B rows, N text tokens, E the space of CLIP, W width of its text tow
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from dalle_jax.functional.pixels import resized
 from dalle_jax.models import clip
 
 
@@ -29,6 +30,13 @@ class Caption:
   embed: jax.Array
   hidden: jax.Array
   seen: jax.Array
+
+  @classmethod
+  def blank(cls, sizes: Mapping[str, int], rows: int = 1) -> 'Caption':
+    """Of the `ClipReader.sizes` that a network has, to make its parameters with."""
+    n = sizes['text_length']
+    hidden = jnp.zeros((rows, n, sizes['text_width']))
+    return cls(jnp.zeros((rows, sizes['embed_dim'])), hidden, jnp.ones((rows, n), bool))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +56,13 @@ class ClipReader:
   raw: bool = False
 
   @classmethod
-  def of_run(cls, config: Mapping[str, Any], raw: bool = False) -> 'ClipReader':
-    """That of a run from its config. Raises ValueError for a run of another kind."""
+  def of_run(cls, config: Mapping[str, Any], raw: bool = False, dtype: Any = jnp.float32) -> 'ClipReader':
+    """That of a run from its config, computing in `dtype`. Raises ValueError for a run of another kind."""
     if config.get('objective', 'clip') != 'clip':
       raise ValueError(f'config.frozen.clip is a run of {config["objective"]!r}; expected one of the objective clip.')
     c = config['tokenizer']
     special = {name: c.get(name, -1) for name in ('pad', 'start', 'end')}
-    return cls(clip.of_run(config), c['vocab_size'], **special, raw=raw)
+    return cls(clip.of_run(config).clone(dtype=dtype), c['vocab_size'], **special, raw=raw)
 
   @property
   def sizes(self) -> dict[str, int]:
@@ -83,12 +91,26 @@ class ClipReader:
   def read(self, params: Any, ids: jax.Array) -> Caption:
     """Captions int32[B, N]; not differentiated, as CLIP is frozen."""
     embed, hidden = self.model.apply({'params': params}, ids, method='text_features')
-    return jax.lax.stop_gradient(Caption(self._scaled(embed), hidden, self.seen(ids)))
+    return jax.lax.stop_gradient(Caption(self.scaled(embed), hidden, self.seen(ids)))
 
   def look(self, params: Any, images: jax.Array) -> jax.Array:
-    """Square pictures float32[B, H, W, 3] in [-1, 1], of any size -> float32[B, E]; not differentiated."""
-    sized = clip.resized(images, self.model.image_size)
-    return jax.lax.stop_gradient(self._scaled(self.model.apply({'params': params}, sized, method='image_features')))
+    """Square pictures float32[B, H, W, 3] in [-1, 1], of any size -> float32[B, E]; not differentiated.
 
-  def _scaled(self, x: jax.Array) -> jax.Array:
+    Raises ValueError for a CLIP without a tower for pictures.
+    """
+    sized = resized(images, self.model.side)
+    return jax.lax.stop_gradient(self.scaled(self.model.apply({'params': params}, sized, method='image_features')))
+
+  def scaled(self, x: jax.Array) -> jax.Array:
+    """Embeddings of any length at that of this reader."""
+    x = x.astype(jnp.float32)
     return x if self.raw else clip.normalize(x) * self.model.embed_dim**0.5
+
+
+def of_run(
+  build: Callable[..., Any], config: Mapping[str, Any], clip_config: Mapping[str, Any]
+) -> tuple[Any, ClipReader]:
+  """A network that reads a CLIP, from the config of its run and that of the CLIP; `build` is of the network's file."""
+  model = build(**config['model'])
+  reader = ClipReader.of_run(clip_config, model.raw, model.dtype)
+  return build(**{**config['model'], **reader.sizes}), reader

@@ -17,6 +17,7 @@ from dalle_jax.layers import variants
 from dalle_jax.layers.basic import Dense, LayerNorm, boxed, constrain, normal_init
 from dalle_jax.layers.timesteps import TimeEmbed
 from dalle_jax.layers.transformer import Stack
+from dalle_jax.models import clip_reader
 from dalle_jax.models.clip_reader import Caption, ClipReader
 
 VARIANTS = {
@@ -36,7 +37,7 @@ class Prior(nn.Module):
     embed_dim, text_width, text_length: of the CLIP.
     raw: whether embeddings are as CLIP projects them (Karlo); else of length sqrt(E), see `models.clip_reader`.
     steps, schedule, clip: of the diffusion, see `functional.diffusion`.
-    kernel, remat, unroll: see `layers.transformer.Stack`.
+    remat, unroll: see `layers.transformer.Stack`.
   """
 
   width: int
@@ -65,7 +66,7 @@ class Prior(nn.Module):
     self.positions = self.param('positions', boxed(init, (None, 'embed')), (length, self.width), jnp.float32)
     self.query = self.param('query', boxed(init, ('embed',)), (self.width,), jnp.float32)
     self.blocks = Stack(self.depth, self.heads, dtype=self.dtype, remat=self.remat, unroll=self.unroll)
-    self.norm_out, self.out = LayerNorm(dtype=self.dtype), Dense(self.embed_dim, ('embed', None), dtype=self.dtype)
+    self.norm_out, self.out = LayerNorm(), Dense(self.embed_dim, ('embed', None))  # in float32, as what is predicted
     own = boxed(nn.initializers.zeros, (None,)), boxed(nn.initializers.ones, (None,))
     self.mean, self.std = (
       self.param(name, init, (self.embed_dim,), jnp.float32) for name, init in zip(('mean', 'std'), own, strict=True)
@@ -91,7 +92,7 @@ class Prior(nn.Module):
     seen = jnp.pad(caption.seen, ((0, 0), (0, ADDED)), constant_values=True)
     mask = np.tri(n + ADDED, dtype=bool) & seen[:, None]  # (B, S, S)
     x, _ = self.blocks(constrain(x, ('batch', 'seq', 'embed')), mask)
-    return self.out(self.norm_out(x[:, -1])).astype(jnp.float32)
+    return self.out(self.norm_out(x[:, -1]))
 
   def normal(self, embed: jax.Array) -> jax.Array:
     """CLIP's embeddings as diffusion takes them, each entry of mean 0 and variance 1.
@@ -118,15 +119,10 @@ def guess(
 
   `apply` is the model's with its parameters; guidance and `empty` as of `models.unclip.paint`.
   """
-  d, b = model.diffusion, len(keys)
-  both = caption if guidance == 1 else jax.tree.map(lambda *rows: jnp.concatenate(rows), caption, empty)
-
-  def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-    if guidance == 1:
-      return apply(x, t, both)
-    out = apply(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
-    return diffusion.guide(d, out[:b], out[b:], guidance)
-
+  d, both = model.diffusion, jax.tree.map(lambda *rows: jnp.concatenate(rows), caption, empty)
+  predict = lambda x, t: apply(x, t, caption)
+  if guidance != 1:
+    predict = diffusion.doubled(d, lambda x, t: apply(x, t, both), guidance)
   x = diffusion.draw(d, predict, diffusion.noise_of(keys, (model.embed_dim,)), keys, steps)
   return apply(x, method='embedding')
 
@@ -138,5 +134,4 @@ def build(variant: str, **overrides) -> Prior:
 
 def of_run(config: Mapping[str, Any], clip_config: Mapping[str, Any]) -> tuple[Prior, ClipReader]:
   """The network of a run from its config and that of its CLIP."""
-  reader = ClipReader.of_run(clip_config, config['model'].get('raw', False))
-  return build(**{**config['model'], **reader.sizes}), reader
+  return clip_reader.of_run(build, config, clip_config)

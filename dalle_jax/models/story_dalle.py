@@ -70,7 +70,7 @@ class StoryEncoder(nn.Module):
     # The mean of word embeddings stays in their space, where the DALL-E already knows what words look like.
     init = identity_init if self.own else normal_init(sentences.shape[-1] ** -0.5)
     x = Dense(self.width, (None, 'embed'), dtype=self.dtype, kernel_init=init, name='linear')(x)
-    x = x + sinusoid(x.shape[1], self.width).astype(self.dtype)
+    x = x + sinusoid(jnp.arange(x.shape[1]), self.width).astype(self.dtype)
     # One block, whose attention hands on what it reads from the start: words of other captions look like words.
     y = LayerNorm(dtype=self.dtype, name='norm_1')(x)
     inner = normal_init(self.width**-0.5)

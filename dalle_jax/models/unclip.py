@@ -14,6 +14,7 @@ from dalle_jax.functional import diffusion
 from dalle_jax.functional.diffusion import Diffusion
 from dalle_jax.layers import variants
 from dalle_jax.layers.basic import Dense, LayerNorm, boxed
+from dalle_jax.models import clip_reader
 from dalle_jax.models.clip_reader import Caption, ClipReader
 from dalle_jax.models.unet import UNet
 
@@ -21,7 +22,7 @@ VARIANTS = {
   'test': dict(image_size=16, channels=(8, 16), num_res_blocks=1, attention=(1,), head_dim=8, norm_groups=4,
                context_dim=16),
   'quickstart': dict(image_size=36, patch=2, channels=(48, 96), num_res_blocks=1, attention=(1,), head_dim=32,
-                     norm_groups=8, context_dim=96),
+                     norm_groups=8, context_dim=96, predicts='velocity'),
   'karlo': dict(channels=(320, 640, 960, 1280), num_res_blocks=3, attention=(1, 2, 3), context_dim=1536),
   'paper': dict(channels=(512, 1024, 1536, 2048), num_res_blocks=3, attention=(1, 2, 3), context_dim=2048,
                 remat='full', dtype='bfloat16'),
@@ -38,6 +39,7 @@ class UnCLIP(nn.Module):
     context_dim: width of all tokens that attention looks at.
     channels, num_res_blocks, attention, head_dim, patch, norm_groups, remat: see `models.unet.UNet`.
     embed_dim, text_width, text_length, raw, steps, schedule: as in `models.prior.Prior`.
+    predicts: see `functional.diffusion.Diffusion`.
   """
 
   channels: tuple[int, ...]
@@ -55,12 +57,13 @@ class UnCLIP(nn.Module):
   raw: bool = False
   steps: int = 1000
   schedule: str = 'cosine'
+  predicts: str = 'noise'
   remat: str = 'none'
   dtype: jnp.dtype = jnp.float32
 
   @property
   def diffusion(self) -> Diffusion:
-    return Diffusion(self.steps, self.schedule, 'noise', 'learned', 1.0)
+    return Diffusion(self.steps, self.schedule, self.predicts, 'learned', 1.0)
 
   def setup(self):
     linear = lambda features, axes=(None, 'embed'): Dense(features, axes, dtype=self.dtype)
@@ -81,6 +84,8 @@ class UnCLIP(nn.Module):
     Args:
       embed: CLIP's embeddings of the pictures, float32[B, E].
       known: bool[B], for which they are known; of others the model has a vector of its own (guidance). All by default.
+
+    Raises ValueError for pictures of another size, or fields of the U-Net that do not fit.
     """
     size = self.image_size
     if noisy.shape[1:] != (size, size, 3):
@@ -115,16 +120,11 @@ def paint(
   uncond + s (cond - uncond), where uncond knows neither the embedding nor the caption, but `empty`, that of ''.
   """
   d, b = model.diffusion, len(embed)
+  twice, known = jnp.concatenate([embed, embed]), jnp.arange(2 * b) < b
+  both = jax.tree.map(lambda *rows: jnp.concatenate(rows), caption, empty)
+  predict = lambda x, t: apply(x, t, embed, caption)
   if guidance != 1:
-    embed, known = jnp.concatenate([embed, embed]), jnp.arange(2 * b) < b
-    caption = jax.tree.map(lambda *both: jnp.concatenate(both), caption, empty)
-
-  def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-    if guidance == 1:
-      return apply(x, t, embed, caption)
-    out = apply(jnp.concatenate([x, x]), jnp.concatenate([t, t]), embed, caption, known)
-    return diffusion.guide(d, out[:b], out[b:], guidance)
-
+    predict = diffusion.doubled(d, lambda x, t: apply(x, t, twice, both, known), guidance)
   noise = diffusion.noise_of(keys, (model.image_size, model.image_size, 3))
   return jnp.clip(diffusion.draw(d, predict, noise, keys, steps), -1, 1)
 
@@ -136,5 +136,4 @@ def build(variant: str, **overrides) -> UnCLIP:
 
 def of_run(config: Mapping[str, Any], clip_config: Mapping[str, Any]) -> tuple[UnCLIP, ClipReader]:
   """The network of a run from its config and that of its CLIP."""
-  reader = ClipReader.of_run(clip_config, config['model'].get('raw', False))
-  return build(**{**config['model'], **reader.sizes}), reader
+  return clip_reader.of_run(build, config, clip_config)

@@ -63,7 +63,8 @@ class UNet(nn.Module):
       raise ValueError(f'UNet attention names the levels {unknown}; there are 0 to {len(self.channels) - 1}.')
     again = nn.remat if self.remat == 'full' else lambda module: module
     res, look = again(ResBlock), again(AttnBlock)
-    norms = dict(dtype=self.dtype, groups=self.norm_groups, eps=self.eps)
+    # Each block adds nothing at the start, as in that paper's code.
+    norms = dict(dtype=self.dtype, groups=self.norm_groups, eps=self.eps, out_init=nn.initializers.zeros)
     time = TimeEmbed(self.channels[0], 4 * self.channels[0], self.dtype, name='time')(t)
     time = time if extra is None else time + extra.astype(time.dtype)
 
@@ -98,7 +99,7 @@ class UNet(nn.Module):
           x = attend(x, f'up_{level}_attn_{i}')
       if level:
         x = block(x, features, f'up_{level}_upsample', 'up')
-    x = jax.nn.swish(GroupNorm(self.norm_groups, self.eps, self.dtype, name='norm_out')(x))
-    # Nothing at the start: the first steps of training learn how much noise there is from zero.
-    last_conv = Conv(self.outputs * self.patch**2, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='conv_out')
-    return depth_to_space(last_conv(x).astype(jnp.float32), self.patch)
+    # In float32, as what is predicted is, and nothing at the start.
+    x = jax.nn.swish(GroupNorm(self.norm_groups, self.eps, name='norm_out')(x))
+    x = Conv(self.outputs * self.patch**2, kernel_init=nn.initializers.zeros, name='conv_out')(x)
+    return depth_to_space(x, self.patch)

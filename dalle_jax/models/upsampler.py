@@ -14,7 +14,8 @@ from dalle_jax.models.unet import UNet
 
 VARIANTS = {
   'test': dict(image_size=32, low_size=16, channels=(8, 16), num_res_blocks=1, norm_groups=4),
-  'quickstart': dict(image_size=72, low_size=36, channels=(32, 64), num_res_blocks=1, norm_groups=8),
+  'quickstart': dict(image_size=72, low_size=36, channels=(32, 64), num_res_blocks=1, norm_groups=8,
+                     predicts='velocity'),
   'karlo': dict(image_size=256, low_size=64, channels=(320, 640, 960, 1280), num_res_blocks=3),
   'paper': dict(image_size=256, low_size=64, channels=(320, 640, 960, 1280), num_res_blocks=3, shift='scale',
                 remat='full', dtype='bfloat16'),
@@ -28,9 +29,8 @@ class Upsampler(nn.Module):
 
   Attributes:
     image_size, low_size: sides of the pictures in pixels.
-    last: whether the last step of drawing has a network of its own, with the parameters of the player 'last' (Karlo).
     channels, num_res_blocks, patch, shift, norm_groups, remat: see `models.unet.UNet`.
-    steps, schedule: see `functional.diffusion`.
+    steps, schedule, predicts: see `functional.diffusion`.
   """
 
   image_size: int
@@ -40,19 +40,19 @@ class Upsampler(nn.Module):
   patch: int = 1
   shift: str = 'add'
   norm_groups: int = 32
-  last: bool = False
   steps: int = 1000
   schedule: str = 'cosine'
+  predicts: str = 'noise'
   remat: str = 'none'
   dtype: jnp.dtype = jnp.float32
 
   @property
   def diffusion(self) -> Diffusion:
-    return Diffusion(self.steps, self.schedule, 'noise', 'small', 1.0)
+    return Diffusion(self.steps, self.schedule, self.predicts, 'small', 1.0)
 
   @nn.compact
   def __call__(self, noisy: jax.Array, t: jax.Array, low: jax.Array) -> jax.Array:
-    """Pictures with noise at steps t int32[B], and the small ones, float32[B, ., ., 3] in [-1, 1] -> the noise.
+    """Pictures with noise at steps t int32[B], and the small ones, float32[B, ., ., 3] in [-1, 1] -> what is predicted.
 
     They may be cut-outs of any size. Raises ValueError when levels do not come out even.
     """
@@ -74,8 +74,8 @@ def widen(
 ) -> jax.Array:
   """Large pictures float32[B, H, W, 3] in [-1, 1] of small ones, from noise by keys[B].
 
-  `apply` is the model's with its parameters, `last` with those of the last step, where it has some of its own; `steps`
-  are of `Diffusion.timesteps`.
+  `apply` is the model's with its parameters, `last` with those of the last step, where it has some of its own (Karlo);
+  `steps` are of `Diffusion.timesteps`.
   """
   d, size = model.diffusion, model.image_size
   at = lambda apply: lambda x, t: apply(x, t, low)

@@ -1,6 +1,6 @@
 """Trains the prior of unCLIP: CLIP's embedding of a picture from noise and the caption (Ramesh et al., 2022, 2.2)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,21 +18,24 @@ DEFAULTS = dict(
 )
 
 
+READS = ('clip',)  # the frozen networks that a step needs
+
+
 class PriorObjective:
   """The player is 'prior'. Batches: image uint8[B, H, W, 3], clip_text int32[B, N], both for the frozen 'clip'.
 
   Embeddings of CLIP all point much the same way; means and deviations of their entries are counted over all batches, so
-  that diffusion begins and ends with numbers of one size.
+  that diffusion begins and ends with numbers of one size. A run that starts from another one keeps those of that.
   """
 
-  def __init__(self, model: prior.Prior, reader: ClipReader, c: ConfigDict):
-    self.model, self.reader, self.c = model, reader, c
+  def __init__(self, model: prior.Prior, reader: ClipReader, c: ConfigDict, counts: bool = True):
+    self.model, self.reader, self.c, self.counts = model, reader, c, counts
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
-    noisy, t, caption = jnp.zeros((1, self.model.embed_dim)), jnp.zeros(1, jnp.int32), example(self.model)
-    size = self.model.embed_dim
-    counted = {'batches': jnp.zeros(()), 'mean': jnp.zeros(size), 'square': jnp.ones(size)}
-    return {'prior': self.model.init(rng, noisy, t, caption)['params']}, counted
+    size, caption = self.model.embed_dim, Caption.blank(self.reader.sizes)
+    params = {'prior': self.model.init(rng, jnp.zeros((1, size)), jnp.zeros(1, jnp.int32), caption)['params']}
+    # A batch of mean 0 and variance 1 is there already, so that a small first one makes no deviation of almost 0.
+    return params, {'batches': jnp.ones(()), 'mean': jnp.zeros(size), 'square': jnp.ones(size)} if self.counts else {}
 
   def loss(
     self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
@@ -52,11 +55,13 @@ class PriorObjective:
     loss = diffusion.losses(d, out, start, x, t, noise)[0].mean()
     unit = lambda x: x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
     cosine = (unit(out) * unit(start)).sum(-1).mean()
-    return loss, ({'cosine': cosine}, count(ctx.mutable, embed) if ctx.train else ctx.mutable)
+    return loss, ({'cosine': cosine}, count(ctx.mutable, embed) if ctx.train and self.counts else ctx.mutable)
 
   def after_update(self, params: Any, mutable: Any) -> Any:
+    if not self.counts:
+      return params
     mean = mutable['mean']
-    std = jnp.sqrt(jnp.maximum(mutable['square'] - jnp.square(mean), 1e-6))
+    std = jnp.sqrt(jnp.maximum(mutable['square'] - jnp.square(mean), 1e-4))
     return {**params, 'prior': {**params['prior'], 'mean': mean, 'std': std}}
 
 
@@ -71,17 +76,15 @@ def count(counted: Any, embed: jax.Array) -> Any:
   }
 
 
-def example(model: Any) -> Caption:
-  """A caption of the sizes that a prior or a decoder has, to make its parameters with."""
-  n = model.text_length
-  return Caption(jnp.zeros((1, model.embed_dim)), jnp.zeros((1, n, model.text_width)), jnp.ones((1, n), bool))
-
-
-def clip_of(frozen_configs: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-  """The config of the frozen CLIP. Raises ValueError without one."""
+def with_clip(
+  of_run: Callable[..., tuple[Any, ClipReader]], config: ConfigDict, frozen_configs: Mapping[str, Any]
+) -> tuple[Any, ClipReader]:
+  """The network of a config and the frozen CLIP. Raises ValueError without one, or for one that sees no pictures."""
   if 'clip' not in frozen_configs:
-    raise ValueError(f'the objective {name} needs a CLIP; set config.frozen.clip to the run of one.')
-  return frozen_configs['clip']
+    raise ValueError(f'the objective {config.objective} needs a CLIP; set config.frozen.clip to the run of one.')
+  model, reader = of_run(config, frozen_configs['clip'])
+  _ = reader.model.side  # raises where there is no tower for pictures
+  return model, reader
 
 
 def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> PriorObjective:
@@ -90,4 +93,5 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> PriorO
   Raises ValueError for an unknown field, or without a CLIP.
   """
   c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
-  return PriorObjective(*prior.of_run(config, clip_of(frozen_configs, 'prior')), c)
+  variants.check_ranges('config.loss', c, ['caption_dropout'])
+  return PriorObjective(*with_clip(prior.of_run, config, frozen_configs), c, counts=not config.init.path)

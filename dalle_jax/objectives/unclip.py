@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dalle_jax.functional import corruption, diffusion
-from dalle_jax.functional.pixels import to_float, to_uint8
+from dalle_jax.functional.pixels import resized, to_float, to_uint8
 from dalle_jax.layers import variants
-from dalle_jax.models import clip, unclip
-from dalle_jax.models.clip_reader import ClipReader
-from dalle_jax.objectives.prior import clip_of, example
+from dalle_jax.models import unclip
+from dalle_jax.models.clip_reader import Caption, ClipReader
+from dalle_jax.objectives.prior import with_clip
 
 DEFAULTS = dict(
   image_dropout=0.1,  # the fraction of embeddings of pictures that are not told, for guidance in sampling
@@ -20,6 +20,9 @@ DEFAULTS = dict(
   guidance=1.0,  # of the pictures in the log
   sampling_steps=25,  # of them
 )
+
+
+READS = ('clip',)  # the frozen networks that a step needs; the others come along for sampling
 
 
 class UnCLIPObjective:
@@ -36,7 +39,7 @@ class UnCLIPObjective:
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
     noisy, t = jnp.zeros((1, *(self.model.image_size,) * 2, 3)), jnp.zeros(1, jnp.int32)
     embed, known = jnp.zeros((1, self.model.embed_dim)), jnp.ones(1, bool)
-    return {'unclip': self.model.init(rng, noisy, t, embed, example(self.model), known)['params']}, {}
+    return {'unclip': self.model.init(rng, noisy, t, embed, Caption.blank(self.reader.sizes), known)['params']}, {}
 
   def loss(
     self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
@@ -49,7 +52,7 @@ class UnCLIPObjective:
       text, _ = corruption.drop_captions(drop, text, self.c.caption_dropout, self.reader.empty)
       known = jax.random.bernoulli(hide, 1 - self.c.image_dropout, known.shape)
     embed, caption = self.reader.look(ctx.frozen['clip'], images), self.reader.read(ctx.frozen['clip'], text)
-    start = clip.resized(images, self.model.image_size)
+    start = resized(images, self.model.image_size)
     t = jax.random.randint(when, (len(text),), 0, d.steps)
     noise = jax.random.normal(noise_key, start.shape)
     x = diffusion.add_noise(d, start, t, noise)
@@ -66,19 +69,17 @@ class UnCLIPObjective:
     apply = lambda *args: self.model.apply({'params': params['unclip']}, *args)
     steps = self.model.diffusion.timesteps(self.c.sampling_steps)
     drawn = unclip.paint(self.model, apply, embed, caption, empty, keys, steps, self.c.guidance)
-    return jnp.concatenate([to_uint8(x) for x in (clip.resized(images, self.model.image_size), drawn)], 2)
+    return jnp.concatenate([to_uint8(x) for x in (resized(images, self.model.image_size), drawn)], 2)
 
 
 def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> UnCLIPObjective:
   """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields), with the sizes of the frozen 'clip'.
 
-  Raises ValueError for an unknown field, without a CLIP, or for data smaller than the decoder's pictures.
+  Raises ValueError for fields that do not fit, without a CLIP, or for data smaller than the decoder's pictures.
   """
   c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
-  model, reader = unclip.of_run(config, clip_of(frozen_configs, 'unclip'))
-  if config.data.image_size < model.image_size:
-    raise ValueError(
-      f'the decoder draws {model.image_size} pixels a side, the data has {config.data.image_size}; set '
-      'config.model.image_size or config.data.image_size.'
-    )
+  variants.check_ranges('config.loss', c, ['image_dropout', 'caption_dropout'])
+  model, reader = with_clip(unclip.of_run, config, frozen_configs)
+  variants.check_pictures(model.image_size, config.data)
+  model.diffusion.timesteps(c.sampling_steps, 'config.loss.sampling_steps')
   return UnCLIPObjective(model, reader, c)

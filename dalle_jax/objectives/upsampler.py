@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dalle_jax.functional import corruption, diffusion
-from dalle_jax.functional.pixels import to_float, to_uint8
+from dalle_jax.functional.pixels import resized, to_float, to_uint8
 from dalle_jax.layers import variants
-from dalle_jax.models import clip, upsampler
+from dalle_jax.models import upsampler
 
 DEFAULTS = dict(
   blur=0.6,  # the largest deviation, in small pixels, by which small pictures are blurred in training
@@ -18,6 +18,9 @@ DEFAULTS = dict(
   crop=0,  # side of the cut-outs of large pictures to train on, in pixels; 0: whole ones
   sampling_steps=7,  # of the pictures in the log
 )
+
+
+READS = ()  # it needs no frozen network
 
 
 class UpsamplerObjective:
@@ -45,13 +48,17 @@ class UpsamplerObjective:
     start, low = self._both(batch)
     if ctx.train:
       low = corruption.damage(blur, low, self.c.blur, self.c.noise)
-      start, low = self._cut(cut, start, low)
+    start, low = self._cut(cut, start, low)
     d = self.model.diffusion
     t = jax.random.randint(when, (len(start),), 0, d.steps)
     noise = jax.random.normal(noise_key, start.shape)
     x = diffusion.add_noise(d, start, t, noise)
     out = self.model.apply({'params': params['upsampler']}, x, t, low)
     return diffusion.losses(d, out, start, x, t, noise)[0].mean(), ({}, ctx.mutable)
+
+  def adopt(self, params: Any, config: Mapping[str, Any], rng: jax.Array) -> Any:
+    """Parameters of another run without the network of its last step, if it has one (Karlo): that does not train."""
+    return {'upsampler': params['upsampler']}
 
   def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     """Each picture beside the small one as wide, and what is drawn from that: uint8[B, H, 3 * W, 3]."""
@@ -64,8 +71,8 @@ class UpsamplerObjective:
 
   def _both(self, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Large and small pictures."""
-    start = clip.resized(to_float(batch['image']), self.model.image_size)
-    return start, clip.resized(start, self.model.low_size)
+    start = resized(to_float(batch['image']), self.model.image_size)
+    return start, resized(start, self.model.low_size)
 
   def _cut(self, key: jax.Array, start: jax.Array, low: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same part of all pictures of a batch, large and small."""
@@ -79,18 +86,16 @@ class UpsamplerObjective:
 def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> UpsamplerObjective:
   """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields).
 
-  Raises ValueError for an unknown field, for sizes that are no multiples, and for data smaller than the pictures.
+  Raises ValueError for fields that do not fit, for sizes that are no multiples, and for data smaller than the pictures.
   """
   c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
   model = upsampler.of_run(config)
   factor = model.image_size // model.low_size
   if model.image_size % model.low_size or factor < 2:
     raise ValueError(f'the upsampler makes {model.image_size} of {model.low_size} pixels; expected a multiple.')
-  if config.data.image_size < model.image_size:
-    raise ValueError(
-      f'the upsampler draws {model.image_size} pixels a side, the data has {config.data.image_size}; set '
-      'config.model.image_size or config.data.image_size.'
-    )
+  variants.check_ranges('config.loss', c, sizes=['blur', 'noise', 'crop'])
+  variants.check_pictures(model.image_size, config.data)
+  model.diffusion.timesteps(c.sampling_steps, 'config.loss.sampling_steps')
   if c.crop % factor or not 0 <= c.crop <= model.image_size:
     raise ValueError(f'config.loss.crop is {c.crop}; expected a multiple of {factor}, at most {model.image_size}.')
   return UpsamplerObjective(model, c)

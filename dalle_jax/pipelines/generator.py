@@ -26,9 +26,10 @@ class Generator:
   """A trained network that draws, with its words and, if wanted, a CLIP that ranks.
 
   A kind of it has the OBJECTIVE of its runs, the frozen networks that it NEEDS, and the one of these whose WORDS it
-  reads, '' for its own.
+  reads, '' for its own; and, as long as nothing else is said, draws BATCH pictures at once.
   """
 
+  BATCH = 64
   OBJECTIVE = ''
   NEEDS: tuple[str, ...] = ()
   WORDS = ''
@@ -67,14 +68,15 @@ class Generator:
     Any checkpoint loads onto any mesh: with `mesh` parameters and pictures are split over it by `rules`, and where it
     spans several processes all ask for the same and get all; without it everything is on one device. With `int8` a
     transformer over tokens keeps its weights in eight bits: where reading them is what a token takes, a quarter of
-    float32 is to be read, and pictures differ a little. `parts` are runs in place of the frozen ones of these names.
+    float32 is to be read, and pictures differ a little. `parts` are runs in place of the frozen ones of these names, ''
+    for none.
     Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when a run is of another kind.
     """
     run = checkpoint.load_run(path, mesh=mesh, rules=rules, step=step)
     if run.config.get('objective') != cls.OBJECTIVE:
       found = run.config.get('objective')
       raise ValueError(f'{path} is a run of {found!r}; sampling needs one of the objective {cls.OBJECTIVE}.')
-    paths = {**run.frozen, **(parts or {})}
+    paths = {name: p for name, p in {**run.frozen, **(parts or {})}.items() if p}
     lacking = [] if run.tokenizer or cls.WORDS else ['tokenizer']
     lacking += [name for name in cls.NEEDS if name not in paths]
     if lacking:
@@ -162,6 +164,7 @@ def load(path: str | Path, **options: Any) -> Any:
   room = importlib.import_module(f'dalle_jax.pipelines.{objective}') if objective in known else None
   if not hasattr(room, 'load'):
     raise ValueError(
-      f'{path} is a run of {objective!r}, which draws nothing from captions; give the run of a generator.'
+      f'{path} is a run of {objective!r}, which draws nothing from captions; give the run of a generator'
+      f'{", that of the decoder with --prior or --upsampler." if objective in ("prior", "upsampler") else "."}'
     )
   return room.load(path, **options)

@@ -21,11 +21,11 @@ def define_flags(values: flags.FlagValues) -> None:
   integer('top_k', 0, 'only the k most probable tokens; 0: all')
   number('top_p', 1.0, 'only the most probable tokens of this mass')
   number('guidance', 1.0, 'classifier-free guidance scale; 1: none')
-  integer('batch_size', 64, 'pictures at once', 1)
+  integer('batch_size', None, 'pictures at once; by default 64, by an unCLIP 16', 1)
   integer('step', 0, 'a checkpoint other than the newest')
   flags.DEFINE_bool('int8', False, 'weights in eight bits: less to read a token', flag_values=values)
   flags.DEFINE_string('prior', '', 'unCLIP: run directory of another prior', flag_values=values)
-  text = 'unCLIP: run directory of another upsampler; may be repeated, each takes up where the one before ends'
+  text = 'unCLIP: run directory of another upsampler, or none; may be repeated, each takes up where the one before ends'
   flags.DEFINE_multi_string('upsampler', [], text, flag_values=values)
   number('prior_guidance', None, 'unCLIP: guidance of the prior, if not that of the decoder')
   integer('steps', 25, 'unCLIP: steps of diffusion of the decoder', 2)
@@ -45,7 +45,10 @@ def load(values: flags.FlagValues, where: dict[str, Any]) -> Any:
   given = changed(values, *PARTS, *DIFFUSION)
   if given and kind != 'unclip':
     raise ValueError(f'--{", --".join(given)} is for an unCLIP, and {values.run} is a run of {kind!r}; leave it out.')
-  parts = {name: values[name].value for name in PARTS} if kind == 'unclip' else {}
+  parts = {}
+  if kind == 'unclip':
+    chain = [] if values.upsampler == ['none'] else values.upsampler or None
+    parts = dict(prior=values.prior, upsampler=chain)
   return generator.load(values.run, clip=values.clip, step=values.step or None, int8=values.int8, **parts, **where)
 
 
@@ -53,3 +56,8 @@ def sampling(values: flags.FlagValues, model: Any) -> dict[str, Any]:
   """How the generator is to draw, as arguments of its methods."""
   names = (*SAMPLING, *DIFFUSION) if model.OBJECTIVE == 'unclip' else SAMPLING
   return {name: values[name].value for name in names}
+
+
+def told(values: flags.FlagValues, model: Any) -> dict[str, Any]:
+  """What to write down beside pictures of how they were drawn."""
+  return sampling(values, model) | {name: values[name].value for name in changed(values, *PARTS)}

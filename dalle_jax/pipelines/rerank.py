@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dalle_jax.data.bpe import TextEncoder, text_encoder
-from dalle_jax.functional.pixels import to_float
+from dalle_jax.functional.pixels import resized, to_float
 from dalle_jax.models import clip
 from dalle_jax.training import checkpoint, sharding
 
@@ -25,7 +25,8 @@ class Reranker:
     apply = lambda params, x, method: model.apply({'params': params}, x, method=method)
     jit = functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
     self._text = jit(functools.partial(apply, method='encode_text'))
-    sized = lambda images: clip.resized(to_float(images), model.image_size)
+    side = model.side
+    sized = lambda images: resized(to_float(images), side)
     self._image = jit(lambda params, images: apply(params, sized(images), method='encode_image'))
 
   @classmethod

@@ -11,12 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.data import ops
+from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.models import prior, unclip, upsampler
+from dalle_jax.models.clip import normalize
+from dalle_jax.models.clip_reader import Caption
 from dalle_jax.pipelines.generator import request_keys
 from dalle_jax.pipelines.pictures import Painter, Sample, check_prompts
 from dalle_jax.training import checkpoint
+
+UPSAMPLERS = ('upsampler', *(f'upsampler_{i}' for i in range(2, 10)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +45,11 @@ class Drawing:
 class UnCLIP(Painter):
   """A trained decoder with its CLIP, its prior, its upsamplers, and, if wanted, another CLIP that ranks what it draws.
 
-  Frozen runs are 'clip', 'prior' (not needed for variations), 'upsampler', 'upsampler_2', ..., each of which takes up
-  where the one before ends.
+  Frozen runs are 'clip', 'prior' (not needed for variations), and of UPSAMPLERS any, each of which takes up where the
+  one before ends.
   """
+
+  BATCH = 16
 
   OBJECTIVE = 'unclip'
   NEEDS, WORDS = ('clip',), 'clip'
@@ -53,18 +60,17 @@ class UnCLIP(Painter):
       raise ValueError('unCLIP draws all of a picture at once, so weights in int8 gain nothing; leave it out.')
     clip = frozen['clip']
     self.model, self.reader = unclip.of_run(self.config, clip.config)
-    self.params = {'unclip': run.network('unclip'), 'clip': clip.network('clip')}
+    self.params = {'clip': clip.network('clip'), 'unclip': ready(run.network('unclip'), self.model.dtype)}
     self.guess = None
     if 'prior' in frozen:
-      self.guess, reader = prior.of_run(of_kind(frozen, 'prior', 'prior').config, clip.config)
-      self.params['prior'] = frozen['prior'].network('prior')
-      if reader.raw != self.reader.raw:
-        raise ValueError('the prior and the decoder do not scale the embeddings of CLIP alike (model.raw).')
+      check_clip(of_kind(frozen, 'prior', 'prior'), run, self.model)
+      self.guess, _ = prior.of_run(frozen['prior'].config, clip.config)
+      self.params['prior'] = ready(frozen['prior'].network('prior'), self.guess.dtype)
     self.upsamplers: dict[str, upsampler.Upsampler] = {}
     self.image_size = self.model.image_size
-    for name in sorted(k for k in frozen if k.startswith('upsampler')):
+    for name in (name for name in UPSAMPLERS if name in frozen):
       self.upsamplers[name] = upsampler.of_run(of_kind(frozen, name, 'upsampler').config)
-      self.params[name] = frozen[name].params
+      self.params[name] = ready(frozen[name].params, self.upsamplers[name].dtype)
       if (low := self.upsamplers[name].low_size) != self.image_size:
         raise ValueError(f'the {name} takes pictures of {low} pixels a side, and gets {self.image_size}.')
       self.image_size = self.upsamplers[name].image_size
@@ -72,14 +78,20 @@ class UnCLIP(Painter):
     self._look = self._jit(lambda params, images: self.reader.look(params['clip'], to_float(images)))
 
   @classmethod
-  def load(cls, path: str | Path, *, prior: str | Path = '', upsampler: Sequence[str | Path] = (), **options: Any):
+  def load(
+    cls, path: str | Path, *, prior: str | Path = '', upsampler: Sequence[str | Path] | None = None, **options: Any
+  ):
     """As `Generator.load`; with `prior` and `upsampler`, runs in place of those in the directory of the decoder.
 
-    Raises ValueError when a run is of another kind, or sizes do not go together.
+    `upsampler` are several, each of which takes up where the one before ends; [] for none. Raises ValueError when a run
+    is of another kind, or does not go with the others.
     """
     parts = {'prior': prior} if prior else {}
-    given = [upsampler] if isinstance(upsampler, (str, Path)) else upsampler
-    parts |= {f'upsampler_{i}' if i > 1 else 'upsampler': p for i, p in enumerate(given, 1)}
+    if upsampler is not None:
+      given = [upsampler] if isinstance(upsampler, (str, Path)) else list(upsampler)
+      if len(given) > len(UPSAMPLERS):
+        raise ValueError(f'there are {len(given)} upsamplers; {len(UPSAMPLERS)} are the most there can be.')
+      parts |= dict(zip(UPSAMPLERS, [*given, *[''] * (len(UPSAMPLERS) - len(given))], strict=True))
     return super().load(path, **options, parts=parts)
 
   def sample(
@@ -139,13 +151,11 @@ class UnCLIP(Painter):
   ) -> list[Sample]:
     """Draws `n` pictures that CLIP sees as each of `images`: paths, bytes, PIL images or uint8[H, W, 3], cropped.
 
-    No caption is read (section 3.1). Arguments and errors are as of `sample`; ValueError for a CLIP without pictures.
+    No caption is read (section 3.1). Arguments and errors are as of `sample`; ValueError for a CLIP that sees none.
     """
-    if 'image' not in self.params['clip']:
-      raise ValueError('this CLIP came without its tower for pictures, so none can be varied; convert it with it.')
-    if isinstance(images, (str, bytes, Path)) or not len(images):
+    size, several = self.reader.model.side, isinstance(images, (list, tuple)) or np.ndim(images) == 4
+    if not several or not len(images):
       raise ValueError('images must be a list of pictures, one or more.')
-    size = self.reader.model.image_size
     given = np.stack([ops.open_picture(x, size, f'picture {i}') for i, x in enumerate(images)])
     embeds = np.asarray(self._look(self.params, given))
     how = Drawing(guidance, steps=steps, upsampler_steps=upsampler_steps)
@@ -156,11 +166,11 @@ class UnCLIP(Painter):
 
   def _call(self, how: Drawing) -> Any:
     """Raises ValueError for numbers of steps that training does not have."""
-    self.model.diffusion.timesteps(how.steps)
+    self.model.diffusion.timesteps(how.steps, 'steps')
     for module in self.upsamplers.values():
-      module.diffusion.timesteps(how.upsampler_steps)
+      module.diffusion.timesteps(how.upsampler_steps, 'upsampler_steps')
     if self.guess is not None:
-      self.guess.diffusion.timesteps(how.prior_steps)
+      self.guess.diffusion.timesteps(how.prior_steps, 'prior_steps')
     if how.priors < 1:
       raise ValueError(f'priors is {how.priors}; expected one embedding a picture or more.')
     return lambda batch, seed: (self._draw(self.params, batch, seed, how=how), None)
@@ -175,24 +185,43 @@ class UnCLIP(Painter):
     caption = jax.tree.map(each, self.reader.read(params['clip'], batch['text']))
     empty = self.reader.read(params['clip'], jnp.asarray(self.reader.empty)[None])
     empty = jax.tree.map(lambda x: jnp.repeat(x, len(keys), axis=0), empty)
-    of = lambda module, name, player: lambda *x, **kw: module.apply({'params': params[name][player]}, *x, **kw)
     if 'embed' in batch:
       embed = each(batch['embed'])
     else:
-      apply = lambda *x, **kw: self.guess.apply({'params': params['prior']}, *x, **kw)
-      draw = functools.partial(prior.guess, self.guess, apply, guidance=how.prior_guidance)
-      steps = self.guess.diffusion.timesteps(how.prior_steps)
-      embeds = jnp.stack([draw(caption, empty, stage(1 + i), steps) for i in range(how.priors)])  # (P, B n, E)
-      best = jnp.einsum('pbe,be->pb', embeds, caption.embed).argmax(0)
-      embed = jnp.take_along_axis(embeds, best[None, :, None], 0)[0]
+      embed = self._guess_embed(params['prior'], caption, empty, stage, how)
     apply = lambda *x: self.model.apply({'params': params['unclip']}, *x)
     steps = self.model.diffusion.timesteps(how.steps)
     x = unclip.paint(self.model, apply, embed, caption, empty, stage(0), steps, how.guidance)
     for i, (name, module) in enumerate(self.upsamplers.items()):
-      last = of(module, name, 'last') if module.last else None
+      of = {player: functools.partial(module.apply, {'params': own}) for player, own in params[name].items()}
       steps = module.diffusion.timesteps(how.upsampler_steps)
-      x = upsampler.widen(module, of(module, name, 'upsampler'), x, stage(2**20 + i), steps, last)
+      x = upsampler.widen(module, of['upsampler'], x, stage(2**20 + i), steps, of.get('last'))
     return to_uint8(x).reshape(-1, n, *x.shape[1:])
+
+  def _guess_embed(self, params: Any, caption: Caption, empty: Caption, stage: Any, how: Drawing) -> jax.Array:
+    """Of `how.priors` guesses for each caption that whose direction is nearest to the caption's embedding: [B, E]."""
+    several = lambda x: jnp.tile(x, (how.priors, *(1,) * (x.ndim - 1)))  # (P B, ...)
+    keys, apply = jnp.concatenate([stage(1 + i) for i in range(how.priors)]), self.guess.apply
+    steps = self.guess.diffusion.timesteps(how.prior_steps)
+    captions = (jax.tree.map(several, c) for c in (caption, empty))
+    apply = functools.partial(apply, {'params': params})
+    embeds = self.reader.scaled(prior.guess(self.guess, apply, *captions, keys, steps, how.prior_guidance))
+    embeds = embeds.reshape(how.priors, len(caption.embed), -1)
+    best = jnp.einsum('pbe,be->pb', normalize(embeds), caption.embed).argmax(0)
+    return jnp.take_along_axis(embeds, best[None, :, None], 0)[0]
+
+
+def ready(params: Any, dtype: Any) -> Any:
+  """Parameters as drawing reads them: kernels in the type of computation."""
+  return decoding.compute_params(params, dtype)
+
+
+def check_clip(guess: checkpoint.Run, run: checkpoint.Run, model: unclip.UnCLIP) -> None:
+  """Raises ValueError when a prior was trained with another CLIP than a decoder."""
+  origins = [checkpoint.origin(path) for path in (guess.frozen.get('clip'), run.frozen.get('clip')) if path]
+  sizes = {len(guess.network('prior')['mean']), model.embed_dim}
+  if len(set(origins)) > 1 or len(sizes) > 1 or guess.config['model'].get('raw', False) != model.raw:
+    raise ValueError(f'the prior {guess.path} was trained with another CLIP than {run.path}; train it with the same.')
 
 
 def of_kind(frozen: dict[str, checkpoint.Run], name: str, kind: str) -> checkpoint.Run:

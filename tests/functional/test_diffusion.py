@@ -32,8 +32,8 @@ def test_steps_are_spread_evenly_from_the_last_to_the_first():
   assert Diffusion().timesteps(3) == (999, 500, 0)
   assert Diffusion(8).timesteps(8) == tuple(range(7, -1, -1))
   for count in (1, 9):
-    with pytest.raises(ValueError, match=f'{count} steps of diffusion; expected 2 to 8'):
-      Diffusion(8).timesteps(count)
+    with pytest.raises(ValueError, match=f'prior_steps is {count}; expected 2 to 8'):
+      Diffusion(8).timesteps(count, 'prior_steps')
 
 
 @pytest.mark.parametrize(('later', 'earlier'), [(999, 700), (700, 699), (10, 3), (1, 0)])
@@ -113,6 +113,12 @@ def test_losses_of_what_is_right_and_who_learns_from_them():
   slope = jax.grad(lambda out: diffusion.losses(d, out, start, x, t, NOISE)[1].sum())(wrong + 0.5)
   np.testing.assert_array_equal(slope[..., :2], 0)
   assert (jnp.abs(slope[1:, ..., 2:]) > 0).any() and bool(jnp.isfinite(slope).all())
+  kept = d.kept()[t][:, None, None, None]
+  velocity = np.sqrt(kept) * NOISE - np.sqrt(1 - kept) * start
+  both = Diffusion(variance='learned', predicts='velocity')
+  simple, bound = diffusion.losses(both, right.at[..., :2].set(velocity), start, x, t, NOISE)
+  np.testing.assert_allclose(simple, 0, atol=1e-6)
+  np.testing.assert_allclose(bound[1:], 0, atol=1e-4)
   small = Diffusion(predicts='start')
   simple, bound = diffusion.losses(small, start + 0.2, start, x, t, NOISE)
   np.testing.assert_allclose(simple, 0.04, rtol=1e-4)
@@ -124,3 +130,5 @@ def test_errors():
     Diffusion(schedule='sigmoid')
   with pytest.raises(ValueError, match='diffusion has 1 steps'):
     Diffusion(1)
+  with pytest.raises(ValueError, match='schedule linear needs more than 20'):
+    Diffusion(20, 'linear')

@@ -121,7 +121,7 @@ def test_the_story_token_knows_all_captions_and_their_order():
   swapped = token(TEXT[:, [0, 2, 1, 3]])
   assert changed(token(TEXT), swapped).all()
   # Words, not padding: a caption that is longer by padding alone is the same caption.
-  np.testing.assert_allclose(sinusoid(5, 8)[3, [0, 4]], [np.sin(3), np.cos(3)], atol=1e-6)
+  np.testing.assert_allclose(sinusoid(jnp.arange(5), 8)[3, [0, 4]], [np.sin(3), np.cos(3)], atol=1e-6)
   first = forward()(text=third)
   assert changed(first[1], forward()()[1])[0, 0].all()  # caption 3 is felt in every image token of frame 1
 

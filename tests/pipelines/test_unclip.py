@@ -1,6 +1,8 @@
 """unCLIP as its user meets it, with runs of random parameters: captions, variations, scripts, what is refused."""
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -13,10 +15,10 @@ from dalle_jax.convert import __main__ as convert
 from dalle_jax.data import bpe
 from dalle_jax.data.sources import shapes
 from dalle_jax.models import clip, prior, unclip, upsampler
-from dalle_jax.objectives.prior import example
+from dalle_jax.models.clip_reader import Caption
 from dalle_jax.pipelines import generator
 from dalle_jax.pipelines.unclip import UnCLIP
-from dalle_jax.training import sharding
+from dalle_jax.training import checkpoint, sharding
 from tests import runs
 
 SOURCE = shapes.load('test', image_size=24)
@@ -36,13 +38,14 @@ def root(tmp_path_factory):
   own = {'model': {'variant': 'test'}, 'data': data, 'tokenizer': {'vocab_size': 0}}
   model, _ = prior.of_run(own, c)
   embed = np.zeros((1, 16), np.float32)
-  runs.write(root / 'prior', 'prior', model, own, embed, step, example(model))
+  caption = Caption.blank(dict(embed_dim=16, text_width=16, text_length=8))
+  runs.write(root / 'prior', 'prior', model, own, embed, step, caption, frozen=['clip'])
   for name, sizes in (('upsampler', {}), ('upsampler_2', dict(image_size=64, low_size=32))):
     fields = {**own, 'model': {'variant': 'test', **sizes}}
     module = upsampler.of_run(fields)
     runs.write(root / name, 'upsampler', module, fields, picture(module.image_size), step, picture(module.low_size))
   model, _ = unclip.of_run(own, c)
-  inputs = (picture(16), step, embed, example(model), np.ones(1, bool))
+  inputs = (picture(16), step, embed, caption, np.ones(1, bool))
   whole = ('clip', 'prior', 'upsampler')
   runs.write(root / 'unclip', 'unclip', model, own, *inputs, frozen=whole)
   runs.write(root / 'bare', 'unclip', model, own, *inputs, frozen=['clip'])
@@ -113,13 +116,25 @@ def test_upsamplers_take_up_where_the_one_before_ends(root):
   assert alone.sample(PROMPTS[:1], **QUICK)[0].images.shape == (1, 16, 16, 3) and small.shape == (1, 32, 32, 3)
   with pytest.raises(ValueError, match='the upsampler takes pictures of 32 pixels a side, and gets 16'):
     UnCLIP.load(root / 'bare', upsampler=[root / 'upsampler_2'])
+  assert UnCLIP.load(root / 'unclip', upsampler=[]).image_size == 16
+
+
+def test_a_prior_of_another_clip_is_refused(root, tmp_path):
+  shutil.copytree(root / 'clip', tmp_path / 'clip')
+  own = checkpoint.load_run(root / 'prior')
+  checkpoint.export_run(tmp_path / 'prior', dataclasses.replace(own, frozen={'clip': str(tmp_path / 'clip')}))
+  meta = next((tmp_path / 'prior' / 'frozen' / 'clip' / 'checkpoints').glob('*/meta/metadata'))
+  meta.write_text(meta.read_text().replace(str(root), 'elsewhere'))
+  with pytest.raises(ValueError, match='was trained with another CLIP than'):
+    UnCLIP.load(root / 'bare', prior=tmp_path / 'prior')
 
 
 def test_what_is_refused(root, model, tmp_path):
   for options, message in (
     (dict(prompts='a circle'), 'prompts must be a list of strings'),
     (dict(top_k=3), 'unCLIP has no tokens, so no top_k'),
-    (dict(steps=1), '1 steps of diffusion; expected 2 to 1000'),
+    (dict(steps=1), 'steps is 1; expected 2 to 1000'),
+    (dict(prior_steps=1001), 'prior_steps is 1001; expected 2 to 1000'),
     (dict(priors=0), 'priors is 0; expected one embedding a picture or more'),
     (dict(n=0), 'n is 0'),
   ):
@@ -128,8 +143,9 @@ def test_what_is_refused(root, model, tmp_path):
   bare = UnCLIP.load(root / 'bare')
   with pytest.raises(ValueError, match='has no prior, so it draws nothing from captions'):
     bare.sample(PROMPTS)
-  with pytest.raises(ValueError, match='images must be a list of pictures'):
-    bare.variations('photo.png')
+  for images in ('photo.png', [], np.zeros((16, 16, 3), np.uint8), Image.new('RGB', (16, 16))):
+    with pytest.raises(ValueError, match='images must be a list of pictures'):
+      bare.variations(images)
   with pytest.raises(ValueError, match='weights in int8 gain nothing'):
     UnCLIP.load(root / 'unclip', int8=True)
   with pytest.raises(ValueError, match="is a run of 'clip'; expected one of the objective prior"):
@@ -149,7 +165,7 @@ def test_scripts(root, tmp_path, capsys):
   capsys.readouterr()
   for arguments, message in (
     (['--run', root / 'clip', '--prompt', 'x', '--steps', '3'], '--steps is for an unCLIP'),
-    (['--run', root / 'unclip', '--vary', picture, '--prompt', 'x'], '--vary draws without a caption'),
+    (['--run', root / 'unclip', '--vary', picture, '--prompt', 'x'], '--vary draws of a picture alone'),
     (['--run', root / 'unclip', '--vary', picture, '--priors', '3'], '--priors is not for --vary'),
     (['--run', root / 'unclip', '--vary', 'none.png'], 'there is no picture'),
     (['--run', root / 'unclip', '--prompt', 'x', '--keep_rows', '2'], 'has no image tokens to keep'),
@@ -174,5 +190,9 @@ def test_an_imported_karlo_draws_and_varies(tmp_path, capsys):
   assert model.variations([found.images[0]], steps=3, upsampler_steps=2)[0].images.shape == (1, 32, 32, 3)
   assert read(tmp_path / 'words') == 0
   assert 'varies no pictures' in capsys.readouterr().out
-  with pytest.raises(ValueError, match='this CLIP came without its tower for pictures'):
-    generator.load(tmp_path / 'words').variations([found.images[0]])
+  for what in (
+    lambda: generator.load(tmp_path / 'words').variations([found.images[0]]),
+    lambda: UnCLIP.load(out, clip=tmp_path / 'words' / 'frozen' / 'clip'),
+  ):
+    with pytest.raises(ValueError, match='this CLIP came without its tower for pictures'):
+      what()

@@ -34,6 +34,8 @@ from dalle_jax.models import clip, prior, unclip, upsampler
 from dalle_jax.models.clip_reader import Caption, ClipReader
 
 EXPECTED = 'a folder of diffusers with model_index.json, decoder/, text_proj/, super_res_first/, text_encoder/, ...'
+PIPELINES = ('UnCLIPPipeline', 'UnCLIPImageVariationPipeline')
+WEIGHTS = ('diffusion_pytorch_model', 'model', 'pytorch_model')  # .safetensors or .bin
 DOWN = {'ResnetDownsampleBlock2D': False, 'SimpleCrossAttnDownBlock2D': True}  # whether they have attention
 SHIFTS = {'default': 'add', 'scale_shift': 'scale'}
 
@@ -41,8 +43,9 @@ SHIFTS = {'default': 'add', 'scale_shift': 'scale'}
 def read(path: Path, *, image_encoder: str = '', **options: Any) -> Imported:
   """Raises ValueError and OSError of one line."""
   path = Path(path).expanduser()
-  if not (path / 'model_index.json').is_file():
-    raise FileNotFoundError(f'{path} has no model_index.json; expected {EXPECTED}.')
+  index = files.find(path, 'model_index.json', expected=EXPECTED)
+  if (kind := files.config(index).get('_class_name')) not in PIPELINES:
+    raise ValueError(f'{index} describes a {kind!r}; expected one of {", ".join(PIPELINES)}.')
   pictures = Path(image_encoder).expanduser() if image_encoder else path
   pictures = pictures if pictures.name == 'image_encoder' else pictures / 'image_encoder'
   if image_encoder and not pictures.is_dir():
@@ -67,7 +70,7 @@ def read(path: Path, *, image_encoder: str = '', **options: Any) -> Imported:
 def _part(path: Path, name: str) -> tuple[Path, dict[str, Any], str, dict[str, Any]]:
   """The file of a part's config, the config, the name and the tensors of its weights."""
   file = files.find(path / name, 'config.json', expected=EXPECTED)
-  patterns = ('*.safetensors', '*.bin')
+  patterns = [f'{stem}.{kind}' for kind in ('safetensors', 'bin') for stem in WEIGHTS]
   weights = files.find(path / name, *patterns, expected=f'the weights of {name}')
   return file, files.config(file), str(weights), files.state_dict(weights)
 
@@ -83,6 +86,9 @@ def _diffusion(path: Path, name: str, **expected: Any) -> tuple[Path, dict[str, 
   for key, value in (dict(beta_schedule='squaredcos_cap_v2', clip_sample=True) | expected).items():
     if config[key] != value:
       raise ValueError(f'{file} has {key} {config[key]!r}; only {value!r} can be read.')
+  for key in ('num_train_timesteps', 'clip_sample_range'):
+    if not isinstance(config[key], (int, float)):
+      raise ValueError(f'{file} has {key} {config[key]!r}; expected a number.')
   return file, config
 
 
@@ -108,7 +114,7 @@ def of_clip(path: Path, pictures: Path | None) -> Imported:
     if image_config.get('projection_dim') != embed_dim:
       raise ValueError(f'{image_file} has projection_dim {image_config.get("projection_dim")}, {file} {embed_dim}.')
   model = clip_source.both(file, image, fields, embed_dim)
-  model.setdefault('image_size', 224)
+  model.setdefault('image_size', 0)  # no tower for pictures
   module = clip.build(**model, vocab_size=words, text_length=length)
   if pictures:
     size = model['image_size']
@@ -160,10 +166,12 @@ def of_upsampler(path: Path) -> Imported:
   if attention:
     raise ValueError(f'{file} has attention; expected an upsampler of convolutions alone.')
   del fields['attention'], fields['head_dim']
-  _, schedule = _diffusion(path, 'super_res_scheduler', prediction_type='epsilon', variance_type='fixed_small_log')
+  noise = dict(prediction_type='epsilon', variance_type='fixed_small_log', clip_sample_range=1.0)
+  _, schedule = _diffusion(path, 'super_res_scheduler', **noise)
   size = files.fields(file, config, 'sample_size')['sample_size']
-  low = files.fields(path / 'decoder' / 'config.json', files.config(path / 'decoder' / 'config.json'), 'sample_size')
-  fields |= dict(variant='karlo', image_size=size, low_size=low['sample_size'], last=True)
+  decoder = files.find(path / 'decoder', 'config.json', expected=EXPECTED)
+  low = files.fields(decoder, files.config(decoder), 'sample_size')
+  fields |= dict(variant='karlo', image_size=size, low_size=low['sample_size'])
   fields['steps'] = schedule['num_train_timesteps']
   _only(file, config, in_channels=6, out_channels=3)
   module = upsampler.build(**fields)
@@ -183,11 +191,14 @@ def of_decoder(
   file, config, weights, theirs = _part(path, 'decoder')
   text_file, text, text_weights, more = _part(path, 'text_proj')
   _only(file, config, in_channels=3, out_channels=6, class_embed_type='identity', time_embedding_dim=None)
-  _, schedule = _diffusion(path, 'decoder_scheduler', prediction_type='epsilon', variance_type='learned_range')
-  _only(path / 'decoder_scheduler', schedule, clip_sample_range=1.0)
+  noise = dict(prediction_type='epsilon', variance_type='learned_range', clip_sample_range=1.0)
+  _, schedule = _diffusion(path, 'decoder_scheduler', **noise)
   fields, attention = _unet_fields(file, config)
   tokens = text.get('clip_extra_context_tokens', 4)
   wide = files.fields(text_file, text, 'cross_attention_dim')['cross_attention_dim']
+  made = more.get('clip_extra_context_tokens_proj.bias')
+  if made is not None and made.shape != (tokens * wide,):
+    raise ValueError(f'{text_file} names {tokens} tokens of {wide} numbers, its weights make {made.shape[0]} of them.')
   fields |= dict(variant='karlo', image_size=size, extra_tokens=tokens, context_dim=wide, raw=True)
   fields['steps'] = schedule['num_train_timesteps']
   module = unclip.build(**fields, **reader.sizes)
@@ -221,6 +232,8 @@ def _unet_fields(file: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any],
   """Fields of our `models.unet.UNet`, and its levels with attention. Raises ValueError for another kind of U-Net."""
   names = ('block_out_channels', 'layers_per_block', 'down_block_types', 'up_block_types', 'norm_num_groups')
   c = files.fields(file, config, *names)
+  if wrong := [k for k in names if not isinstance(c[k], int if k in ('layers_per_block', 'norm_num_groups') else list)]:
+    raise ValueError(f'{file} has {wrong[0]} {c[wrong[0]]!r}; expected the config of a U-Net of diffusers.')
   if unknown := sorted(set(c['down_block_types']) - set(DOWN)):
     raise ValueError(f'{file} has blocks {", ".join(unknown)}; expected {", ".join(DOWN)}.')
   attention = tuple(i for i, kind in enumerate(c['down_block_types']) if DOWN[kind])
@@ -236,8 +249,6 @@ def _unet_fields(file: Path, config: Mapping[str, Any]) -> tuple[dict[str, Any],
   if attention:
     del same['add_attention']
   _only(file, config, **same, mid_block_type='UNetMidBlock2DSimpleCrossAttn' if attention else 'UNetMidBlock2D')
-  if not isinstance(c['layers_per_block'], int):
-    raise ValueError(f'{file} has layers_per_block {c["layers_per_block"]}; expected one number.')
   fields = dict(
     channels=tuple(c['block_out_channels']),
     num_res_blocks=c['layers_per_block'],
@@ -294,12 +305,8 @@ def _steps() -> jax.ShapeDtypeStruct:
 
 def _network(module: Any, reader: ClipReader, *inputs: tuple[int, ...]) -> Network:
   """Of a module that takes what is noisy, its step, maybe an embedding, and a caption."""
-  m = reader.model
-  shape = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct(s, dtype)
-  n = m.text_length
-  caption = Caption(shape(1, m.embed_dim), shape(1, n, m.text_width), shape(1, n, dtype=jnp.bool_))
   noisy, *more = inputs
-  return Network.of(module, noisy, _steps(), *more, caption)
+  return Network.of(module, noisy, _steps(), *more, Caption.blank(reader.sizes))
 
 
 def _imported(
