@@ -10,6 +10,7 @@ from PIL import Image
 
 import evaluate
 import sample
+import train
 from configs import common
 from dalle_jax.convert import __main__ as convert
 from dalle_jax.data import bpe
@@ -127,6 +128,30 @@ def test_a_prior_of_another_clip_is_refused(root, tmp_path):
   meta.write_text(meta.read_text().replace(str(root), 'elsewhere'))
   with pytest.raises(ValueError, match='was trained with another CLIP than'):
     UnCLIP.load(root / 'bare', prior=tmp_path / 'prior')
+
+
+def test_the_recipe_trains_a_decoder_that_draws_with_its_parts(root, tmp_path):
+  flags = ['model.variant=test', 'data.image_size=24', 'data.source_args.image_size=24', 'data.source_args.count=20']
+  flags += ['data.batch_size=8', 'train.steps=2', 'train.eval_every=2', 'train.checkpoint_every=1', 'train.log_every=1']
+  flags += ['train.pictures=2', 'train.eval_batches=1', 'loss.sampling_steps=2', f'root={tmp_path}']
+  flags += [f'frozen.{name}={root / name}' for name in ('clip', 'prior', 'upsampler')]
+  recipe = f'--config={runs.ROOT}/configs/unclip_shapes.py:unclip'
+  assert train.main(['train.py', recipe, *(f'--config.{flag}' for flag in flags)]) == 0
+  found = json.loads((tmp_path / 'unclip' / 'metrics.jsonl').read_text().splitlines()[-1])
+  assert found['step'] == 2 and np.isfinite([found['val_loss'], found['val_bound']]).all()
+  shown = Image.open(tmp_path / 'unclip' / 'pictures' / 'samples_0000002.png').size
+  assert shown == (3 * (2 * 16 + 2) + 2, 3 * (16 + 2) + 2)  # eight pairs, one a device, in three columns
+  assert UnCLIP.load(tmp_path / 'unclip').sample(PROMPTS[:1], **QUICK)[0].images.shape == (1, 32, 32, 3)
+
+
+def test_training_keeps_no_network_that_it_does_not_read(root, tmp_path):
+  c = common.base()
+  for kept, given in (('prior', 'prior'), ('upsampler', 'upsampler')):  # the second takes its place
+    c.frozen = dict(clip=str(root / 'clip'), prior=str(root / given))
+    with sharding.use(c.mesh, c.rules) as mesh:
+      found = train.frozen_runs(c, tmp_path / 'run', mesh, started=True, reads=('clip',))
+    assert set(found) == {'clip'}
+    assert checkpoint.load_run(tmp_path / 'run' / 'frozen' / 'prior').config['objective'] == kept
 
 
 def test_what_is_refused(root, model, tmp_path):
