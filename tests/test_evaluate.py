@@ -59,6 +59,12 @@ def root(tmp_path_factory):
   return root
 
 
+@pytest.fixture(autouse=True)
+def few_at_once(monkeypatch):
+  """A batch is filled up, and through Inception-v3 each picture takes its time."""
+  monkeypatch.setattr(fid, 'BATCH', 8)
+
+
 @pytest.fixture
 def run(tmp_path):
   return lambda *arguments: runs.call(evaluate, '--out', tmp_path / 'out', *arguments)

@@ -143,7 +143,7 @@ def test_crowded_pictures_are_compared_cell_by_cell():
 
 def test_large_pictures_are_read_too():
   for size in (96, 99):  # 99 by three, as two does not divide it
-    images, scenes = _pictures(shapes.load('test', image_size=size), 10)
+    images, scenes = _pictures(shapes.load('test', image_size=size), 4)
     assert Oracle(size).score(images, scenes)['all'].all()
   with pytest.raises(ValueError, match='image_size 299 has no divisor from 4 to 9; use a multiple of 4'):
     Oracle(299)
