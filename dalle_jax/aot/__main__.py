@@ -5,6 +5,7 @@
     --config.mesh.tensor=2
   python -m dalle_jax.aot --config configs/dalle_paper.py:1.3b --topology v5e:4x4 --program sampler --pictures 8 \\
     --config.mesh.data=-1 --config.mesh.fsdp=1
+  python -m dalle_jax.aot --config configs/unclip_paper.py:unclip --topology v5e:16x16 --program step
 Needs libtpu (pip install 'dalle_jax[aot]'), and exits with 1 when a program does not fit. docs/scaling.md says what the
 estimates are worth. `--debug` shows the traceback of an error that is otherwise one line.
 """
@@ -32,6 +33,7 @@ EXAMPLES = 'v5e:4x4, v6e:16x16, v5p:8x8x4'
 def own_flags() -> flags.FlagValues:
   found = flags.FlagValues()
   flags.DEFINE_string('topology', '', f'generation and chips of the torus: {EXAMPLES}', flag_values=found)
+  flags.DEFINE_string('clip', 'vit_l14', 'variant of the frozen CLIP', flag_values=found)
   flags.DEFINE_integer('batch_per_chip', 0, "data.batch_size / chips; 0: the config's batch", 0, flag_values=found)
   flags.DEFINE_string('vqgan', 'f8_8192', 'variant of the frozen VQGAN', flag_values=found)
   flags.DEFINE_multi_enum('program', PROGRAMS, PROGRAMS, 'what to compile; may be repeated', flag_values=found)
@@ -58,7 +60,8 @@ def check(
   config,
   devices: Sequence[jax.Device],
   *,
-  vqgan: str,
+  vqgan: str = '',
+  clip: str = '',
   batch_per_chip: int = 0,
   programs: Sequence[str] = PROGRAMS,
   pictures: int = 1,
@@ -67,7 +70,7 @@ def check(
   if 'step' not in programs and config.objective != 'dalle':
     raise ValueError(f'only the sampler of the objective dalle is compiled, not that of {config.objective}; use step.')
   with sharding.use(config.mesh, config.rules, devices) as mesh:
-    plan = Plan(config, mesh, vqgan=vqgan, batch_per_chip=batch_per_chip)
+    plan = Plan(config, mesh, vqgan=vqgan, clip_variant=clip, batch_per_chip=batch_per_chip)
     shape = ', '.join(f'{k} {v}' for k, v in mesh.shape.items())
     print(f'{mesh.size} x {devices[0].device_kind}, mesh {shape}')
     for name, count in plan.parameters.items():
@@ -98,7 +101,8 @@ def report(plan: Plan, program: Program, mesh: jax.sharding.Mesh) -> bool:
     parts += f'; of {chip.hbm / GB:.1f} ({100 * program.bytes / chip.hbm:.0f}%), {"fits" if fits else "DOES NOT FIT"}'
   print(f'{"memory a chip":<16}{program.bytes / GB:.2f} GB: {parts}')
   flops = sum(r.times * r.flops for r in program.regions)
-  model = plan.objective.flops(plan.batch) / mesh.size if program.name == 'step' else 0.0
+  counts = program.name == 'step' and hasattr(plan.objective, 'flops')
+  model = plan.objective.flops(plan.batch) / mesh.size if counts else 0.0
   against = f', {flops / model:.2f} x those of the model, {model:.3e}' if model else ''
   print(f'{"FLOPs a chip":<16}{flops:.3e}{against}')
   torus = roofline.Torus.of(mesh.devices.flat) if chip else None
@@ -141,8 +145,8 @@ def main(argv: list[str]) -> int:
       raise ValueError(f'this config has the stages {", ".join(config.stages)}; choose one: --config FILE.py:STAGE.')
     devices = devices_of(options.topology)
     config = config.copy_and_resolve_references()
-    sizes = dict(vqgan=options.vqgan, batch_per_chip=options.batch_per_chip, pictures=options.pictures)
-    fits = check(config, devices, programs=options.program, **sizes)
+    names = ('vqgan', 'clip', 'batch_per_chip', 'pictures')
+    fits = check(config, devices, programs=options.program, **{name: options[name].value for name in names})
   except errors.EXPECTED as e:
     return errors.report(e, '--debug' in argv)
   return 0 if fits else 1

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.aot import hlo
 from dalle_jax.functional import decoding
-from dalle_jax.models import image_tokenizer
+from dalle_jax.models import clip, image_tokenizer
 from dalle_jax.training import config as config_lib
 from dalle_jax.training import loop, optim, sharding
 from dalle_jax.training import state as state_lib
@@ -50,15 +50,20 @@ class Plan:
     frozen: parameters of the networks that the step takes beside it.
   """
 
-  def __init__(self, config: ConfigDict, mesh: Mesh, *, vqgan: str, batch_per_chip: int = 0):
-    """`vqgan` is the variant of the frozen one; with a `batch_per_chip` of 0 the batch is that of the config.
+  def __init__(
+    self, config: ConfigDict, mesh: Mesh, *, vqgan: str = '', clip_variant: str = '', batch_per_chip: int = 0
+  ):
+    """`vqgan` and `clip_variant` are the frozen ones; with a `batch_per_chip` of 0 the batch is that of the config.
 
     Raises ValueError for a config that needs other frozen networks, or a batch that does not fit the mesh.
     """
-    if others := sorted(set(config.frozen) - {'vqgan'}):
-      raise ValueError(f'config.frozen has {", ".join(others)}; only a VQGAN can be stood in for by its shapes.')
-    self.config, self.mesh = config, mesh
-    self.known = {name: {'objective': name, 'model': {'variant': vqgan}} for name in config.frozen}
+    if others := sorted(set(config.frozen) - {'vqgan', 'clip'}):
+      raise ValueError(f'config.frozen has {", ".join(others)}; shapes can stand in for a VQGAN and a CLIP alone.')
+    self.config, self.mesh, self.known = config, mesh, {}
+    if 'vqgan' in config.frozen:
+      self.known['vqgan'] = {'objective': 'vqgan', 'model': {'variant': vqgan}}
+    if 'clip' in config.frozen:
+      self.known['clip'] = clip_run(clip_variant)
     room = config_lib.by_name('objectives', config.objective, 'config.objective')
     self.objective = room.from_config(config, self.known)
     size = batch_per_chip * mesh.size or config.data.batch_size
@@ -133,13 +138,19 @@ class Plan:
       shapes['tokens'] = jax.ShapeDtypeStruct((size, *pictures, length), jnp.int32)
     else:
       shapes['image'] = jax.ShapeDtypeStruct((size, *pictures, c.data.image_size, c.data.image_size, 3), jnp.uint8)
+    if 'clip' in self.known:
+      shapes['clip_text'] = jax.ShapeDtypeStruct((size, *frames, self.known['clip']['tokenizer']['length']), jnp.int32)
     return shapes
 
   def _network(self, name: str, run: Mapping[str, Any]) -> Any:
     """The parameters of a frozen network, laid out as loading its run would."""
-    model, size = image_tokenizer.of_run(run), self.config.data.image_size
-    image = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-    boxed = jax.eval_shape(lambda image: model.init(jax.random.key(0), image)['params'], image)
+    picture = lambda size: jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    if name == 'clip':
+      model = clip.of_run(run)
+      inputs = [picture(model.side), jax.ShapeDtypeStruct((1, model.text_length), jnp.int32)]
+    else:
+      model, inputs = image_tokenizer.of_run(run), [picture(self.config.data.image_size)]
+    boxed = jax.eval_shape(lambda *inputs: model.init(jax.random.key(0), *inputs)['params'], *inputs)
     params = sharding.unbox(boxed)
     where = sharding.shardings(params, sharding.logical_axes(boxed), self.mesh, self.config.rules)
     return jax.tree.map(_placed, params, where)
@@ -167,6 +178,15 @@ class Plan:
       memory.generated_code_size_in_bytes,
       tuple(hlo.regions(compiled.as_text(), self.mesh.size)),
     )
+
+
+def clip_run(variant: str) -> dict[str, Any]:
+  """The config of a CLIP with the words of OpenAI's."""
+  m = clip.build(variant)
+  words = dict(vocab_size=m.vocab_size, length=m.text_length, start=m.vocab_size - 2)
+  tokenizer = words | dict(end=m.vocab_size - 1, pad=m.vocab_size - 1)
+  model = dict(variant=variant)
+  return {'objective': 'clip', 'model': model, 'data': {'image_size': m.image_size}, 'tokenizer': tokenizer}
 
 
 def _layer(x: jax.ShapeDtypeStruct, _: int) -> jax.ShapeDtypeStruct:

@@ -29,6 +29,8 @@ VARIANTS = {
     text_length=24, embed_dim=128, image_pool='all', text_causal=False, unroll=3,
   ),
   'vit_b32': dict(),
+  'vit_l14': dict(patch=14, width=1024, layers=24, heads=16, text_width=768, text_heads=12, embed_dim=768,
+                  text_pool='max_id'),
 }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ VARIANTS = {
   'test': dict(image_size=16, channels=(8, 16), num_res_blocks=1, attention=(1,), head_dim=8, norm_groups=4,
                context_dim=16),
   'quickstart': dict(image_size=36, patch=2, channels=(48, 96), num_res_blocks=1, attention=(1,), head_dim=32,
-                     norm_groups=8, context_dim=96, predicts='velocity'),
+                     norm_groups=8, context_dim=96, predicts='velocity', positions=True),
   'karlo': dict(channels=(320, 640, 960, 1280), num_res_blocks=3, attention=(1, 2, 3), context_dim=1536),
   'paper': dict(channels=(512, 1024, 1536, 2048), num_res_blocks=3, attention=(1, 2, 3), context_dim=2048,
                 remat='full', dtype='bfloat16'),
@@ -37,7 +37,7 @@ class UnCLIP(nn.Module):
     image_size: side of the pictures in pixels.
     extra_tokens: how many are made of the picture's embedding.
     context_dim: width of all tokens that attention looks at.
-    channels, num_res_blocks, attention, head_dim, patch, norm_groups, remat: see `models.unet.UNet`.
+    channels, num_res_blocks, attention, head_dim, patch, positions, norm_groups, remat: see `models.unet.UNet`.
     embed_dim, text_width, text_length, raw, steps, schedule: as in `models.prior.Prior`.
     predicts: see `functional.diffusion.Diffusion`.
   """
@@ -50,6 +50,7 @@ class UnCLIP(nn.Module):
   extra_tokens: int = 4
   head_dim: int = 64
   patch: int = 1
+  positions: bool = False
   norm_groups: int = 32
   embed_dim: int = 512
   text_width: int = 512
@@ -73,7 +74,7 @@ class UnCLIP(nn.Module):
     self.no_image = self.param('no_image', boxed(nn.initializers.zeros, (None,)), (self.embed_dim,), jnp.float32)
     self.unet = UNet(
       3 * self.diffusion.outputs, self.channels, self.num_res_blocks, self.attention, self.head_dim,
-      self.patch, 'scale', self.norm_groups, remat=self.remat, dtype=self.dtype,
+      self.patch, self.positions, 'scale', self.norm_groups, remat=self.remat, dtype=self.dtype,
     )  # fmt: skip
 
   def __call__(

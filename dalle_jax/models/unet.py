@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layers.basic import Conv, GroupNorm
+from dalle_jax.layers.basic import Conv, GroupNorm, boxed
 from dalle_jax.layers.convnet import AttnBlock, ResBlock, depth_to_space, over_devices, space_to_depth
 from dalle_jax.layers.timesteps import TimeEmbed
 
@@ -22,6 +22,8 @@ class UNet(nn.Module):
     head_dim: channels of a head.
     patch: squares of patch x patch pixels become channels before the first convolution and pixels again after the last:
       cheap on small machines. 1 is the published network.
+    positions: whether each place has a vector of its own, added after the first convolution. Published networks have
+      none; a small one learns where things are said to be much sooner with it, and draws pictures of one size then.
     shift: what the step does in a block, see `layers.convnet.ResBlock`.
     norm_groups, eps: of every GroupNorm.
     remat: what the backward pass computes again: 'none', or 'full', all but the inputs of each block.
@@ -33,6 +35,7 @@ class UNet(nn.Module):
   attention: tuple[int, ...] = ()
   head_dim: int = 64
   patch: int = 1
+  positions: bool = False
   shift: str = 'scale'
   norm_groups: int = 32
   eps: float = 1e-5
@@ -78,6 +81,9 @@ class UNet(nn.Module):
     if x.shape[1] % self.patch or x.shape[2] % self.patch:
       raise ValueError(f'UNet patch {self.patch} does not divide pictures of {x.shape[1]} x {x.shape[2]} pixels.')
     x = Conv(self.channels[0], dtype=self.dtype, name='conv_in')(space_to_depth(x, self.patch))
+    if self.positions:
+      init = boxed(nn.initializers.normal(0.1), (None, None, 'conv_out'))
+      x = x + self.param('positions', init, x.shape[1:], jnp.float32).astype(x.dtype)
     last, passed = len(self.channels) - 1, [x]
     for level, features in enumerate(self.channels):
       for i in range(self.num_res_blocks):

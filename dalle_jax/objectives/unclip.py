@@ -44,7 +44,7 @@ class UnCLIPObjective:
   def loss(
     self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
   ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
-    """The squared error of the noise, and the bound in bits a number, which trains the variance."""
+    """The squared `error` of what is predicted, and the bound in bits a number, which trains the variance."""
     drop, hide, when, noise_key = jax.random.split(ctx.rng, 4)
     text, images, d = batch['clip_text'], to_float(batch['image']), self.model.diffusion
     known = jnp.ones(len(text), bool)
@@ -58,7 +58,7 @@ class UnCLIPObjective:
     x = diffusion.add_noise(d, start, t, noise)
     out = self.model.apply({'params': params['unclip']}, x, t, embed, caption, known)
     simple, bound = (v.mean() for v in diffusion.losses(d, out, start, x, t, noise))
-    return simple + bound * d.steps / 1000, ({'noise_loss': simple, 'bound': bound}, ctx.mutable)
+    return simple + bound * d.steps / 1000, ({'error': simple, 'bound': bound}, ctx.mutable)
 
   def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     """Each picture beside one drawn from CLIP's embedding of it and its caption: uint8[B, H, 2 * W, 3]."""

@@ -43,7 +43,7 @@ class UpsamplerObjective:
   def loss(
     self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
   ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
-    """The squared error of the noise."""
+    """The squared error of what is predicted."""
     blur, cut, when, noise_key = jax.random.split(ctx.rng, 4)
     start, low = self._both(batch)
     if ctx.train:

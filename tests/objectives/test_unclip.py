@@ -49,7 +49,7 @@ def test_it_learns(name):
   else:
     losses = [m['loss'] for m in metrics]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3])
-    assert float(metrics[0].get('noise_loss', metrics[0]['loss'])) == pytest.approx(1.0, abs=0.1)  # it says nothing yet
+    assert float(metrics[0].get('error', metrics[0]['loss'])) == pytest.approx(1.0, abs=0.1)  # it says nothing yet
 
 
 @pytest.mark.parametrize('name', ROOMS)
