@@ -57,7 +57,7 @@ class ResBlock(nn.Module):
     return x + h
 
   def _of_time(self, time: jax.Array, count: int) -> list[jax.Array]:
-    dense = Dense(count * self.features, (None, 'conv_out'), dtype=self.dtype, name='time')
+    dense = Dense(count * self.features, ('conv_in', 'conv_out'), dtype=self.dtype, name='time')
     return jnp.split(dense(jax.nn.swish(time))[:, None, None], count, -1)
 
 
@@ -88,7 +88,7 @@ class AttnBlock(nn.Module):
     q, k, v = (Conv(c, 1, dtype=self.dtype, name=name)(y) for name in 'qkv')
     parts = [(keys(k), keys(v), None)]
     if context is not None:
-      of = lambda name: keys(Dense(c, (None, 'conv_out'), dtype=self.dtype, name=name)(context))
+      of = lambda name: keys(Dense(c, ('conv_in', 'conv_out'), dtype=self.dtype, name=name)(context))
       parts.append((of('k_context'), of('v_context'), None if seen is None else seen[:, None, None]))
     y = kernels.attend(heads(q), *parts).astype(self.dtype).reshape(b, h, w, c)
     return x + Conv(c, 1, dtype=self.dtype, kernel_init=self.out_init, name='proj_out')(y)

@@ -45,7 +45,11 @@ def storyganc():
 
 
 def of_unclip(name):
-  return lambda: (test_unclip.build(name), test_unclip.config(name), test_unclip.BATCH, test_unclip.frozen())
+  def what():
+    return test_unclip.build(name), test_unclip.config(name), test_unclip.BATCH, test_unclip.frozen()
+
+  what.__name__ = name  # of the test
+  return what
 
 
 unclip, prior, upsampler = (of_unclip(name) for name in ('unclip', 'prior', 'upsampler'))
