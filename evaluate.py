@@ -92,7 +92,11 @@ def score(where: dict[str, Any]) -> None:
     given |= options.told(FLAGS, model) if hasattr(model, 'OBJECTIVE') else {}
     given |= {'source': data.source, 'path': data.path, 'source_args': data.source_args.to_dict()}
     metrics = evaluation.metrics()
-    settings = given | {'step': model.step, 'image_size': model.image_size}
+    settings = given | {
+      'step': model.step,
+      'image_size': model.image_size,
+      'batch_size': evaluation.settings.batch_size,
+    }
     checkpoint.write_json(partial / 'metrics.json', {'settings': settings, **metrics})
   print('\n'.join(f'{k}: {v}' for k, v in metrics.items() if k != 'skipped_records'))
   if not evaluation.seen and not set(metrics) - COUNTS:

@@ -22,8 +22,8 @@ class UNet(nn.Module):
     head_dim: channels of a head.
     patch: squares of patch x patch pixels become channels before the first convolution and pixels again after the last:
       cheap on small machines. 1 is the published network.
-    positions: whether each place has a vector of its own, added after the first convolution. Published networks have
-      none; a small one learns where things are said to be much sooner with it, and draws pictures of one size then.
+    positions: whether each place has a vector of its own, added after the first convolution, so that captions can name
+      places; pictures are of one size then. Published networks have none, and know places by the edges alone.
     shift: what the step does in a block, see `layers.convnet.ResBlock`.
     norm_groups, eps: of every GroupNorm.
     remat: what the backward pass computes again: 'none', or 'full', all but the inputs of each block.

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.data import ops
-from dalle_jax.functional import decoding
-from dalle_jax.functional.decoding import Sampling
+from dalle_jax.functional.decoding import Sampling, compute_params
 from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.models import prior, unclip, upsampler
 from dalle_jax.models.clip import normalize
@@ -49,10 +48,9 @@ class UnCLIP(Painter):
   one before ends.
   """
 
-  BATCH = 16
-
   OBJECTIVE = 'unclip'
   NEEDS, WORDS = ('clip',), 'clip'
+  BATCH = 16
 
   def __init__(self, run: checkpoint.Run, frozen: dict[str, checkpoint.Run], *layout: Any):
     super().__init__(run, frozen, *layout)
@@ -60,17 +58,17 @@ class UnCLIP(Painter):
       raise ValueError('unCLIP draws all of a picture at once, so weights in int8 gain nothing; leave it out.')
     clip = frozen['clip']
     self.model, self.reader = unclip.of_run(self.config, clip.config)
-    self.params = {'clip': clip.network('clip'), 'unclip': ready(run.network('unclip'), self.model.dtype)}
+    self.params = {'clip': clip.network('clip'), 'unclip': compute_params(run.network('unclip'), self.model.dtype)}
     self.guess = None
     if 'prior' in frozen:
       check_clip(of_kind(frozen, 'prior', 'prior'), run, self.model)
       self.guess, _ = prior.of_run(frozen['prior'].config, clip.config)
-      self.params['prior'] = ready(frozen['prior'].network('prior'), self.guess.dtype)
+      self.params['prior'] = compute_params(frozen['prior'].network('prior'), self.guess.dtype)
     self.upsamplers: dict[str, upsampler.Upsampler] = {}
     self.image_size = self.model.image_size
     for name in (name for name in UPSAMPLERS if name in frozen):
       self.upsamplers[name] = upsampler.of_run(of_kind(frozen, name, 'upsampler').config)
-      self.params[name] = ready(frozen[name].params, self.upsamplers[name].dtype)
+      self.params[name] = compute_params(frozen[name].params, self.upsamplers[name].dtype)
       if (low := self.upsamplers[name].low_size) != self.image_size:
         raise ValueError(f'the {name} takes pictures of {low} pixels a side, and gets {self.image_size}.')
       self.image_size = self.upsamplers[name].image_size
@@ -201,19 +199,14 @@ class UnCLIP(Painter):
   def _guess_embed(self, params: Any, caption: Caption, empty: Caption, stage: Any, how: Drawing) -> jax.Array:
     """Of `how.priors` guesses for each caption that whose direction is nearest to the caption's embedding: [B, E]."""
     several = lambda x: jnp.tile(x, (how.priors, *(1,) * (x.ndim - 1)))  # (P B, ...)
-    keys, apply = jnp.concatenate([stage(1 + i) for i in range(how.priors)]), self.guess.apply
+    keys = jnp.concatenate([stage(1 + i) for i in range(how.priors)])
     steps = self.guess.diffusion.timesteps(how.prior_steps)
     captions = (jax.tree.map(several, c) for c in (caption, empty))
-    apply = functools.partial(apply, {'params': params})
+    apply = functools.partial(self.guess.apply, {'params': params})
     embeds = self.reader.scaled(prior.guess(self.guess, apply, *captions, keys, steps, how.prior_guidance))
     embeds = embeds.reshape(how.priors, len(caption.embed), -1)
     best = jnp.einsum('pbe,be->pb', normalize(embeds), caption.embed).argmax(0)
     return jnp.take_along_axis(embeds, best[None, :, None], 0)[0]
-
-
-def ready(params: Any, dtype: Any) -> Any:
-  """Parameters as drawing reads them: kernels in the type of computation."""
-  return decoding.compute_params(params, dtype)
 
 
 def check_clip(guess: checkpoint.Run, run: checkpoint.Run, model: unclip.UnCLIP) -> None:
