@@ -82,8 +82,9 @@ def main(_):
   if _PEER.value:
     from benchmarks import torch_peer
 
-    peer = torch_peer.token_seconds(model, rows, (_PEER_TOKENS.value or count) - 1, _STORY.value)
-    print(f'torch: {1e3 * peer:.3f} ms a token, {peer / step:.2f} times as long')
+    peers = torch_peer.token_seconds(model, rows, (_PEER_TOKENS.value or count) - 1, _STORY.value)
+    for keep, peer in peers.items():
+      print(f'torch, cache by {keep}: {1e3 * peer:.3f} ms a token, {peer / step:.2f} times as long', flush=True)
 
 
 if __name__ == '__main__':

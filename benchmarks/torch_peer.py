@@ -1,9 +1,10 @@
 """The transformers of `benchmarks/sizes.py` in plain PyTorch, written as public code of this family is; needs torch.
 
 Eager by default. Attention is one linear layer each for queries, keys and values, scores, a mask, softmax; sparse kinds
-are computed over rows, columns and windows of the picture as DALLE-pytorch computes them; sampling keeps keys and
-values in a list that grows by concatenation, and where attention is sparse runs the whole stream again for every token.
-On the CPU alone.
+are computed over rows, columns and windows of the picture as DALLE-pytorch computes them; where attention is sparse,
+sampling runs the whole stream again for every token. Where it is full, keys and values are kept in one of two ways:
+'layers', those of each layer grow by concatenation, or 'steps', as minDALL-E and the StoryDALL-E release keep them, in
+a list of what each step found, which every step joins anew before the layers. On the CPU alone.
 """
 
 import time
@@ -124,11 +125,11 @@ class Transformer(nn.Module):
     return self.text_head(x[:, : self.prefix - 1]), self.image_head(x[:, self.prefix - 1 : -1])
 
   @torch.no_grad()
-  def sample(self, text, count: int, source=None) -> float:
-    """Draws `count` tokens after the first; the seconds each took."""
+  def sample(self, text, count: int, source=None, keep: str = 'layers') -> float:
+    """Draws `count` tokens after the first; the seconds each took. `keep` is 'layers' or 'steps'."""
     x = self.text(text) + self.positions[: self.prefix]
     frame = None if source is None else self.image(source) + self.positions[self.prefix :]
-    past, start, tokens = [()] * len(self.blocks), 0.0, text[:, :0]
+    past, found, start, tokens = [()] * len(self.blocks), [], 0.0, text[:, :0]
     for i in range(count + 1):
       if i == 1:
         start = time.perf_counter()
@@ -139,8 +140,12 @@ class Transformer(nn.Module):
         last = stream
       else:
         last = x
+        if keep == 'steps' and found:
+          past = [tuple(pair) for pair in torch.cat(found, -2)]
         for j, block in enumerate(self.blocks):
           last, past[j] = block(last, past[j], frame)
+        if keep == 'steps':
+          found.append(torch.stack([torch.stack(pair)[..., -last.shape[1] :, :] for pair in past]))
       token = torch.multinomial(self.image_head(self.norm(last[:, -1])).softmax(-1), 1)
       tokens = torch.cat([tokens, token], 1)
       x = self.image(token) + self.positions[self.prefix + i]
@@ -171,12 +176,14 @@ def step_seconds(model: DALLE, batch: int, compiled: bool = False, cross: bool =
   return fastest(step, repeats)
 
 
-def token_seconds(model: DALLE, batch: int, count: int, cross: bool = False) -> float:
-  """Of one token of each of `batch` pictures, the mean of the first `count`."""
+def token_seconds(model: DALLE, batch: int, count: int, cross: bool = False) -> dict[str, float]:
+  """Of one token of each of `batch` pictures, the mean of the first `count`, by how keys and values are kept."""
   text, _, source = inputs(model, batch)
-  net = Transformer(model, cross).eval()
-  net.sample(text, 2, source if cross else None)
-  return net.sample(text, count, source if cross else None)
+  net, seconds = Transformer(model, cross).eval(), {}
+  for keep in ('layers',) if net.sparse else ('layers', 'steps'):
+    net.sample(text, 2, source if cross else None, keep)
+    seconds[keep] = net.sample(text, count, source if cross else None, keep)
+  return seconds
 
 
 def fastest(call: Callable[[], object], repeats: int) -> float:
