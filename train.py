@@ -117,7 +117,8 @@ def encoded(config: ConfigDict, records: dict, frozen: dict[str, checkpoint.Run]
     print(f'data.augment {config.data.augment!r} does nothing here: pictures are encoded once, as central crops')
   folder = Path(config.encode.path or run_dir / 'encoded')
   for split, source in records.items():
-    encode.encode_dataset(source, frozen['vqgan'], folder / split, config.data.image_size, config.encode.batch_size)
+    sizes = config.data.image_size, config.encode.batch_size, config.data.workers
+    encode.encode_dataset(source, frozen['vqgan'], folder / split, *sizes)
   data = config.data.copy_and_resolve_references()
   data.source, data.path, data.source_args = 'tokens', str(folder), ConfigDict()
   return {split: sources.load(data, split) for split in records}
@@ -178,6 +179,8 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
   kept = {name: f'frozen/{name}' for name in config.frozen}
   meta = {'config': now, 'tokenizer': words.to_json() if words else None, 'frozen': kept}
 
+  part, parts = sharding.part_to_read(mesh)
+
   def batches(split: str, training: bool, start: int = 0):
     encoders = {}
     if words:
@@ -193,8 +196,8 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
       seed=data.seed,
       shuffle=training,
       start_step=start,
-      process_index=jax.process_index() if training else 0,
-      process_count=jax.process_count() if training else 1,
+      part=part if training else 0,
+      parts=parts if training else 1,
     )
 
   objective = room.from_config(config, {name: r.config for name, r in frozen.items()})

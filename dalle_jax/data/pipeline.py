@@ -183,7 +183,10 @@ def _close(batches: list) -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process ends its workers
+  # Ctrl-C reaches the whole group, and so may SIGTERM, by which Slurm and others ask to stop: the main process still
+  # needs the batch of this step, and then ends its workers, or they end with it.
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)
   parent = multiprocessing.parent_process()
   if parent:  # a killed main process cannot end them, and they would wait for it for ever
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -203,10 +206,11 @@ def make_loader(
   seed: int,
   shuffle: bool,
   start_step: int = 0,
-  process_index: int = 0,
-  process_count: int = 1,
+  part: int = 0,
+  parts: int = 1,
+  workers: int | None = None,
 ) -> Loader:
-  """Batches of `source` from batch `start_step` on: rows [p * B / P, (p + 1) * B / P) of each for process p of P.
+  """Batches of `source` from batch `start_step` on: rows [p * B / P, (p + 1) * B / P) of each for part p of P.
 
   A batch is a dict of `image` uint8[b, size, size, 3] or, from records with tokens, `tokens` int32[b, h * w]; `text`
   int32[b, N] with `encode_text`; `labels` and `vectors` where the records have them. Stories of F frames have `image`
@@ -219,23 +223,25 @@ def make_loader(
   counted in `loader.skipped` and named once in the log.
 
   Args:
-    config_data: has image_size; augment, see `ops.parse_augment`; workers, processes that read ahead (0: threads of
-      this process, as always in an ordered pass, which is too short to wait for processes to start); group, how many
-      consecutive records of the source stay together when shuffled (what is left over at its end is never read).
+    config_data: has image_size; augment, see `ops.parse_augment`; and, for what is shuffled, workers, processes that
+      read ahead (0: threads of this process), and group, how many consecutive records of the source stay together
+      (what is left over at its end is never read).
     encode_text: (caption, seed) -> int32[N], or several such by the name of their array; must pickle when there are
       workers.
-    batch_size: over all processes.
+    batch_size: of all parts.
+    part, parts: p and P; of several processes see `training.sharding.part_to_read`.
+    workers: in place of `config_data`'s, and for an ordered pass, most of which are over before processes have started.
 
   Raises ValueError for impossible arguments; while iterating, when not a single record is usable.
   """
-  if batch_size < 1 or batch_size % process_count:
-    raise ValueError(f'data.batch_size {batch_size} is not divisible by {process_count} processes; use a multiple.')
+  if batch_size < 1 or batch_size % parts:
+    raise ValueError(f'data.batch_size {batch_size} is not divisible by the {parts} parts that processes read.')
   if not len(source):
     raise ValueError('the data source is empty; give it at least one record.')
   examples = Examples(source, config_data.image_size, config_data.augment, encode_text)
-  group, rows = config_data.group if shuffle else 1, batch_size // process_count
+  group, rows = config_data.group if shuffle else 1, batch_size // parts
   if group < 1 or rows % group or group > len(source):
-    raise ValueError(f'data.group {group} does not divide the {rows} rows a process, or exceeds {len(source)} records.')
+    raise ValueError(f'data.group {group} does not divide the {rows} rows a part, or exceeds {len(source)} records.')
   order = grain.MapDataset.range(len(source) // group)
   # Neighbouring seeds must not give neighbouring streams: grain shuffles epoch e with seed + e.
   order_seed, rng_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2))
@@ -244,17 +250,17 @@ def make_loader(
     stop = None
   else:
     dataset = order.repeat(EPOCHS, reseed_each_epoch=False).map(examples.ordered)
-    stop = -(-len(source) // batch_size) * process_count
-  # In batches of b = B / P, number k * P + p holds the rows of process p in global batch k.
+    stop = -(-len(source) // batch_size) * parts
+  # In batches of b = B / P, number k * P + p holds the rows of part p in global batch k.
   dataset = dataset.batch(rows // group, batch_fn=collate)
-  dataset = dataset[start_step * process_count + process_index : stop : process_count]
-  workers = config_data.workers if shuffle else 0
+  dataset = dataset[start_step * parts + part : stop : parts]
+  workers = workers if workers is not None else config_data.workers if shuffle else 0
+  left = None if shuffle else len(source) - start_step * batch_size
   if not workers:
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
-    left = None if shuffle else len(source) - start_step * batch_size
     return Loader(iter(dataset.to_iter_dataset(options)), batch_size, left)
   if not flags.FLAGS.is_parsed():  # in notebooks and scripts without absl; grain's workers read flags
     flags.FLAGS.mark_as_parsed()
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-AHEAD // workers))
-  return Loader(iter(dataset.mp_prefetch(options, _start_worker)), batch_size)
+  return Loader(iter(dataset.mp_prefetch(options, _start_worker)), batch_size, left)

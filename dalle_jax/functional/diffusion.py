@@ -31,6 +31,9 @@ class Diffusion:
     variance: of a step back: 'small', that of the true one if the start were known, or 'learned', where between it and
       the largest the network says in as many channels more, -1 to 1 (IDDPM, equation 15).
     clip: while drawing, the start is kept in [-clip, clip].
+    shift: the signal of 'cosine' beside its noise is as many times as much. Below 1 for pictures whose pixels repeat
+      each other, so that much noise still shows what is there: large ones, flat ones ("Simple Diffusion", Hoogeboom et
+      al., 2023, section 3.1: 64 / side).
   """
 
   steps: int = 1000
@@ -38,6 +41,7 @@ class Diffusion:
   predicts: str = 'noise'
   variance: str = 'small'
   clip: float = 1.0
+  shift: float = 1.0
 
   def __post_init__(self):
     for name, known in (('schedule', SCHEDULES), ('predicts', PREDICTS), ('variance', VARIANCES)):
@@ -45,6 +49,8 @@ class Diffusion:
         raise ValueError(f'diffusion {name} {getattr(self, name)!r} is unknown; there are {", ".join(known)}.')
     if self.steps < 2 or self.clip <= 0:
       raise ValueError(f'diffusion has {self.steps} steps and clip {self.clip}; expected 2 or more, and above 0.')
+    if self.shift <= 0 or (self.shift != 1 and self.schedule != 'cosine'):
+      raise ValueError(f'diffusion shift is {self.shift}; expected one above 0, and 1 but for the schedule cosine.')
     if self.schedule == 'linear' and self.steps <= 20:
       raise ValueError(f'diffusion has {self.steps} steps; schedule linear needs more than 20, or use cosine.')
 
@@ -57,9 +63,10 @@ class Diffusion:
     """The share of the variance of x that each step makes noise of: float32[T] (DDPM: beta)."""
     if self.schedule == 'linear':
       return np.linspace(1e-4, 0.02, self.steps, dtype=np.float32) * np.float32(1000 / self.steps)
-    share = lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-    of_step = lambda t: 1 - share((t + 1) / self.steps) / share(t / self.steps)
-    return np.array([min(of_step(t), 0.999) for t in range(self.steps)], np.float32)
+    cosine = np.square(np.cos((np.arange(self.steps + 1) / self.steps + 0.008) / 1.008 * np.pi / 2))
+    signal, noise = self.shift**2 * cosine, cosine[0] - cosine
+    kept = signal / (signal + noise)
+    return np.minimum(1 - kept[1:] / kept[:-1], 0.999).astype(np.float32)
 
   def kept(self) -> np.ndarray:
     """The share of it that is the start's after each step, falling: float32[T] (DDPM: alpha bar)."""

@@ -39,7 +39,7 @@ class UnCLIP(nn.Module):
     context_dim: width of all tokens that attention looks at.
     channels, num_res_blocks, attention, head_dim, patch, positions, norm_groups, remat: see `models.unet.UNet`.
     embed_dim, text_width, text_length, raw, steps, schedule: as in `models.prior.Prior`.
-    predicts: see `functional.diffusion.Diffusion`.
+    predicts, shift: see `functional.diffusion.Diffusion`.
   """
 
   channels: tuple[int, ...]
@@ -59,12 +59,13 @@ class UnCLIP(nn.Module):
   steps: int = 1000
   schedule: str = 'cosine'
   predicts: str = 'noise'
+  shift: float = 1.0
   remat: str = 'none'
   dtype: jnp.dtype = jnp.float32
 
   @property
   def diffusion(self) -> Diffusion:
-    return Diffusion(self.steps, self.schedule, self.predicts, 'learned', 1.0)
+    return Diffusion(self.steps, self.schedule, self.predicts, 'learned', 1.0, self.shift)
 
   def setup(self):
     linear = lambda features, axes=(None, 'embed'): Dense(features, axes, dtype=self.dtype)

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from dalle_jax.data import ops, pipeline
+from dalle_jax.data.sources.tokens import line_ends
 from dalle_jax.data.stories import Story
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import image_tokenizer
@@ -33,21 +34,28 @@ SAMPLED = 16  # records by whose content a source is recognised
 
 
 def encode_dataset(
-  source: pipeline.Source, vqgan_run: checkpoint.Run, out_dir: str | Path, image_size: int, batch_size: int
+  source: pipeline.Source,
+  vqgan_run: checkpoint.Run,
+  out_dir: str | Path,
+  image_size: int,
+  batch_size: int,
+  workers: int = 0,
 ) -> dict[str, Any]:
   """Encodes every usable picture or story of `source`, centrally cropped, and returns what meta.json says.
 
-  With a mesh under the parameters each batch is split over it; several processes must share `out_dir`. A finished
-  folder made of the same network, source and size is left as it is, one of others is made anew. The source is known by
-  its kind, length, names and a sample of its records: delete the folder after changing single pictures.
+  With a mesh under the parameters each batch is split over it, and each of several processes, which must share
+  `out_dir`, reads its part of the pictures, with so many `workers` (0: by threads). A finished folder made of the same
+  network, source and size is left as it is, one of others is made anew. The source is known by its kind, length, names
+  and a sample of its records: delete the folder after changing single pictures.
 
   Raises ValueError for an image size that does not suit the network, or when nothing in the source is usable.
   """
   model, params = image_tokenizer.of_run(vqgan_run.config), vqgan_run.network('vqgan')
   grid, num_codes = model.grid(image_size), int(model.num_codes)
+  writes = jax.process_index() == 0
   identity = {
     'vqgan': fingerprint(params),
-    'source': describe(source),
+    'source': describe(source) if writes else '',
     'image_size': image_size,
     'grid': list(grid),
     'num_codes': num_codes,
@@ -59,15 +67,18 @@ def encode_dataset(
   batch_size = -(-batch_size // shards) * shards  # so that every device has its share
 
   @functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
-  def encode(params: Any, images: jax.Array) -> jax.Array:
+  def encode(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    images = batch.pop('image')
     flat = to_float(images.reshape(-1, *images.shape[-3:]))  # frames of a story are pictures
-    return model.apply({'params': params}, flat, method='encode').reshape(images.shape[0], -1)
+    codes = model.apply({'params': params}, flat, method='encode')
+    return {'codes': codes.reshape(images.shape[0], -1), **batch}
 
-  writer = _Writer(Path(out_dir), identity) if jax.process_index() == 0 else None
+  writer = _Writer(Path(out_dir), identity) if writes else None
   # Where to begin, -1 when there is nothing to do: process 0 knows, as it alone writes.
   done = int(multihost_utils.broadcast_one_to_all(np.int64(writer.done if writer else 0)))
   if done >= 0:
-    config = ConfigDict(dict(image_size=image_size, augment='', workers=0))
+    config = ConfigDict(dict(image_size=image_size, augment=''))
+    part, parts = sharding.part_to_read(mesh) if mesh else (0, 1)
     loader = pipeline.make_loader(
       source,
       config,
@@ -76,15 +87,19 @@ def encode_dataset(
       seed=0,
       shuffle=False,
       start_step=done // batch_size,
+      part=part,
+      parts=parts,
+      workers=workers,
     )
     total, quiet = len(source), writer is None
     bar = tqdm(total=total, initial=done, unit='pictures', desc='encoding', disable=quiet, mininterval=5.0)
     for start in range(done // batch_size * batch_size, total, batch_size):
-      whole = next(loader)
-      batch = {'image': whole['image']}
-      codes = np.asarray(encode(params, (sharding.put_whole(batch, mesh) if mesh else batch)['image']))
+      batch = {k: v for k, v in next(loader).items() if k in ('image', 'vectors')}
+      found = encode(params, sharding.put_batch(batch, mesh) if mesh else batch)
+      rows = _of_all([[row.index, list(row.captions)] for row in loader.rows], part, parts)
       if writer:
-        writer.append(start, codes, loader.rows[: total - start], whole.get('vectors'))
+        vectors = np.asarray(found['vectors']) if 'vectors' in found else None
+        writer.append(start, np.asarray(found['codes']), rows[: total - start], vectors)
       bar.update(min(start + batch_size, total) - bar.n)
     bar.close()
     loader.close()
@@ -92,6 +107,18 @@ def encode_dataset(
       writer.finish()
   multihost_utils.sync_global_devices('encoded')
   return json.loads((Path(out_dir) / 'meta.json').read_text())
+
+
+def _of_all(rows: list[Any], part: int, parts: int) -> list[Any]:
+  """Rows of JSON of all parts, in their order, from those of this process, which has read this part."""
+  if parts == 1:
+    return rows
+  text = np.frombuffer(json.dumps(rows).encode(), np.uint8)
+  heads = multihost_utils.process_allgather(np.array([part, len(text)]))
+  longest = 2 ** int(heads[:, 1].max() - 1).bit_length()  # of few lengths, as each is compiled for
+  texts = multihost_utils.process_allgather(np.pad(text, (0, longest - len(text))))
+  found = {int(p): json.loads(bytes(line[:n])) for (p, n), line in zip(heads, texts, strict=True)}
+  return [row for p in range(parts) for row in found[p]]
 
 
 def fingerprint(params: Any) -> str:
@@ -163,12 +190,15 @@ class _Writer:
       return {}
 
   def append(
-    self, start: int, codes: np.ndarray, rows: Sequence[pipeline.Row], vectors: np.ndarray | None = None
+    self, start: int, codes: np.ndarray, rows: Sequence[tuple[int, list[str]]], vectors: np.ndarray | None = None
   ) -> None:
-    """Takes records `start`, `start` + 1, ...; those already done, and substitutes of broken ones, are left out."""
-    keep = [i for i, row in enumerate(rows) if start + i >= self.done and row.index == start + i]
+    """Takes records `start`, `start` + 1, ...; those already done, and substitutes of broken ones, are left out.
+
+    `rows` are (record, captions).
+    """
+    keep = [i for i, (index, _) in enumerate(rows) if start + i >= self.done and index == start + i]
     self.files[0].write(codes[keep].astype(self.identity['dtype']).tobytes())
-    self.files[1].write(''.join(json.dumps(list(rows[i].captions)) + '\n' for i in keep).encode())
+    self.files[1].write(''.join(json.dumps(rows[i][1]) + '\n' for i in keep).encode())
     if vectors is not None:
       self.files[2].write(vectors[keep].astype(np.float32).tobytes())
     self.done, self.count = start + len(rows), self.count + len(keep)
@@ -190,6 +220,7 @@ class _Writer:
     for file, name in zip(self.files, PARTIAL.values(), strict=True):
       file.close()
       os.replace(file.name, self.out / name)
+    line_ends(self.out / 'captions.jsonl').tofile(self.out / 'captions.ends')
     if not vectors:
       (self.out / PARTIAL['vectors.partial']).unlink()
     width = np.dtype(self.identity['dtype']).itemsize * int(np.prod(self.identity['grid']))

@@ -28,6 +28,10 @@ from jax._src import distributed as runtime  # JAX has no public name for the st
 from jax.experimental import multihost_utils
 
 LOST = 75  # exit status when others are gone: to be started again
+# How JAX's errors begin, and what stands in those that have other reasons, too, where the others or the network went.
+LOSS_CODES = ('UNAVAILABLE', 'DEADLINE_EXCEEDED', 'ABORTED', 'CANCELLED', 'DATA_LOSS')
+UNCLEAR_CODES = ('INTERNAL', 'UNKNOWN', 'FAILED_PRECONDITION')
+LOSS_WORDS = ('nccl', 'gloo', 'connect', 'peer', 'remote', 'socket', 'network', 'heartbeat', 'timed out', 'timeout')
 HEARD = 0.5  # seconds in which the others hear why this process ends, and then say so
 FOREVER = 2**31 - 1  # milliseconds
 PREFIX = 'dalle_jax/'
@@ -163,8 +167,14 @@ def lost(why: str, status: int = LOST) -> NoReturn:
 
 
 def is_loss(e: BaseException) -> bool:
-  """Whether this is how the loss of another process shows in the middle of what they do together."""
-  return joined() and isinstance(e, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' not in str(e)
+  """Whether this is how the loss of another process shows in the middle of what they do together.
+
+  What a run does anew each time it is started, memory that does not suffice say, is no loss: starting again is no help.
+  """
+  if not joined() or not isinstance(e, jax.errors.JaxRuntimeError):
+    return False
+  code, _, text = str(e).partition(':')
+  return code in LOSS_CODES or (code in UNCLEAR_CODES and any(word in text.lower() for word in LOSS_WORDS))
 
 
 def _exit(status: int) -> NoReturn:

@@ -7,6 +7,7 @@ the optimiser; `tokens(batch) -> int` and `flops(batch) -> float` of a global ba
 """
 
 import contextlib
+import functools
 import math
 import signal
 import threading
@@ -154,10 +155,15 @@ class StopSignal:
     return distributed.reached_stop()
 
 
-@jax.jit
 def _finite(tree: Any) -> jax.Array:
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-  return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all() if leaves else jnp.asarray(True)
+  return _all_finite(tuple(leaves), tuple(x.sharding for x in leaves)) if leaves else jnp.asarray(True)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _all_finite(leaves: tuple[jax.Array, ...], where: tuple[Any, ...]) -> jax.Array:
+  leaves = sharding.on_device(leaves, where)  # parts of the state may be in the memory of the host
+  return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def _nonfinite_name(state: TrainState) -> str:
@@ -200,18 +206,13 @@ def train(
   # --- Shapes and sizes -----------------------------------------------------------------------------------------------
   stream = batches(0)
   first = next(stream)
-  spec = state_lib.batch_spec(first, jax.process_count())
+  spec = state_lib.batch_spec(first, sharding.part_to_read(mesh)[1])
   size, shards, group = next(iter(spec.values())).shape[0], sharding.batch_shards(mesh), config.data.group
   parts = shards * (c.accum * group if c.accum > 1 else 1)
   if size % parts:
     raise ValueError(
       f'data.batch_size {size} is not divisible by {shards} (mesh data x fsdp) x {c.accum} (train.accum) x {group} '
       f'(data.group, if accumulating); the nearest is {max(1, round(size / parts)) * parts}.'
-    )
-  if shards % jax.process_count():
-    raise ValueError(
-      f'the mesh splits batches into {shards} parts (data x fsdp) for {jax.process_count()} processes, which each read '
-      'their own rows; make data x fsdp a multiple of the processes and keep tensor within one of them.'
     )
   params, mutable, axes = state_lib.abstract(objective, spec, mesh, config.rules)
   optimizer = optim.build(config.optim, c.steps, list(params))
@@ -318,17 +319,18 @@ def train(
           last[:] = [step, time.monotonic()] if c.log_every > 1 else last
         log.read()  # what became due one step ago
         stopping = stop.agreed()
-        values: dict[str, float] = {}
-        if evals and c.eval_every and step % c.eval_every == 0 and not stopping:
-          log.check()
-          with pause():
-            values = evaluate(step)
-        if step % c.log_every == 0 or values or step == c.steps:
-          log.schedule(lambda step=step, values=values: speed(step) | values)
+        evaluates = bool(evals and c.eval_every and step % c.eval_every == 0 and not stopping)
+        if (step % c.log_every == 0 or step == c.steps) and not evaluates:
+          log.schedule(lambda step=step: speed(step))
         if stopping or step == c.steps or (c.checkpoint_every and step % c.checkpoint_every == 0):
           log.read()
           with pause():
             save(step)
+        if evaluates:  # after saving, as a run may have to end in the middle of it
+          log.check()
+          with pause():
+            values = evaluate(step)
+          log.schedule(lambda step=step, values=values: speed(step) | values)
         progress.update()
         if stopping:
           checkpoint.finish(saves)

@@ -160,13 +160,31 @@ def batch_shards(mesh: Mesh) -> int:
   return math.prod(mesh.shape[a] for a in BATCH_AXES if a in mesh.axis_names)
 
 
+def part_to_read(mesh: Mesh) -> tuple[int, int]:
+  """(which part of every batch this process reads, of how many).
+
+  Processes whose devices hold the same rows, because an axis that splits no batch (tensor, sequence) goes across them,
+  read the same part. Raises ValueError where two processes hold some rows both, and others not.
+  """
+  shards, held = batch_shards(mesh), {}
+  for device, (rows,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
+    held.setdefault(device.process_index, set()).update(range(*rows.indices(shards)))
+  parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+  if len({len(rows) for rows in parts}) > 1 or sum(map(len, parts)) != shards:
+    raise ValueError(
+      f'the mesh {dict(mesh.shape)} gives some processes a part of the rows of others; choose tensor and sequence so '
+      'that they divide the devices of a process, or are a multiple of them.'
+    )
+  return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
 def whole(mesh: Mesh | None) -> NamedSharding | None:
   """For what every process reads: a copy on each device of the mesh; None without one."""
   return NamedSharding(mesh, PartitionSpec()) if mesh else None
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """This process's rows of a batch as global arrays split over (data, fsdp)."""
+  """The rows that this process reads (`part_to_read`) as global arrays split over (data, fsdp)."""
   sharding = batch_sharding(mesh)
   return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
 

@@ -95,6 +95,6 @@ def init(
   return jax.jit(create, out_shardings=jax.tree.map(lambda x: x.sharding, shape))(jax.random.key(seed))
 
 
-def batch_spec(batch: Mapping[str, np.ndarray], processes: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of the global batch from the rows of one process."""
-  return {k: jax.ShapeDtypeStruct((v.shape[0] * processes, *v.shape[1:]), v.dtype) for k, v in batch.items()}
+def batch_spec(batch: Mapping[str, np.ndarray], parts: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of the global batch from one of its parts."""
+  return {k: jax.ShapeDtypeStruct((v.shape[0] * parts, *v.shape[1:]), v.dtype) for k, v in batch.items()}

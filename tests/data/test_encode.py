@@ -60,7 +60,7 @@ def test_every_usable_picture_is_encoded_once_and_read_back(tmp_path):
   )
   usable = [i for i in range(11) if i not in (4, 10)]
   assert encoded(tmp_path) == [(c, [] if i == 2 else t) for i, (c, t) in zip(usable, expected(usable), strict=True)]
-  assert {p.name for p in tmp_path.iterdir()} == {'meta.json', 'tokens.bin', 'captions.jsonl'}
+  assert {p.name for p in tmp_path.iterdir()} == {'meta.json', 'tokens.bin', 'captions.jsonl', 'captions.ends'}
   stream = pipeline.make_loader(
     tokens.Tokens(tmp_path), data_config(), encode_text=encode_text, batch_size=8, seed=0, shuffle=True
   )

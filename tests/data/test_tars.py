@@ -132,7 +132,7 @@ def test_the_order_is_that_of_the_pattern_and_workers_and_resumed_steps_change_n
   assert all((b['image'][:, 0, 0, 0] == b['text'][:, 0]).all() for b in straight)
   same(straight, batches(source, workers=2))
   same(straight[4:], batches(whole(shards), 5, start_step=4))
-  parts = [batches(source, process_index=p, process_count=2) for p in range(2)]
+  parts = [batches(source, part=p, parts=2) for p in range(2)]
   same(straight, [{k: np.concatenate([a[k], b[k]]) for k in a} for a, b in zip(*parts, strict=True)])
 
 

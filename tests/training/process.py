@@ -13,16 +13,17 @@ import jax
 from absl import flags
 
 from configs import common
-from dalle_jax.training import distributed, errors
+from dalle_jax.training import distributed, errors, sharding
 from tests.training import toy
 
+MESHES = common.MESHES | {'across': dict(data=1, fsdp=1, tensor=4, sequence=1)}  # layers split over both processes
 STEP = 0.04  # seconds, so that a word gets round before the run is over
 
 
-def batches(start, event):
+def batches(start, event, part, parts):
   kind, process, at = event.split(':') if event else ('', -1, -1)
-  rows = toy.BATCH // jax.process_count()
-  mine = slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+  rows = toy.BATCH // parts
+  mine = slice(part * rows, (part + 1) * rows)
   for step, batch in enumerate(toy.batches(start), start + 1):
     time.sleep(STEP)
     if (jax.process_index(), step) == (int(process), int(at)):
@@ -41,8 +42,9 @@ def main(argv):
   try:
     distributed.join(values)
     c = toy.config(run_dir, steps=int(steps), log_every=1)
-    c.mesh.update(common.MESHES[values.mesh])
-    state = toy.run(c, batches=lambda start: batches(start, values.event))
+    c.mesh.update(MESHES[values.mesh])
+    read = sharding.part_to_read(sharding.make_mesh(c.mesh))
+    state = toy.run(c, batches=lambda start: batches(start, values.event, *read))
   except errors.EXPECTED as e:
     return errors.report(e, debug=False)
   return 0 if int(state.step) == c.train.steps else 143

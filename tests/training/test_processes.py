@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,8 +17,10 @@ import evaluate
 import sample
 import train
 from dalle_jax.data import bpe
+from dalle_jax.data.sources import shapes, tokens
 from dalle_jax.models import clip, dalle, vqgan
-from dalle_jax.training import checkpoint, metrics, sharding
+from dalle_jax.pipelines import encode
+from dalle_jax.training import checkpoint, distributed, metrics, sharding
 from tests import runs
 from tests.runs import ROOT
 from tests.training import toy
@@ -110,6 +113,40 @@ def test_two_processes_draw_what_one_does(tmp_path):
   assert refused[0] == 2 and 'several processes draw over one mesh; give it, e.g. --mesh data=-1' in refused[3]
 
 
+ENCODE = """
+import sys
+from absl import flags
+from configs import common
+from dalle_jax.data.sources import shapes
+from dalle_jax.pipelines import encode
+from dalle_jax.training import checkpoint, distributed, sharding
+if __name__ == '__main__':
+  values = flags.FlagValues()
+  distributed.define_flags(values)
+  _, run, out = values(sys.argv)
+  distributed.join(values)
+  with sharding.use(common.MESHES['data'], common.RULES) as mesh:
+    run = checkpoint.load_run(run, mesh=mesh, rules=common.RULES)
+    encode.encode_dataset(shapes.load('train', image_size=24, count=11), run, out, 24, 8)
+"""
+
+
+def test_two_processes_encode_ahead_what_one_does(tmp_path):
+  """Each reads half of the pictures."""
+  fields, picture = dict(variant='test', image_size=24, patch=3), np.zeros((1, 24, 24, 3), np.float32)
+  c = {'data': {'image_size': 24}, 'model': fields}
+  runs.write(tmp_path / 'vqgan', 'vqgan', vqgan.build(**fields), c, picture)
+  first, second = ends(start('-c', ENCODE, f'{tmp_path}/vqgan', f'{tmp_path}/two'))
+  assert (first[0], second[0]) == (0, 0), first[3] + second[3]
+  encode.encode_dataset(
+    shapes.load('train', image_size=24, count=11), checkpoint.load_run(tmp_path / 'vqgan'), tmp_path / 'one', 24, 8
+  )
+  one, two = (tokens.Tokens(tmp_path / name) for name in ('one', 'two'))
+  assert len(one) == len(two) == 11
+  for i in range(11):
+    assert one[i]['captions'] == two[i]['captions'] and (one[i]['tokens'] == two[i]['tokens']).all()
+
+
 LAYOUT = """
 import sys, time
 import jax
@@ -141,6 +178,28 @@ def test_two_processes_equal_one(tmp_path, straight):
   same(params(tmp_path), straight.params)
   same(checkpoint.load_run(tmp_path).params, straight.ema)
   assert [m['step'] for m in metrics.read(tmp_path / 'metrics.jsonl')] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.parametrize(
+  ('text', 'loss'),
+  [
+    ('UNAVAILABLE: Connection reset by peer', True),
+    ('INTERNAL: NCCL operation ncclGroupEnd() failed: remote process exited or there was a network error', True),
+    ('FAILED_PRECONDITION: Buffer Definition Event: Gloo all-reduce failed: Read timeout', True),
+    ('RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8 bytes', False),
+    ('INVALID_ARGUMENT: Executable expected shape f32[2]', False),
+    ('INTERNAL: ptxas exited with non-zero error code 2', False),
+  ],
+)
+def test_what_starting_again_does_not_mend_is_no_loss_of_a_process(monkeypatch, text, loss):
+  monkeypatch.setattr(distributed, 'joined', lambda: True)
+  assert distributed.is_loss(jax.errors.JaxRuntimeError(text)) == loss
+
+
+def test_processes_that_share_layers_read_the_same_rows(tmp_path, straight):
+  first, second = ends(toys(tmp_path, '', '--mesh=across'))
+  assert (first[0], second[0]) == (0, 0), first[3] + second[3]
+  same(params(tmp_path), straight.params)
 
 
 def test_a_run_that_loses_processes_again_and_again_equals_one_left_alone(tmp_path, straight):

@@ -1,3 +1,6 @@
+import types
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -68,3 +71,37 @@ def test_peak_flops_by_device_kind():
   assert metrics.peak_flops(Device('NVIDIA H200')) == metrics.peak_flops(Device('NVIDIA H100 80GB HBM3')) == 989e12
   assert metrics.peak_flops(Device('TPU v5 lite')) == 197e12 and metrics.peak_flops(Device('TPU v4')) == 275e12
   assert metrics.peak_flops(Device('cpu')) is None
+
+
+@pytest.mark.parametrize(
+  ('rows', 'expected'),  # which of the four parts of a batch each process holds
+  [
+    ([(0, 1), (2, 3)], [(0, 2), (1, 2)]),
+    ([(0, 1, 2, 3)], [(0, 1)]),
+    ([(0, 1), (2, 3), (0, 1), (2, 3)], [(0, 2), (1, 2), (0, 2), (1, 2)]),  # a tensor axis across processes
+    ([(2, 3), (0, 1)], [(1, 2), (0, 2)]),
+  ],
+)
+def test_processes_that_hold_the_same_rows_read_the_same_part(monkeypatch, rows, expected):
+  fake_processes(monkeypatch, rows)
+  for process, part in enumerate(expected):
+    monkeypatch.setattr(jax, 'process_index', lambda process=process: process)
+    assert sharding.part_to_read(sharding.make_mesh(dict(fsdp=4, tensor=2))) == part
+
+
+def test_processes_that_hold_some_rows_both_are_refused(monkeypatch):
+  fake_processes(monkeypatch, [(0, 1), (1, 2), (2, 3)])
+  with pytest.raises(ValueError, match='gives some processes a part of the rows of others; choose tensor and sequence'):
+    sharding.part_to_read(sharding.make_mesh(dict(fsdp=4, tensor=2)))
+
+
+def fake_processes(monkeypatch, rows):
+  """Process p has a device for each of rows[p], the parts of a batch in four."""
+  devices = {Device(p, part): (slice(part, part + 1),) for p, parts in enumerate(rows) for part in parts}
+  where = types.SimpleNamespace(devices_indices_map=lambda shape: devices)
+  monkeypatch.setattr(sharding, 'batch_sharding', lambda mesh: where)
+
+
+class Device(NamedTuple):
+  process_index: int
+  part: int

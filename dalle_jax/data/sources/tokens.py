@@ -3,14 +3,29 @@
 PATH/SPLIT/meta.json       count, frames, grid, num_codes, dtype, vectors, where it came from; written last: "whole"
 PATH/SPLIT/tokens.bin      count x frames x (h * w) codes of `dtype`, row by row
 PATH/SPLIT/captions.jsonl  a list of captions a line
+PATH/SPLIT/captions.ends   int64, where each of these lines ends; without it they are looked for
 PATH/SPLIT/vectors.bin     float32 sentence embeddings, count x (frames - 1) x `vectors`, where there are any
 `frames` is 1 for pictures; the first of several is the source of a story.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+
+CHUNK = 2**24  # bytes of captions that are looked through at a time
+
+
+def line_ends(captions: Path) -> np.ndarray:
+  """Where the lines of a file end, int64; in pieces, as the captions of a large data set are as large as memory."""
+
+  def pieces() -> Iterator[np.ndarray]:
+    whole = np.memmap(captions, np.uint8, 'r') if captions.stat().st_size else np.zeros(0, np.uint8)
+    for start in range(0, len(whole), CHUNK):
+      yield np.flatnonzero(whole[start : start + CHUNK] == ord('\n')) + start
+
+  return np.concatenate([np.zeros(0, np.int64), *pieces()])
 
 
 class Tokens:
@@ -40,8 +55,10 @@ class Tokens:
       raise ValueError(f'{path} is damaged: vectors.bin does not fit meta.json; delete it to encode again.')
     self._vectors = np.memmap(vectors, np.float32, 'r', shape=shape) if dim else None
     self._captions = np.memmap(captions, np.uint8, 'r')
-    self._ends = np.flatnonzero(self._captions == ord('\n'))
-    if len(self._ends) != count:
+    ends = self.path / 'captions.ends'
+    stored = count and ends.is_file() and ends.stat().st_size == 8 * count
+    self._ends = np.memmap(ends, np.int64, 'r') if stored else line_ends(captions)
+    if len(self._ends) != count or (count and self._ends[-1] + 1 != len(self._captions)):
       raise ValueError(
         f'{path} is damaged: {len(self._ends)} lines of captions for {count}; delete it to encode again.'
       )
