@@ -1,6 +1,6 @@
 """Runs train.py once for each setting that a config's `sweep` adds, here or on Slurm, and puts the results in a table.
 
-  python -m dalle_jax.sweep --config configs/story_shapes.py --root runs/sweep --parallel 2
+  python -m dalle_jax.sweep --config configs/story_shapes.py --root runs/sweep --parallel 2 --gpus 1
   python -m dalle_jax.sweep --config configs/NAME.py:ARGUMENT --executor slurm --slurm gpus_per_node=8 \\
     --slurm timeout_min=720 --slurm slurm_partition=gpu --config.train.steps=2000
 In the config file, `def sweep(add)` calls `add(**{'optim.lr': 1e-3, 'seed': 1})` for each run. That one is in
@@ -39,6 +39,7 @@ flags.DEFINE_string('config', '', 'file.py:argument with a function `sweep`', fl
 flags.DEFINE_enum('executor', 'local', ['local', 'slurm'], 'where the runs are', flag_values=FLAGS)
 flags.DEFINE_string('root', '', 'directory of the run directories; runs/sweeps/NAME without it', flag_values=FLAGS)
 flags.DEFINE_integer('parallel', 1, 'runs at the same time', 1, flag_values=FLAGS)
+flags.DEFINE_integer('gpus', 0, 'so many for each run here, its own; 0: all see all', 0, flag_values=FLAGS)
 flags.DEFINE_multi_string('slurm', [], 'NAME=VALUE, a parameter of submitit, such as mem_gb', flag_values=FLAGS)
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
@@ -107,26 +108,42 @@ def plan(config: str, root: Path, common: Sequence[str]) -> list[Run]:
 Ended = Iterator[tuple[Run, int | str]]  # with the exit status, or what has become of it
 
 
-def start(command: Sequence[str], log: str) -> subprocess.Popen:
-  """Trains in a process with its output in `log`, which a Ctrl-C does not reach."""
+def start(command: Sequence[str], log: str, gpus: str | None = None) -> subprocess.Popen:
+  """Trains in a process with its output in `log`, which a Ctrl-C does not reach; on `gpus` alone, such as '0,1'."""
+  seen = {} if gpus is None else {'CUDA_VISIBLE_DEVICES': gpus}
   with open(log, 'ab') as output:
-    return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(
+      command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | seen
+    )
 
 
 def execute(command: Sequence[str], log: str) -> int:
   return start(command, log).wait()
 
 
-def locally(runs: Sequence[Run], parallel: int) -> Ended:
+def shares(parallel: int, gpus: int) -> list[str | None]:
+  """The GPUs of each of `parallel` runs. Raises ValueError when those that CUDA_VISIBLE_DEVICES names are too few."""
+  if not gpus:
+    return [None] * parallel
+  named = [x for x in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if x]
+  there = named or [str(i) for i in range(parallel * gpus)]
+  if len(there) < parallel * gpus:
+    raise ValueError(f'--parallel {parallel} with --gpus {gpus} needs {parallel * gpus}; there are {",".join(there)}.')
+  return [','.join(there[i * gpus : (i + 1) * gpus]) for i in range(parallel)]
+
+
+def locally(runs: Sequence[Run], parallel: int, gpus: int = 0) -> Ended:
   """Trains `parallel` runs at a time on this machine; whatever ends this program lets them save and stop."""
-  waiting, running = list(runs), {}
+  waiting, running, free = list(runs), {}, shares(parallel, gpus)
   try:
     while waiting or running:
-      for run in waiting[: parallel - len(running)]:
-        running[start(run.command, run.log)] = run
-        waiting.remove(run)
+      while waiting and free:
+        run, own = waiting.pop(0), free.pop(0)
+        running[start(run.command, run.log, own)] = run, own
       for child in [c for c in running if c.poll() is not None]:
-        yield running.pop(child), child.returncode
+        run, own = running.pop(child)
+        free.append(own)
+        yield run, child.returncode
       time.sleep(POLL)
   finally:
     for child in running:
@@ -203,7 +220,7 @@ def run(common: Sequence[str]) -> None:
     raise ValueError(f'--slurm {wrong[0]} is not understood; expected NAME=VALUE, such as timeout_min=60.')
   options = {k: int(v) if v.isdigit() else v for k, v in (o.split('=', 1) for o in FLAGS.slurm)}
   where = {
-    'local': lambda left: locally(left, FLAGS.parallel),
+    'local': lambda left: locally(left, FLAGS.parallel, FLAGS.gpus),
     'slurm': lambda left: on_slurm(left, FLAGS.parallel, root / 'slurm', options),
   }
   sweep(plan(FLAGS.config, root, common), root, where[FLAGS.executor])

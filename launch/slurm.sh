@@ -29,8 +29,10 @@ while kill -0 $! 2>/dev/null; do # a signal has ended the wait, not the tasks
   status=$?
 done
 
-# 143: stopped and saved. 75: a task has lost others. 137: one was killed. The same job goes on where it was.
+# 143: stopped and saved. 75: a task has lost others. 137: one was killed. The same job goes on where it was; but what ends
+# within minutes, and not for the first time, has another reason.
+most=$((SECONDS < 600 ? 5 : 50))
 case $status in
-  143 | 75 | 137) [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ] && scontrol requeue "$SLURM_JOB_ID" ;;
+  143 | 75 | 137) [ "${SLURM_RESTART_COUNT:-0}" -lt $most ] && scontrol requeue "$SLURM_JOB_ID" ;;
 esac
 exit $status

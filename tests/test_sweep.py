@@ -136,6 +136,20 @@ def test_the_end_of_the_launcher_lets_its_runs_save(tmp_path, recipe):
   assert not (tmp_path / 'out' / NAMES[2] / 'begun').exists()
 
 
+def test_each_run_has_gpus_of_its_own(tmp_path, recipe, monkeypatch):
+  monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5,7')
+  with pytest.raises(ValueError, match='--parallel 2 with --gpus 2 needs 4; there are 3,5,7'):
+    sweep.shares(2, 2)
+  assert sweep.shares(3, 1) == ['3', '5', '7'] and sweep.shares(2, 0) == [None, None]
+  tell = [sys.executable, '-c', 'import os; print(os.environ["CUDA_VISIBLE_DEVICES"])']
+  told = [sweep.Run(tmp_path / str(i), {}, tell, 1) for i in range(4)]
+  for run in told:
+    run.path.mkdir()
+  assert [code for _, code in sweep.locally(told, 2, 1)] == [0] * 4
+  seen = [Path(run.log).read_text().strip() for run in told]
+  assert seen[:2] == ['3', '5'] and set(seen[2:]) <= {'3', '5'}
+
+
 # --- Slurm
 
 
