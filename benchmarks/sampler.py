@@ -22,10 +22,12 @@ from dalle_jax.training import sharding
 _SIZE = flags.DEFINE_string('size', 't_base', 'of benchmarks/sizes.py, or a variant of dalle_jax/models/dalle.py')
 _BATCH = flags.DEFINE_integer('batch_size', 4, 'pictures at once, or stories')
 _STORY = flags.DEFINE_bool('story', False, 'four frames a story, with cross-attention in every block')
+_INT8 = flags.DEFINE_bool('int8', False, 'weights of blocks and heads in eight bits')
 _TOKENS = flags.DEFINE_integer('tokens', 0, 'only so many; 0: a whole picture')
 _PEER = flags.DEFINE_enum('peer', '', ['', 'torch'], 'also plain PyTorch')
 _PEER_TOKENS = flags.DEFINE_integer('peer_tokens', 0, 'of the peer only so many; 0: a whole picture')
 FRAMES = 4
+READ = ('blocks/', 'image_head', '/cross/')  # in names of what every token reads
 
 
 def draw(model, count, params, text, keys):
@@ -45,7 +47,7 @@ def draw_story(model, count, params, text, keys):
 
 
 def setup():
-  """(what draws, parameters, the model's DALL-E, captions, bytes that every token reads)."""
+  """(what draws, parameters, the model's DALL-E, captions, bytes and numbers of the weights that every token reads)."""
   rng, batch = np.random.default_rng(0), _BATCH.value
   model = (sizes.story if _STORY.value else sizes.model)(_SIZE.value)
   m = model.dalle if _STORY.value else model
@@ -55,18 +57,19 @@ def setup():
   inputs = (text, image, image[:, 0]) if _STORY.value else (text, image)
   shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)['params'])
   params = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(1), x.shape), shapes)
-  params = decoding.compute_params(params, m.dtype, few_rows=jax.default_backend() == 'cpu')
+  params = decoding.compute_params(params, m.dtype, _INT8.value, few_rows=jax.default_backend() == 'cpu')
+  weights = sum(v.size for k, v in sharding.flatten(shapes).items() if any(name in k for name in READ))
   flat, once = sharding.flatten(params), ('/cross/key', '/cross/value')  # read for the source, and not for a token
-  read = sum(v.nbytes for k, v in flat.items() if any(name in k for name in ('blocks/', 'image_head', '/cross/')))
+  read = sum(v.nbytes for k, v in flat.items() if any(name in k for name in READ))
   read -= sum(v.nbytes for k, v in flat.items() if any(name in k for name in once))
   params = {**params, 'dalle': decoding.by_layer(params['dalle'])} if _STORY.value else decoding.by_layer(params)
   count = _TOKENS.value or m.image_length
-  return functools.partial(draw_story if _STORY.value else draw, model, count), params, m, text, count, read
+  return functools.partial(draw_story if _STORY.value else draw, model, count), params, m, text, count, read, weights
 
 
 def main(_):
-  rate = limits.bandwidth()
-  run, params, model, text, count, read = setup()
+  other, rate, product = sizes.peer(_PEER.value), limits.bandwidth(), limits.matmul()
+  run, params, model, text, count, read, weights = setup()
   rows = text[..., 0].size
   keys = jax.random.split(jax.random.key(1), rows)
   step = limits.seconds(jax.jit(run), params, text, keys, repeats=2) / count
@@ -74,15 +77,14 @@ def main(_):
   print(f'{jax.devices()[0].device_kind}, {_SIZE.value}, {rows} x {count} tokens, {model.dtype}')
   print(f'{1e3 * step:.3f} ms a token, {rows / step:,.0f} tokens/s; {step / floor:.2f} times the limit ', end='')
   print(f'({read / 1e9:.2f} GB at {rate / 1e9:.1f} GB/s: {1e3 * floor:.3f} ms)', flush=True)
+  print(f'{100 * 2 * weights * rows / step / product:.1f}% of the {product / 1e12:.2f} TFLOP/s of a large product')
   if model.attention == 'full':  # others read a part of it
     before = model.text_length + count / 2  # positions, on average over a picture
     cached = rows * 2 * model.depth * model.d_model * before * jnp.dtype(model.dtype).itemsize
     both = (read + cached) / rate
     print(f'{step / both:.2f} times what weights, keys and values take ({cached / 1e9:.2f} GB: {1e3 * both:.3f} ms)')
-  if _PEER.value:
-    from benchmarks import torch_peer
-
-    peers = torch_peer.token_seconds(model, rows, (_PEER_TOKENS.value or count) - 1, _STORY.value)
+  if other:
+    peers = other.token_seconds(model, rows, (_PEER_TOKENS.value or count) - 1, _STORY.value)
     for keep, peer in peers.items():
       print(f'torch, cache by {keep}: {1e3 * peer:.3f} ms a token, {peer / step:.2f} times as long', flush=True)
 

@@ -1,5 +1,7 @@
 """Fixed sizes at which benchmarks compare, by name; beside them, any variant of `dalle_jax/models/dalle.py`."""
 
+import importlib
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -18,6 +20,18 @@ SIZES: dict[str, dict[str, Any]] = {
 
 def dtype() -> str:
   return 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+
+
+def peer(name: str) -> ModuleType | None:
+  """What compares with `--peer NAME`; None for none. Ends the program with a line where that cannot be, at once."""
+  if not name:
+    return None
+  if jax.default_backend() != 'cpu':
+    raise SystemExit('--peer=torch compares on a CPU alone, this is a run on an accelerator; leave it out.')
+  try:
+    return importlib.import_module(f'benchmarks.{name}_peer')
+  except ModuleNotFoundError as e:
+    raise SystemExit(f'--peer={name} needs a package that is not here ({e}): pip install {e.name}.') from None
 
 
 def model(size: str, **changes: Any) -> dalle.DALLE:

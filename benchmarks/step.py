@@ -74,6 +74,7 @@ def measure(remat: str, kernel: str, mesh: jax.sharding.Mesh) -> tuple[float, fl
 
 
 def main(_):
+  other = sizes.peer(_PEER.value)
   if jax.default_backend() == 'cpu':
     host.keep_memory()  # as train.py does; the peer has it, too
   limit, count = limits.matmul(), jax.device_count()
@@ -87,14 +88,12 @@ def main(_):
     ours.append(1 / rate)
     used = f'{100 * flops / (limit * count):.1f}%'
     print(f'{f"{remat}, {kernel}":<16}{1e3 / rate:>12.1f}{tokens:>12,.0f}{used:>14}', flush=True)
-  if not _PEER.value:
+  if other is None:
     return
-  from benchmarks import torch_peer
-
-  print(f'the same product by torch: {torch_peer.matmul() / 1e12:.2f} TFLOP/s', flush=True)
+  print(f'the same product by torch: {other.matmul() / 1e12:.2f} TFLOP/s', flush=True)
   for compiled in (False, True):
     rows = _BATCH.value * (FRAMES if _STORY.value else 1)
-    peer = torch_peer.step_seconds(sizes.model(_SIZE.value), rows, compiled, _STORY.value)
+    peer = other.step_seconds(sizes.model(_SIZE.value), rows, compiled, _STORY.value)
     name = 'torch.compile' if compiled else 'torch'
     print(f'{name:<16}{1e3 * peer:>12.1f}{tokens / rate / peer:>12,.0f}{"":>14}{peer / min(ours):>7.2f}x', flush=True)
 

@@ -55,6 +55,7 @@ def measure(model: vqgan.VQGAN, size: int, names: tuple[str, ...]) -> dict[str, 
 
 
 def main(_):
+  other = sizes.peer(_PEER.value)
   if jax.default_backend() == 'cpu':
     host.keep_memory()  # as train.py does; the peer has it, too
   limit = limits.matmul()
@@ -62,10 +63,8 @@ def main(_):
   for size, (variant, changes, pixels, names) in SIZES.items():
     model = vqgan.build(variant, **changes, dtype=sizes.dtype())
     ours, peer = measure(model, pixels, names), {}
-    if _PEER.value:
-      from benchmarks import torch_peer
-
-      peer = torch_peer.vqgan_seconds(model, pixels, _BATCH.value, names)
+    if other:
+      peer = other.vqgan_seconds(model, pixels, _BATCH.value, names)
     for name, (value, flops) in ours.items():
       ratio = f'; torch {peer[name]:.3f} s, {peer[name] / value:.2f} times as long' if peer else ''
       speed = f'{_BATCH.value / value:.2f} pictures/s, {100 * flops / value / limit:.0f}% of the FLOP/s measured'

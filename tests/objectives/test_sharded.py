@@ -18,6 +18,8 @@ MESHES = [
   dict(fsdp=2, tensor=2, sequence=2),
   dict(data=8),
   dict(fsdp=8),
+  dict(tensor=8),
+  dict(sequence=8),
   dict(data=4, tensor=2),
   dict(data=4, sequence=2),
   dict(data=2, tensor=2, sequence=2),
