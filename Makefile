@@ -33,8 +33,8 @@ storyganc: setup
 	$(BIN)/python quickstart.py --run_dir runs/quickstart --storyganc
 
 unclip: setup
-	$(BIN)/python train.py --config configs/unclip_shapes.py --config.root=runs/quickstart
-	$(BIN)/python evaluate.py --run runs/quickstart/unclip --clip runs/quickstart/clip --guidance 2 --count 200 --source_arg image_size=72 --out runs/quickstart/unclip_scores
+	$(BIN)/python train.py --config configs/unclip_shapes.py
+	$(BIN)/python evaluate.py --run runs/unclip/unclip --clip runs/unclip/clip --guidance 2 --count 200 --source_arg image_size=72 --out runs/unclip/scores
 
 clean:
 	rm -rf .venv runs/quickstart

@@ -58,10 +58,13 @@ def setup():
   shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)['params'])
   params = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(1), x.shape), shapes)
   params = decoding.compute_params(params, m.dtype, _INT8.value, few_rows=jax.default_backend() == 'cpu')
-  weights = sum(v.size for k, v in sharding.flatten(shapes).items() if any(name in k for name in READ))
-  flat, once = sharding.flatten(params), ('/cross/key', '/cross/value')  # read for the source, and not for a token
-  read = sum(v.nbytes for k, v in flat.items() if any(name in k for name in READ))
-  read -= sum(v.nbytes for k, v in flat.items() if any(name in k for name in once))
+  once = ('/cross/key', '/cross/value')  # read for the source, and not for a token
+  every = lambda tree: {
+    k: v
+    for k, v in sharding.flatten(tree).items()
+    if any(name in k for name in READ) and not any(name in k for name in once)
+  }
+  read, weights = sum(v.nbytes for v in every(params).values()), sum(v.size for v in every(shapes).values())
   params = {**params, 'dalle': decoding.by_layer(params['dalle'])} if _STORY.value else decoding.by_layer(params)
   count = _TOKENS.value or m.image_length
   return functools.partial(draw_story if _STORY.value else draw, model, count), params, m, text, count, read, weights

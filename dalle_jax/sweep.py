@@ -15,6 +15,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,13 +123,17 @@ def execute(command: Sequence[str], log: str) -> int:
 
 
 def shares(parallel: int, gpus: int) -> list[str | None]:
-  """The GPUs of each of `parallel` runs. Raises ValueError when those that CUDA_VISIBLE_DEVICES names are too few."""
+  """The GPUs of each of `parallel` runs, of those that CUDA_VISIBLE_DEVICES names, or all. Raises ValueError."""
   if not gpus:
     return [None] * parallel
-  named = [x for x in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if x]
-  there = named or [str(i) for i in range(parallel * gpus)]
+  there = [x for x in os.environ.get('CUDA_VISIBLE_DEVICES', '').split(',') if x]
+  if not there and shutil.which('nvidia-smi'):
+    listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True).stdout
+    there = [str(i) for i in range(len(listed.splitlines()))]
   if len(there) < parallel * gpus:
-    raise ValueError(f'--parallel {parallel} with --gpus {gpus} needs {parallel * gpus}; there are {",".join(there)}.')
+    raise ValueError(
+      f'--parallel {parallel} with --gpus {gpus} needs {parallel * gpus}; there are {",".join(there) or "none"}.'
+    )
   return [','.join(there[i * gpus : (i + 1) * gpus]) for i in range(parallel)]
 
 
@@ -216,6 +221,8 @@ def run(common: Sequence[str]) -> None:
     raise ValueError('give --config configs/NAME.py, a config with a function `sweep`.')
   stem = re.sub(r'\W+', '_', FLAGS.config.removeprefix('configs/').replace('.py', ''))
   root = Path(FLAGS.root or f'runs/sweeps/{stem}').expanduser()
+  if FLAGS.gpus and FLAGS.executor != 'local':
+    raise ValueError('--gpus is for runs here; on Slurm give --slurm gpus_per_node=N.')
   if wrong := [o for o in FLAGS.slurm if '=' not in o]:
     raise ValueError(f'--slurm {wrong[0]} is not understood; expected NAME=VALUE, such as timeout_min=60.')
   options = {k: int(v) if v.isdigit() else v for k, v in (o.split('=', 1) for o in FLAGS.slurm)}

@@ -30,9 +30,16 @@ while kill -0 $! 2>/dev/null; do # a signal has ended the wait, not the tasks
 done
 
 # 143: stopped and saved. 75: a task has lost others. 137: one was killed. The same job goes on where it was; but what ends
-# within minutes, and not for the first time, has another reason.
-most=$((SECONDS < 600 ? 5 : 50))
+# within ten minutes five times in a row has another reason.
+ends=.ended-at-once-$SLURM_JOB_ID
+if [ $SECONDS -lt 600 ]; then echo >> "$ends"; else rm -f "$ends"; fi
 case $status in
-  143 | 75 | 137) [ "${SLURM_RESTART_COUNT:-0}" -lt $most ] && scontrol requeue "$SLURM_JOB_ID" ;;
+  143 | 75 | 137)
+    if [ "$(cat "$ends" 2> /dev/null | wc -l)" -lt 5 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then
+      scontrol requeue "$SLURM_JOB_ID"
+      exit $status
+    fi
+    ;;
 esac
+rm -f "$ends"
 exit $status

@@ -13,26 +13,32 @@ set -eu
 : "${TPU:?name of the TPU}" "${ZONE:?zone of the TPU}"
 
 printf -v train '%q ' python train.py --distributed "$@"
-printf -v start '%q' "trap : TERM; $train > train.log 2>&1; echo \$? > train.status"
+printf -v start '%q' "trap : TERM; $train >> train.log 2>&1; echo \$? > train.status"
 command="cd ${DIR:-dalle_jax} && . .venv/bin/activate
 if ! kill -0 \$(cat train.pid 2> /dev/null) 2> /dev/null; then
-  rm -f train.status train.log
-  touch train.log
+  status=\$(cat train.status 2> /dev/null)
+  case \$again\$status in
+    again | again75 | again137 | new*) ;;
+    *) exit \$status ;; # it has ended while nobody was connected
+  esac
+  rm -f train.status
   setsid nohup bash -c $start > /dev/null 2>&1 < /dev/null &
   echo \$! > train.pid
 fi
-tail -n +1 -f --pid=\$(cat train.pid) train.log
+touch train.log
+tail -n 20 -f --pid=\$(cat train.pid) train.log
 exit \$(cat train.status 2> /dev/null || echo 137)"
 # A host that is lost ends all others (75; 137 is a process that was killed, 255 a connection that broke or a host that is
 # gone); as often as that happens, they start again from the last checkpoint. What ends within minutes again and again has
 # another reason.
-short=0
+short=0 again=new
 for _ in $(seq 50); do
   begun=$SECONDS status=0
-  gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="$command" || status=$?
+  gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="again=$again; $command" || status=$?
   case $status in 75 | 137 | 255) ;; *) exit "$status" ;; esac
   short=$((SECONDS - begun < 600 ? short + 1 : 0))
   [ $short -lt 5 ] || { echo 'five times in a row it ended within ten minutes; see train.log on the hosts' >&2; break; }
   sleep 30
+  again=again
 done
 exit "$status"

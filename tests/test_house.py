@@ -90,7 +90,7 @@ def test_shipped_configs_build_their_objective(name):
     params, _ = jax.eval_shape(objective.init, jax.random.key(0), batch)
     assert set(params) & {c.objective, 'story', 'generator'} and sharding.logical_axes(params)
     assert config_lib.to_json(c) == config_lib.to_json(config_lib.to_json(c))
-    networks[c.objective] = {'model': config_lib.to_json(c.model)}
+    networks[c.objective] = {**networks.get(c.objective, {}), 'model': config_lib.to_json(c.model)}
     for evaluator in c.train.evals:
       config_lib.by_name('evals', evaluator, 'evals')
 

@@ -101,6 +101,7 @@ def test_a_failure_stops_no_other_run_and_only_it_is_repeated(tmp_path, run, cap
     (['--config', f'{ROOT}/configs/emoji.py'], 'emoji.py has no `sweep`; give it one'),
     (['--config.optim.lrr=1'], "no field 'optim.lrr'; close: optim.lr"),
     (['--slurm', 'fast'], '--slurm fast is not understood'),
+    (['--gpus=1', '--executor=slurm'], '--gpus is for runs here; on Slurm give --slurm gpus_per_node=N'),
     (['extra'], "arguments ['extra'] are not understood"),
   ],
 )

@@ -21,8 +21,8 @@ from dalle_jax.models.unet import UNet
 VARIANTS = {
   'test': dict(image_size=16, channels=(8, 16), num_res_blocks=1, attention=(1,), head_dim=8, norm_groups=4,
                context_dim=16),
-  'quickstart': dict(image_size=36, patch=2, channels=(48, 96), num_res_blocks=1, attention=(1,), head_dim=32,
-                     norm_groups=8, context_dim=96, predicts='velocity', positions=True),
+  'quickstart': dict(image_size=36, patch=3, channels=(64, 128), num_res_blocks=1, attention=(0, 1), head_dim=32,
+                     norm_groups=8, context_dim=96, predicts='velocity', shift=0.4, positions=True),
   'karlo': dict(channels=(320, 640, 960, 1280), num_res_blocks=3, attention=(1, 2, 3), context_dim=1536),
   'paper': dict(channels=(512, 1024, 1536, 2048), num_res_blocks=3, attention=(1, 2, 3), context_dim=2048,
                 remat='full', dtype='bfloat16'),

@@ -95,11 +95,14 @@ def encode_dataset(
     bar = tqdm(total=total, initial=done, unit='pictures', desc='encoding', disable=quiet, mininterval=5.0)
     for start in range(done // batch_size * batch_size, total, batch_size):
       batch = {k: v for k, v in next(loader).items() if k in ('image', 'vectors')}
+      size = len(batch['image'])
+      batch['place'] = part * size + np.arange(size, dtype=np.int32)  # a part may lie anywhere in the whole
       found = encode(params, sharding.put_batch(batch, mesh) if mesh else batch)
       rows = _of_all([[row.index, list(row.captions)] for row in loader.rows], part, parts)
       if writer:
-        vectors = np.asarray(found['vectors']) if 'vectors' in found else None
-        writer.append(start, np.asarray(found['codes']), rows[: total - start], vectors)
+        order = np.argsort(found['place'])
+        vectors = np.asarray(found['vectors'])[order] if 'vectors' in found else None
+        writer.append(start, np.asarray(found['codes'])[order], rows[: total - start], vectors)
       bar.update(min(start + batch_size, total) - bar.n)
     bar.close()
     loader.close()

@@ -261,12 +261,14 @@ def _await_stop() -> None:
 # --- Agreement
 
 
-def check_same(facts: Mapping[str, str]) -> None:
-  """Raises ValueError naming those of `facts` in which the processes differ."""
+def check_same(facts: Mapping[str, str], among: int = 0) -> None:
+  """Raises ValueError naming those of `facts` in which processes differ that give the same number `among`."""
   if joined():
-    sums = np.array([int(hashlib.sha256(v.encode()).hexdigest()[:8], 16) for v in facts.values()], np.uint32)
-    everyone = multihost_utils.process_allgather(sums).reshape(-1, len(facts))
-    if differing := [name for name, column in zip(facts, everyone.T, strict=True) if len(set(column.tolist())) > 1]:
+    sums = [int(hashlib.sha256(v.encode()).hexdigest()[:8], 16) for v in facts.values()]
+    everyone = multihost_utils.process_allgather(np.array([among, *sums], np.uint32)).reshape(-1, 1 + len(facts))
+    groups, columns = everyone[:, 0].tolist(), everyone[:, 1:].T.tolist()
+    agree = lambda column: len(set(zip(groups, column, strict=True))) == len(set(groups))
+    if differing := [name for name, column in zip(facts, columns, strict=True) if not agree(column)]:
       raise ValueError(
         f'the processes differ in {", ".join(differing)}; start all of them with the same flags, code and data.'
       )

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -206,13 +207,14 @@ def train(
   # --- Shapes and sizes -----------------------------------------------------------------------------------------------
   stream = batches(0)
   first = next(stream)
-  spec = state_lib.batch_spec(first, sharding.part_to_read(mesh)[1])
+  part, parts = sharding.part_to_read(mesh)
+  spec = state_lib.batch_spec(first, parts)
   size, shards, group = next(iter(spec.values())).shape[0], sharding.batch_shards(mesh), config.data.group
-  parts = shards * (c.accum * group if c.accum > 1 else 1)
-  if size % parts:
+  least = shards * (c.accum * group if c.accum > 1 else 1)
+  if size % least:
     raise ValueError(
       f'data.batch_size {size} is not divisible by {shards} (mesh data x fsdp) x {c.accum} (train.accum) x {group} '
-      f'(data.group, if accumulating); the nearest is {max(1, round(size / parts)) * parts}.'
+      f'(data.group, if accumulating); the nearest is {max(1, round(size / least)) * least}.'
     )
   params, mutable, axes = state_lib.abstract(objective, spec, mesh, config.rules)
   optimizer = optim.build(config.optim, c.steps, list(params))
@@ -243,7 +245,11 @@ def train(
       merged = checkpoint.strict_merge(state.params, initial, config.init.new)
       state = state.replace(params=merged, ema=jax.tree.map(jnp.copy, merged) if c.ema else {})
   start = int(state.step)
-  if start >= c.steps:
+  missed = bool(found and evals and c.eval_every and start % c.eval_every == 0)
+  if missed:  # it comes after the checkpoint: a run may have ended in the middle of it
+    logged = {line['step'] for line in metrics_lib.read(run_dir / 'metrics.jsonl')}
+    missed = bool(multihost_utils.broadcast_one_to_all(np.int32(start not in logged)))
+  if start >= c.steps and not missed:
     say(f'{run_dir} is complete: {start} of {c.steps} steps; raise train.steps to go on.')
     return state
   distributed.keeps(lambda: checkpoint.kept(run_dir))
@@ -300,6 +306,9 @@ def train(
 
   def save(step: int) -> None:
     log.check()
+    if parts < jax.process_count():  # those that read the same part must have skipped the same broken records
+      skipped = sorted(getattr(stream, 'skipped', {}).items())
+      distributed.check_same({'the records that they could not read': str(skipped)}, among=part)
     if not bool(_finite(state)):
       if c.nan_guard:
         raise Diverged(f'{_nonfinite_name(state)} is not finite after step {step}')
@@ -308,6 +317,9 @@ def train(
     checkpoint.save(saves, step, state, {**(meta or {}), 'axes': axes, 'seconds': elapsed()})
 
   try:
+    if missed:
+      with pause():
+        writer.write(start, evaluate(start) | {'seconds': elapsed()})
     with StopSignal() as stop:
       for step in range(start + 1, c.steps + 1):
         batch = sharding.put_batch(first if step == start + 1 else next(stream), mesh)

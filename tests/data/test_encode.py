@@ -134,6 +134,14 @@ def test_a_mesh_under_the_parameters_splits_the_batch(tmp_path):
   assert meta['count'] == 11 and encoded(tmp_path) == expected(range(11), 2)
 
 
+def test_parts_of_processes_may_lie_anywhere_in_the_batch(tmp_path, monkeypatch):
+  mesh = jax.make_mesh((4, 2, 1), ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3)
+  elsewhere = np.array([6, 0, 3, 7, 1, 5, 2, 4])
+  monkeypatch.setattr(encode.sharding, 'put_batch', lambda batch, mesh: {k: v[elsewhere] for k, v in batch.items()})
+  encode.encode_dataset(Numbered(11), run(2.0, NamedSharding(mesh, PartitionSpec())), tmp_path, 8, 8)
+  assert encoded(tmp_path) == expected(range(11), 2)
+
+
 def test_fingerprints_see_every_value_and_no_sharding():
   mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
   tree = {'a': {'kernel': jnp.arange(64.0).reshape(8, 8)}, 'b': jnp.ones(3, jnp.bfloat16)}

@@ -26,6 +26,9 @@ def test_the_schedules_by_hand():
   share = lambda u: np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
   np.testing.assert_allclose(Diffusion().kept()[499], share(0.5) / share(0), rtol=1e-5)
   assert Diffusion().added()[-1] == np.float32(0.999)
+  # Of signal and noise, but at the last step, where what is added is cut.
+  ratio = lambda d: np.sqrt(d.kept()[:-1] / (1 - d.kept()[:-1]))
+  np.testing.assert_allclose(ratio(Diffusion(shift=0.25)), 0.25 * ratio(Diffusion()), rtol=1e-3)
 
 
 def test_steps_are_spread_evenly_from_the_last_to_the_first():
@@ -128,6 +131,11 @@ def test_losses_of_what_is_right_and_who_learns_from_them():
 def test_errors():
   with pytest.raises(ValueError, match=r"diffusion schedule 'sigmoid' is unknown; there are cosine, linear"):
     Diffusion(schedule='sigmoid')
+  for wrong in (dict(shift=0.0), dict(shift=0.5, schedule='linear')):
+    with pytest.raises(
+      ValueError, match=r'diffusion shift is 0.\d; expected one above 0, and 1 but for the schedule cosine'
+    ):
+      Diffusion(**wrong)
   with pytest.raises(ValueError, match='diffusion has 1 steps'):
     Diffusion(1)
   with pytest.raises(ValueError, match='schedule linear needs more than 20'):

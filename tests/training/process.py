@@ -1,7 +1,7 @@
 """One process of a toy run, for test_processes.py: `python -m tests.training.process RUN_DIR STEPS [FLAGS]`.
 
 `--event=KIND:PROCESS:STEP` makes that process fail ('bad'), kill itself ('KILL'), stop itself ('STOP') or ask to end
-('TERM') when it reads the batch of that step.
+('TERM') when it reads the batch of that step, or skip a record from the beginning on ('skip').
 """
 
 import os
@@ -22,6 +22,7 @@ STEP = 0.04  # seconds, so that a word gets round before the run is over
 
 def batches(start, event, part, parts):
   kind, process, at = event.split(':') if event else ('', -1, -1)
+  Rows.skipped = {'picture 3': 1} if kind == 'skip' and jax.process_index() == int(process) else {}
   rows = toy.BATCH // parts
   mine = slice(part * rows, (part + 1) * rows)
   for step, batch in enumerate(toy.batches(start), start + 1):
@@ -31,6 +32,19 @@ def batches(start, event, part, parts):
         raise ValueError('the data of this process are bad')
       os.kill(os.getpid(), getattr(signal, f'SIG{kind}'))
     yield {k: v[mine] for k, v in batch.items()}
+
+
+class Rows:
+  """Batches, and what could not be read for them."""
+
+  def __init__(self, rows):
+    self.next = rows.__next__
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    return self.next()
 
 
 def main(argv):
@@ -44,7 +58,7 @@ def main(argv):
     c = toy.config(run_dir, steps=int(steps), log_every=1)
     c.mesh.update(MESHES[values.mesh])
     read = sharding.part_to_read(sharding.make_mesh(c.mesh))
-    state = toy.run(c, batches=lambda start: batches(start, values.event, *read))
+    state = toy.run(c, batches=lambda start: Rows(batches(start, values.event, *read)))
   except errors.EXPECTED as e:
     return errors.report(e, debug=False)
   return 0 if int(state.step) == c.train.steps else 143

@@ -216,6 +216,26 @@ def test_groups_and_frozen_networks(tmp_path):
   assert metrics.read(tmp_path / 'doubled' / 'metrics.jsonl')[0]['loss'] > 1.2 * one
 
 
+@pytest.mark.parametrize('at', [4, 8])
+def test_an_evaluation_that_a_run_has_ended_in_is_made_up_for(tmp_path, at):
+  c, seen = toy.config(tmp_path, eval_every=4, log_every=4), []
+
+  def ends_once(params, ctx):
+    seen.append(int(ctx.step))
+    if seen.count(at) == 1 and seen[-1] == at:
+      raise KeyboardInterrupt
+    return {'val': float(ctx.step)}
+
+  with pytest.raises(KeyboardInterrupt):
+    toy.run(c, evals=[ends_once])
+  assert checkpoint.steps(tmp_path)[0] == at  # saved before
+  assert int(toy.run(c, evals=[ends_once]).step) == 8
+  lines = {m['step']: m.get('val') for m in metrics.read(tmp_path / 'metrics.jsonl')}
+  assert lines == {4: 4.0, 8: 8.0} and seen == [4, 4, 8] if at == 4 else [4, 8, 8]
+  toy.run(c, evals=[ends_once])
+  assert len(seen) == 3  # complete
+
+
 def test_evals_log_numbers_and_pictures(tmp_path):
   c = toy.config(tmp_path, eval_every=3, log_every=2, peak_flops=1e9)
   objective, mesh = toy.Toy(), sharding.make_mesh(c.mesh)

@@ -202,6 +202,12 @@ def test_processes_that_share_layers_read_the_same_rows(tmp_path, straight):
   same(params(tmp_path), straight.params)
 
 
+def test_processes_that_share_layers_and_read_other_rows_stop(tmp_path):
+  first, second = ends(toys(tmp_path, 'skip:1:0', '--mesh=across'))
+  assert (first[0], second[0]) == (2, 2), first[3] + second[3]
+  assert 'the processes differ in the records that they could not read' in first[3] + second[3]
+
+
 def test_a_run_that_loses_processes_again_and_again_equals_one_left_alone(tmp_path, straight):
   """One process, two with an error, two with a kill, two with a SIGTERM, one again."""
 
