@@ -58,4 +58,4 @@ def unclip(c):
   c.data.batch_size = 32
   c.optim.update(lr=2e-3, warmup=100)
   c.train.xla_options = common.CONVOLUTIONS_ON_CPU
-  c.train.update(steps=5_000, ema=0.998, log_every=100, checkpoint_every=1_000, eval_every=5_000)
+  c.train.update(steps=12_000, ema=0.998, log_every=100, checkpoint_every=1_000, eval_every=12_000)
