@@ -1,5 +1,7 @@
 """The training step of an objective without data, files or loop."""
 
+import math
+
 import jax
 
 from configs import common
@@ -14,8 +16,8 @@ def take(objective, c, batch, sizes=None, *, count, frozen=None, ema=0.0, accum=
   Returns the states (the first is that before training), the metrics of each step, and the shapes with shardings of a
   state.
   """
-  devices = jax.devices()[:1] if sizes is None else None
-  with sharding.use(sizes or {}, common.RULES, devices) as mesh:
+  sizes = sizes or {}
+  with sharding.use(sizes, common.RULES, jax.devices()[: math.prod(sizes.values())]) as mesh:
     spec = state_lib.batch_spec(batch)
     abstract, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
     optimizer = optim.build(c.optim, 10, list(abstract))

@@ -18,7 +18,7 @@ MESHES = [
   dict(fsdp=2, tensor=2, sequence=2),
   dict(data=8),
   dict(fsdp=8),
-  dict(tensor=8),
+  dict(tensor=2),  # the tiny networks have two heads
   dict(sequence=8),
   dict(data=4, tensor=2),
   dict(data=4, sequence=2),
