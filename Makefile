@@ -37,4 +37,4 @@ unclip: setup
 	$(BIN)/python evaluate.py --run runs/unclip/unclip --clip runs/unclip/clip --guidance 2 --count 200 --source_arg image_size=72 --out runs/unclip/scores
 
 clean:
-	rm -rf .venv runs/quickstart
+	rm -rf .venv runs/quickstart runs/unclip

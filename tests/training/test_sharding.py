@@ -80,6 +80,7 @@ def test_peak_flops_by_device_kind():
     ([(0, 1, 2, 3)], [(0, 1)]),
     ([(0, 1), (2, 3), (0, 1), (2, 3)], [(0, 2), (1, 2), (0, 2), (1, 2)]),  # a tensor axis across processes
     ([(2, 3), (0, 1)], [(1, 2), (0, 2)]),
+    ([(0, 2), (1, 3)], [(0, 2), (1, 2)]),  # interleaved, as hosts of a torus may be
   ],
 )
 def test_processes_that_hold_the_same_rows_read_the_same_part(monkeypatch, rows, expected):
