@@ -25,7 +25,7 @@ UPSAMPLERS = ('upsampler', *(f'upsampler_{i}' for i in range(2, 10)))
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-  """How to draw; hashable, a static argument under jit.
+  """How to draw.
 
   Attributes:
     guidance, prior_guidance: s of uncond + s (cond - uncond), of the decoder and of the prior; 1.0 for none.
@@ -72,7 +72,9 @@ class UnCLIP(Painter):
       if (low := self.upsamplers[name].low_size) != self.image_size:
         raise ValueError(f'the {name} takes pictures of {low} pixels a side, and gets {self.image_size}.')
       self.image_size = self.upsamplers[name].image_size
-    self._draw = self._jit(self._draw_pictures, static_argnames='how')
+    self._guess = self._jit(self._guess_embeds, static_argnames=('steps', 'guidance', 'priors'))
+    self._draw = self._jit(self._draw_pictures, static_argnames=('steps', 'guidance'))
+    self._widen = self._jit(self._widen_pictures, static_argnames=('name', 'steps'))
     self._look = self._jit(lambda params, images: self.reader.look(params['clip'], to_float(images)))
 
   @classmethod
@@ -171,42 +173,69 @@ class UnCLIP(Painter):
       self.guess.diffusion.timesteps(how.prior_steps, 'prior_steps')
     if how.priors < 1:
       raise ValueError(f'priors is {how.priors}; expected one embedding a picture or more.')
-    return lambda batch, seed: (self._draw(self.params, batch, seed, how=how), None)
 
-  # --- Under jit
+    # Each network is a program of its own: who asks for other steps of one compiles that one anew.
+    def call(batch: dict[str, Any], seed: np.uint32) -> tuple[jax.Array, None]:
+      own = lambda *names: {name: self.params[name] for name in names}
+      embeds = batch.pop('embed', None)
+      if embeds is None:
+        of_prior = dict(steps=how.prior_steps, guidance=how.prior_guidance, priors=how.priors)
+        embeds = self._guess(own('clip', 'prior'), batch, seed, **of_prior)
+      else:
+        embeds = jnp.repeat(embeds, batch['number'].shape[1], axis=0)
+      images = self._draw(own('clip', 'unclip'), batch, seed, embeds, steps=how.steps, guidance=how.guidance)
+      for name in self.upsamplers:
+        images = self._widen(self.params[name], batch, seed, images, name=name, steps=how.upsampler_steps)
+      return to_uint8(images).reshape(*batch['number'].shape, *images.shape[1:]), None
 
-  def _draw_pictures(self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, *, how: Drawing) -> jax.Array:
-    """uint8[B, n, H, W, 3]; `batch` has text int32[B, N], name uint32[B], number int32[B, n], maybe embed [B, E]."""
-    n, keys = batch['number'].shape[1], request_keys(seed, batch['name'], batch['number'])
-    stage = lambda i: jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-    each = lambda x: jnp.repeat(x, n, axis=0)
-    caption = jax.tree.map(each, self.reader.read(params['clip'], batch['text']))
-    empty = self.reader.read(params['clip'], jnp.asarray(self.reader.empty)[None])
-    empty = jax.tree.map(lambda x: jnp.repeat(x, len(keys), axis=0), empty)
-    if 'embed' in batch:
-      embed = each(batch['embed'])
-    else:
-      embed = self._guess_embed(params['prior'], caption, empty, stage, how)
-    apply = lambda *x: self.model.apply({'params': params['unclip']}, *x)
-    steps = self.model.diffusion.timesteps(how.steps)
-    x = unclip.paint(self.model, apply, embed, caption, empty, stage(0), steps, how.guidance)
-    for i, (name, module) in enumerate(self.upsamplers.items()):
-      of = {player: functools.partial(module.apply, {'params': own}) for player, own in params[name].items()}
-      steps = module.diffusion.timesteps(how.upsampler_steps)
-      x = upsampler.widen(module, of['upsampler'], x, stage(2**20 + i), steps, of.get('last'))
-    return to_uint8(x).reshape(-1, n, *x.shape[1:])
+    return call
 
-  def _guess_embed(self, params: Any, caption: Caption, empty: Caption, stage: Any, how: Drawing) -> jax.Array:
-    """Of `how.priors` guesses for each caption that whose direction is nearest to the caption's embedding: [B, E]."""
-    several = lambda x: jnp.tile(x, (how.priors, *(1,) * (x.ndim - 1)))  # (P B, ...)
-    keys = jnp.concatenate([stage(1 + i) for i in range(how.priors)])
-    steps = self.guess.diffusion.timesteps(how.prior_steps)
+  # --- Under jit: `batch` has text int32[B, N], name uint32[B] and number int32[B, n]
+
+  def _guess_embeds(
+    self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, *, steps: int, guidance: float, priors: int
+  ) -> jax.Array:
+    """Of `priors` guesses for each caption that whose direction is nearest to the caption's embedding: [B * n, E]."""
+    caption, empty = self._captions(params['clip'], batch)
+    several = lambda x: jnp.tile(x, (priors, *(1,) * (x.ndim - 1)))  # (P B n, ...)
+    keys = jnp.concatenate([stage_keys(batch, seed, 1 + i) for i in range(priors)])
     captions = (jax.tree.map(several, c) for c in (caption, empty))
-    apply = functools.partial(self.guess.apply, {'params': params})
-    embeds = self.reader.scaled(prior.guess(self.guess, apply, *captions, keys, steps, how.prior_guidance))
-    embeds = embeds.reshape(how.priors, len(caption.embed), -1)
+    apply = functools.partial(self.guess.apply, {'params': params['prior']})
+    steps = self.guess.diffusion.timesteps(steps)
+    embeds = self.reader.scaled(prior.guess(self.guess, apply, *captions, keys, steps, guidance))
+    embeds = embeds.reshape(priors, len(caption.embed), -1)
     best = jnp.einsum('pbe,be->pb', normalize(embeds), caption.embed).argmax(0)
     return jnp.take_along_axis(embeds, best[None, :, None], 0)[0]
+
+  def _draw_pictures(
+    self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, embeds: jax.Array, *, steps: int, guidance: float
+  ) -> jax.Array:
+    """Those of embeddings [B * n, E]: float32[B * n, H, W, 3]."""
+    caption, empty = self._captions(params['clip'], batch)
+    apply = functools.partial(self.model.apply, {'params': params['unclip']})
+    keys, steps = stage_keys(batch, seed, 0), self.model.diffusion.timesteps(steps)
+    return unclip.paint(self.model, apply, embeds, caption, empty, keys, steps, guidance)
+
+  def _widen_pictures(
+    self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, images: jax.Array, *, name: str, steps: int
+  ) -> jax.Array:
+    """By the upsampler of that name: float32[B * n, H, W, 3] -> [B * n, 2 H or more, ...]."""
+    module, place = self.upsamplers[name], list(self.upsamplers).index(name)
+    of = {player: functools.partial(module.apply, {'params': own}) for player, own in params.items()}
+    keys, steps = stage_keys(batch, seed, 2**20 + place), module.diffusion.timesteps(steps)
+    return upsampler.widen(module, of['upsampler'], images, keys, steps, of.get('last'))
+
+  def _captions(self, params: Any, batch: dict[str, jax.Array]) -> tuple[Caption, Caption]:
+    """What CLIP reads in the captions, and in ''; a row for each picture."""
+    count, n = batch['number'].shape
+    rows = lambda caption, times: jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), caption)
+    empty = self.reader.read(params, jnp.asarray(self.reader.empty)[None])
+    return rows(self.reader.read(params, batch['text']), n), rows(empty, count * n)
+
+
+def stage_keys(batch: dict[str, jax.Array], seed: jax.Array, stage: int) -> jax.Array:
+  """A key for each picture of a batch, others for each stage: [B * n]."""
+  return jax.vmap(jax.random.fold_in, (0, None))(request_keys(seed, batch['name'], batch['number']), stage)
 
 
 def check_clip(guess: checkpoint.Run, run: checkpoint.Run, model: unclip.UnCLIP) -> None:

@@ -192,9 +192,9 @@ def _saved(path: Path) -> dict[str, Any]:
   return {k: v for k, v in ocp.tree.to_flat_dict(tree, sep='/').items() if hasattr(v, 'dtype')}
 
 
-def _restore(path: Path, target: Any, *, partial: bool = False) -> Any:
-  """Reads `target`, a tree of shapes with shardings; with `partial`, what else is in the checkpoint stays there."""
-  expected, found = sharding.flatten(target), _saved(path)
+def _restore(path: Path, target: Any, found: Mapping[str, Any], *, partial: bool = False) -> Any:
+  """Reads `target`, a tree of shapes with shardings, of what `found` says was saved; with `partial` not all of it."""
+  expected = sharding.flatten(target)
   if partial:
     found = {k: v for k, v in found.items() if k in expected}
   if lines := differences(expected, found):  # Orbax would cast a dtype and crop or pad a shape in silence
@@ -235,7 +235,7 @@ def resume(run_dir: str | Path, target: Any) -> tuple[Any, dict] | None:
   run_dir = Path(run_dir).absolute()
   if not steps(run_dir):
     return None
-  read = lambda path: (_restore(path, target), read_meta(run_dir, int(path.name)))
+  read = lambda path: (_restore(path, target, _saved(path)), read_meta(run_dir, int(path.name)))
   step, (state, meta) = _newest_whole(run_dir, read)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('resumed')
@@ -275,7 +275,7 @@ def load_run(
         where = NamedSharding(mesh, spec if name in meta['axes'] else PartitionSpec())
       return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=where)
 
-    return _restore(source, {key: nest({k: place(k, v) for k, v in flat.items()})}, partial=True)[key], meta
+    return _restore(source, {key: nest({k: place(k, v) for k, v in flat.items()})}, saved, partial=True)[key], meta
 
   if step is not None:
     params, meta = read(run_dir / 'checkpoints' / str(step))

@@ -7,20 +7,21 @@ import numpy as np
 import pytest
 
 from dalle_jax.models import classifier
+from tests import runs
 
 IMAGES = jax.random.uniform(jax.random.key(0), (3, 16, 16, 3), minval=-1, maxval=1)
 
 
 def init(model, images=IMAGES):
-  return nn.unbox(jax.jit(model.init)(jax.random.key(2), images)['params'])
+  return runs.parameters(model.init, images)['params']
 
 
 @pytest.mark.parametrize('pool', ['all', 'class'])
 def test_logits_are_of_the_features_and_every_parameter_gets_a_gradient(pool):
   model = classifier.build('test', labels=5, image_pool=pool)
   params = init(model)
-  logits = model.apply({'params': params}, IMAGES)
-  features = model.apply({'params': params}, IMAGES, method='features')
+  apply = jax.jit(model.apply, static_argnames='method')
+  logits, features = (apply({'params': params}, IMAGES, method=way) for way in (None, 'features'))
   assert logits.shape == (3, 5) and features.shape == (3, 8) and logits.dtype == features.dtype == jnp.float32
   head = params['head']
   np.testing.assert_allclose(logits, nn.gelu(features) @ head['kernel'] + head['bias'], atol=1e-5)

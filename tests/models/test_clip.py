@@ -1,5 +1,7 @@
 """CLIP: unit embeddings, what text sees, gradients, errors."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,29 +9,35 @@ import numpy as np
 import pytest
 
 from dalle_jax.models import clip
+from tests import runs
 
 IMAGES = jax.random.uniform(jax.random.key(0), (3, 16, 16, 3), minval=-1, maxval=1)
 TEXT = jax.random.randint(jax.random.key(1), (3, 8), 0, 40)
 
 
 def init(model):
+  return runs.parameters(model.init, IMAGES, TEXT)['params']
+
+
+def fresh(model):
   return nn.unbox(jax.jit(model.init)(jax.random.key(2), IMAGES, TEXT)['params'])
 
 
 def encode_text(text, **fields):
   model = clip.build('test', **fields)
-  return model.apply({'params': init(model)}, text, method='encode_text')
+  return jax.jit(functools.partial(model.apply, {'params': init(model)}, method='encode_text'))(text)
 
 
 def test_embeddings_have_unit_length_and_the_scale_a_ceiling():
   model = clip.build('test')
-  params = init(model)
-  a, b, scale = model.apply({'params': params}, IMAGES, TEXT)
+  params = init(model) | {'logit_scale': jnp.log(1 / 0.07)}
+  apply = jax.jit(model.apply, static_argnames='method')
+  a, b, scale = apply({'params': params}, IMAGES, TEXT)
   assert a.shape == b.shape == (3, 16) and a.dtype == b.dtype == jnp.float32
   np.testing.assert_allclose(np.linalg.norm([a, b], axis=-1), 1.0, rtol=1e-5)
   np.testing.assert_allclose(scale, 1 / 0.07, rtol=1e-5)
-  np.testing.assert_allclose(model.apply({'params': params}, IMAGES, method='encode_image'), a, rtol=1e-5)
-  assert model.apply({'params': params | {'logit_scale': jnp.float32(9.0)}}, IMAGES, TEXT)[2] == 100.0
+  np.testing.assert_allclose(apply({'params': params}, IMAGES, method='encode_image'), a, rtol=1e-5)
+  assert apply({'params': params | {'logit_scale': jnp.float32(9.0)}}, IMAGES, TEXT)[2] == 100.0
 
 
 @pytest.mark.parametrize('causal', [True, False])
@@ -54,8 +62,8 @@ def test_a_picture_is_pooled_where_asked():
   rolled, change = jnp.roll(IMAGES, 8, axis=2), {}
   for pool in shapes:
     model = clip.build('test', image_pool=pool)
-    params = init(model)
-    a, b = (model.apply({'params': params}, x, method='encode_image') for x in (IMAGES, rolled))
+    encode = jax.jit(functools.partial(model.apply, {'params': fresh(model)}, method='encode_image'))
+    a, b = (encode(x) for x in (IMAGES, rolled))
     change[pool] = float(jnp.abs(a - b).mean())
   assert change['all'] > 5 * change['class']
 
@@ -75,7 +83,8 @@ def test_every_parameter_gets_a_gradient(activation, pool):
 
 def test_half_precision_is_close():
   params = init(clip.build('test'))
-  full, half = (clip.build('test', dtype=d).apply({'params': params}, IMAGES, TEXT) for d in ('float32', 'bfloat16'))
+  of = lambda dtype: jax.jit(clip.build('test', dtype=dtype).apply)({'params': params}, IMAGES, TEXT)
+  full, half = of('float32'), of('bfloat16')
   for a, b in zip(full[:2], half[:2], strict=True):
     assert b.dtype == jnp.float32
     np.testing.assert_allclose(a, b, atol=0.05)

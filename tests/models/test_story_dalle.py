@@ -23,19 +23,18 @@ FORMS = [dict(), dict(prompt=3, sentences='data', sentence_dim=5), dict(retro=2,
 
 @functools.cache
 def built(**fields):
-  """The model, its fresh parameters, and sentence embeddings where it needs them."""
+  """The model, random parameters, and sentence embeddings where it needs them."""
   model = story_dalle.build('test', **fields)
   dim = fields.get('sentence_dim')
   sentences = jax.random.normal(jax.random.key(3), (B, T, dim)) if dim else None
-  params = nn.unbox(jax.jit(model.init)(jax.random.key(5), TEXT, IMAGE, SOURCE, sentences)['params'])
+  params = runs.parameters(model.init, TEXT, IMAGE, SOURCE, sentences)['params']
   return model, params, sentences
 
 
 @functools.cache
 def forward(**fields):
-  """logits(text, image, source) as [B, T, ...] with grown parameters."""
+  """logits(text, image, source) as [B, T, ...]."""
   model, params, sentences = built(**fields)
-  params = runs.larger(params)
 
   @jax.jit
   def logits(text=TEXT, image=IMAGE, source=SOURCE):
@@ -53,8 +52,9 @@ def test_retrofitting_is_a_strict_merge_that_gives_the_pretrained_logits():
   """(Released: the cross-attention is no parameter at all.)"""
   base = dalle.build('test')
   rows = TEXT.reshape(-1, N), IMAGE.reshape(-1, I)
-  pretrained = {'dalle': runs.larger(nn.unbox(jax.jit(base.init)(jax.random.key(6), *rows)['params']))}
-  model, fresh, _ = built(story_encoder='')
+  pretrained = {'dalle': runs.parameters(base.init, *rows)['params']}
+  model, _, _ = built(story_encoder='')
+  fresh = nn.unbox(jax.jit(model.init)(jax.random.key(5), TEXT, IMAGE, SOURCE)['params'])
   merged = checkpoint.strict_merge(fresh, pretrained, new='story/.*')
   kept = {k: v for k, v in sharding.flatten(merged).items() if k.startswith('dalle/')}
   assert set(kept) == set(sharding.flatten(pretrained))
@@ -73,7 +73,6 @@ def test_retrofitting_is_a_strict_merge_that_gives_the_pretrained_logits():
 def test_cached_logits_are_the_teacher_forced_ones(fields):
   """With a prompt, too: the first image token comes from position N + P. (Released: N - 1; source lost when cached.)"""
   model, params, sentences = built(**fields)
-  params = runs.larger(params)
   expected = forward(**fields)()[1].reshape(B * T, I, -1)
   rows, image = TEXT.reshape(-1, N), IMAGE.reshape(-1, I)
 
@@ -114,7 +113,7 @@ def test_permuting_stories_permutes_outputs():
 def test_the_story_token_knows_all_captions_and_their_order():
   """(Released: causal, without positions.)"""
   model, params, _ = built()
-  look = jax.jit(lambda text: model.apply({'params': runs.larger(params)}, text, SOURCE, method='look')[0])
+  look = jax.jit(lambda text: model.apply({'params': params}, text, SOURCE, method='look')[0])
   token = lambda text: look(text).reshape(B, T, -1)
   third = TEXT.at[0, 2].set((TEXT[0, 2] + 1) % 34)
   assert changed(token(TEXT), token(third))[0].all() and not changed(token(TEXT), token(third))[1:].any()
@@ -128,7 +127,6 @@ def test_the_story_token_knows_all_captions_and_their_order():
 
 def test_every_new_parameter_gets_a_gradient():
   model, params, sentences = built(prompt=3, sentences='data', sentence_dim=5)
-  params = runs.larger(params)
   loss = lambda p: sum(jnp.square(x).sum() for x in model.apply({'params': p}, TEXT, IMAGE, SOURCE, sentences))
   grads = sharding.flatten(jax.jit(jax.grad(loss))(params)['story'])
   dead = {k for k, g in grads.items() if np.abs(g).max() < 1e-6}
@@ -137,7 +135,6 @@ def test_every_new_parameter_gets_a_gradient():
 
 def test_sampling_is_the_model_and_guidance_keeps_the_source():
   model, params, _ = built()
-  params = runs.larger(params)
   sample = jax.jit(
     lambda source, sampling: decoding.sample(
       story_dalle.sampler(model, params, TEXT, source, None),
@@ -172,7 +169,7 @@ def test_prompt_dropout_acts_in_training_alone():
 def test_a_grown_vocabulary_leaves_old_words_as_they_were(head):
   old, new = dalle.build('test', head=head), dalle.build('test', text_vocab=43, head=head)
   rows = TEXT.reshape(-1, N), IMAGE.reshape(-1, I)
-  params = runs.larger(nn.unbox(jax.jit(old.init)(jax.random.key(6), *rows)['params']))
+  params = runs.parameters(old.init, *rows)['params']
   grown = dalle.adopt(new, {'dalle': params}, {'tokenizer': {'vocab_size': 34}}, jax.random.key(8))['dalle']
   assert grown['text_embed'].shape == (43, 16)
   text = rows[0].at[:, 4:].set(jnp.arange(38, 40))  # two paddings

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from dalle_jax.models import patchgan, vqgan
+from tests import runs
 
 IMAGES = jax.random.uniform(jax.random.key(0), (2, 16, 16, 3), minval=-1, maxval=1)
 
 
 def init(model, images=IMAGES):
-  return nn.unbox(jax.jit(model.init)(jax.random.key(1), images)['params'])
+  return runs.parameters(model.init, images, scale=0.1)['params']
 
 
 @pytest.mark.parametrize(
@@ -50,14 +51,18 @@ def test_the_public_layouts_have_the_public_numbers_of_parameters():
 @pytest.mark.parametrize('fields', [{}, {'patch': 2, 'quantizer': 'gumbel'}, {'normalize_codes': True}])
 def test_codes_lie_in_range_and_decode_to_the_reconstruction(fields):
   model = vqgan.build('test', **fields)
-  variables = {'params': init(model)}
-  out = jax.jit(model.apply)(variables, IMAGES)
-  way = lambda name: jax.jit(functools.partial(model.apply, method=name))
-  codes = way('encode')(variables, IMAGES)
+  way = functools.partial(model.apply, {'params': init(model)})
+
+  @jax.jit
+  def ways():
+    out, codes = way(IMAGES), way(IMAGES, method='encode')
+    return out, codes, way(codes, method='decode_codes'), way(out.features, method='to_pixels')
+
+  out, codes, decoded, pixels = ways()
   assert codes.shape == (2, *model.grid(16)) and codes.min() >= 0 and codes.max() < model.num_codes
   np.testing.assert_array_equal(codes, out.quantized.codes)
-  np.testing.assert_allclose(way('decode_codes')(variables, codes), out.recon, atol=1e-4)
-  np.testing.assert_allclose(way('to_pixels')(variables, out.features), out.recon, atol=1e-6)
+  np.testing.assert_allclose(decoded, out.recon, atol=1e-4)
+  np.testing.assert_allclose(pixels, out.recon, atol=1e-6)
   assert out.recon.shape == IMAGES.shape and out.recon.dtype == jnp.float32
 
 
@@ -87,7 +92,8 @@ def test_half_precision_is_close():
 def test_other_sizes_and_shapes_that_the_factor_divides_work():
   model = vqgan.build('test')
   images = jnp.zeros((1, 8, 24, 3))
-  assert model.apply({'params': init(model)}, images, method='encode').shape == (1, 4, 12)
+  encode = functools.partial(model.apply, {'params': init(model, images)}, method='encode')
+  assert jax.eval_shape(encode, images).shape == (1, 4, 12)
 
 
 def test_errors_name_what_is_possible():

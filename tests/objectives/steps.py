@@ -10,8 +10,8 @@ from dalle_jax.training import state as state_lib
 from dalle_jax.training.loop import make_step
 
 
-def take(objective, c, batch, sizes=None, *, count, frozen=None, ema=0.0, accum=1):
-  """`count` steps on the same batch, over a mesh of these sizes or on one device.
+def take(objective, c, batch, sizes=None, *, count, frozen=None, ema=0.0, accum=1, start=None):
+  """`count` steps on the same batch, over a mesh of these sizes or on one device; from `start` or a fresh state.
 
   Returns the states (the first is that before training), the metrics of each step, and the shapes with shardings of a
   state.
@@ -22,8 +22,9 @@ def take(objective, c, batch, sizes=None, *, count, frozen=None, ema=0.0, accum=
     abstract, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
     optimizer = optim.build(c.optim, 10, list(abstract))
     target = state_lib.abstract_state(abstract, mutable, optimizer, ema > 0, mesh)
-    state = state_lib.init(objective, target, optimizer, 0, spec)
     where = jax.tree.map(lambda x: x.sharding, target)
+    fresh = lambda: state_lib.init(objective, target, optimizer, 0, spec)
+    state = fresh() if start is None else jax.device_put(start, where)
     run = make_step(objective, optimizer, seed=0, accum=accum, ema=ema, mesh=mesh, shardings=where)
     states, metrics, batch = [jax.device_get(state)], [], sharding.put_batch(batch, mesh)
     for _ in range(count):

@@ -11,8 +11,8 @@ from configs import common
 from dalle_jax.evals import characters
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.objectives import classifier
-from dalle_jax.training import sharding
 from dalle_jax.training.state import Context
+from tests import runs
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.random((16, 3)) < 0.5
@@ -31,7 +31,7 @@ def config(**model):
 @pytest.fixture(scope='module')
 def built():
   objective = classifier.from_config(config(labels=3), {})
-  return objective, sharding.unbox(jax.jit(objective.init)(jax.random.key(0), BATCH)[0])
+  return objective, runs.parameters(objective.init, BATCH)[0]
 
 
 def test_loss_and_metrics_by_hand(built):

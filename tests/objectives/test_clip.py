@@ -11,6 +11,7 @@ from dalle_jax.functional.contrastive import contrastive
 from dalle_jax.objectives import clip
 from dalle_jax.training import sharding
 from dalle_jax.training.state import Context
+from tests import runs
 
 BATCH = {
   'image': np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8),
@@ -40,7 +41,7 @@ def test_loss_by_hand():
 def test_the_batch_is_the_global_one():
   """Eight devices with two pairs each give the loss and the gradients of one device with sixteen."""
   objective = build()
-  params = sharding.unbox(jax.jit(objective.init)(jax.random.key(0), BATCH)[0])
+  params, _ = runs.parameters(objective.init, BATCH)
   ctx = Context({}, {}, jax.random.key(0), jnp.int32(0), train=True)
 
   def run(batch):

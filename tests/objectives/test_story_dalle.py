@@ -84,7 +84,7 @@ def test_sentences_of_clip_and_of_the_data():
   frozen = runs.parameters(tower.init, jnp.zeros((1, 16, 16, 3)), ids[0])['params']
   by_clip = build(sentences='clip')
   assert by_clip.model.sentence_dim == tower.embed_dim
-  params = sharding.unbox(jax.jit(by_clip.init)(jax.random.key(3), BATCH)[0])
+  params, _ = runs.parameters(by_clip.init, BATCH)
   read = jax.jit(lambda p: tower.apply({'params': p}, ids.reshape(16, 8), method='encode_text'))
   vectors = read(frozen).reshape(8, 2, -1)
   by_data = build(sentences='data', sentence_dim=16)
