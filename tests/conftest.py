@@ -2,6 +2,7 @@
 
 import gc
 import os
+import resource
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ if not flags.FLAGS.is_parsed():
   flags.FLAGS(sys.argv[:1])
 
 
+MEMORY = 3 * 2**20  # KiB
 # A tenth of the time goes into looking for garbage among the many small objects of traces that are still in use.
 gc.freeze()
 gc.set_threshold(200_000, 20, 50)
@@ -33,9 +35,16 @@ gc.set_threshold(200_000, 20, 50)
 
 @pytest.fixture(autouse=True, scope='module')
 def forget():
-  """Programs of one file are of no use to the next, and were gigabytes in the end."""
+  """Most programs of one file are of no use to the next, and all of them were gigabytes in the end."""
   yield
-  jax.clear_caches()
+  if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MEMORY:
+    jax.clear_caches()
+
+
+def pytest_collection_modifyitems(items):
+  """Files of long tests first, so that workers end together."""
+  long = ('training', 'pipelines', 'objectives', 'convert', 'tests')
+  items.sort(key=lambda item: long.index(item.path.parent.name) if item.path.parent.name in long else len(long))
 
 
 def pytest_addoption(parser):

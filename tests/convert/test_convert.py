@@ -48,7 +48,8 @@ def test_an_imported_run_draws_and_is_fine_tuned_into_a_storyteller(mindalle, tm
     '--config.data.source_args.count=16', f'--config.run_dir={tmp_path}/story',
   ]  # fmt: skip
   config = f'configs/finetune_storydalle.py:shapes,base={mindalle},size=32'
-  assert train.main(['train.py', f'--config={config}', *arguments]) == 0
+  with runs.one_device():
+    assert train.main(['train.py', f'--config={config}', *arguments]) == 0
   said = capsys.readouterr().out
   assert 'step 2/2' in said and 'story:' in said
   run = checkpoint.load_run(tmp_path / 'story')
@@ -92,7 +93,8 @@ def test_an_imported_vqgan_is_fine_tuned_with_its_discriminator_and_lpips(tmp_pa
     '--config.train.steps=1', '--config.train.eval_every=0', '--config.train.log_every=1', f'--config.run_dir={run}',
   ]  # fmt: skip
   config = f'configs/finetune_vqgan.py:base={base},size=64'
-  assert train.main(['train.py', f'--config={config}', *arguments]) == 0
+  with runs.one_device():
+    assert train.main(['train.py', f'--config={config}', *arguments]) == 0
   said = capsys.readouterr().out
   assert 'lpips: ' in said and 'discriminator: ' in said and 'adaptive_weight' in said
   before, after = (checkpoint.load_run(path).network('discriminator') for path in (base, run))

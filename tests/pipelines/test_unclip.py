@@ -77,10 +77,10 @@ def test_pictures_depend_on_prompt_seed_and_number_alone(model):
     assert sorted(s.candidates) == [0, 1, 2] and (np.diff(s.scores) <= 0).all()
     assert (s.images[0] != s.images[1]).any()
   equal(model.sample(PROMPTS[1:], n=3, batch_size=2, **options), samples[1:])
-  (later,) = model.sample(PROMPTS[:1], n=1, first=2, **options)
-  where = samples[0].candidates.tolist().index(2)
-  near(later.images[0], samples[0].images[where])
-  assert (model.sample(PROMPTS[:1], n=3, **options | {'seed': 6})[0].images != samples[0].images).any()
+  later = model.sample(PROMPTS, n=3, first=2, **options)[0]
+  of_number_2 = [s.images[s.candidates.tolist().index(2)] for s in (later, samples[0])]
+  near(*of_number_2)
+  assert (model.sample(PROMPTS, n=3, **options | {'seed': 6})[0].images != samples[0].images).any()
 
 
 def test_a_mesh_draws_the_same_pictures(root, model):
@@ -96,8 +96,7 @@ def test_each_argument_of_drawing_changes_the_pictures(model):
   for more in (dict(guidance=3.0, prior_guidance=1.0), dict(prior_guidance=3.0), dict(steps=5), dict(prior_steps=4)):
     assert (draw(**more) != base).any(), more
   assert (draw(upsampler_steps=3) != base).any()
-  first = {k: draw(priors=k) for k in (1, 2, 3, 4)}
-  assert len({x.tobytes() for x in first.values()}) > 1  # the nearest of several is not always the first
+  assert (draw(priors=1) != draw(priors=4)).any()  # the nearest of several is not always the first
 
 
 def test_variations_are_of_the_picture(model):
@@ -136,11 +135,12 @@ def test_the_recipe_trains_a_decoder_that_draws_with_its_parts(root, tmp_path):
   flags += ['train.pictures=2', 'train.eval_batches=1', 'loss.sampling_steps=2', f'root={tmp_path}']
   flags += [f'frozen.{name}={root / name}' for name in ('clip', 'prior', 'upsampler')]
   recipe = f'--config={runs.ROOT}/configs/unclip_shapes.py:unclip'
-  assert train.main(['train.py', recipe, *(f'--config.{flag}' for flag in flags)]) == 0
+  with runs.one_device():
+    assert train.main(['train.py', recipe, *(f'--config.{flag}' for flag in flags)]) == 0
   found = json.loads((tmp_path / 'unclip' / 'metrics.jsonl').read_text().splitlines()[-1])
   assert found['step'] == 2 and np.isfinite([found['val_loss'], found['val_bound']]).all()
   shown = Image.open(tmp_path / 'unclip' / 'pictures' / 'samples_0000002.png').size
-  assert shown == (3 * (2 * 16 + 2) + 2, 3 * (16 + 2) + 2)  # eight pairs, one a device, in three columns
+  assert shown == (2 * (2 * 16 + 2) + 2, 16 + 2 + 2)  # two pairs
   assert UnCLIP.load(tmp_path / 'unclip').sample(PROMPTS[:1], **QUICK)[0].images.shape == (1, 32, 32, 3)
 
 

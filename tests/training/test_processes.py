@@ -37,7 +37,7 @@ def free_port():
 
 def start(*command, count=2, devices=2):
   """`count` processes of `command` on so many devices each."""
-  env = os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'}
+  env = os.environ | {'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}')}
   port, pipe = free_port(), subprocess.PIPE
   explicit = [f'--coordinator=localhost:{port}', f'--processes={count}']
   return [
@@ -158,7 +158,7 @@ layout.define_flags(values)
 flags.DEFINE_integer('seed', SEED, '', flag_values=values)
 values(sys.argv)
 with layout.asked(values, common.MESHES['data'], common.RULES):
-  time.sleep(6 if jax.process_index() == 0 else 0)
+  time.sleep(4 if jax.process_index() == 0 else 0)
   print('written')
 """
 
