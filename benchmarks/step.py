@@ -20,7 +20,7 @@ from dalle_jax.models import vqgan
 from dalle_jax.objectives import dalle, story_dalle
 from dalle_jax.training import host, optim, sharding
 from dalle_jax.training import state as state_lib
-from dalle_jax.training.loop import make_step
+from dalle_jax.training.step import make_step
 
 _SIZE = flags.DEFINE_string('size', 't_base', 'of benchmarks/sizes.py, or a variant of dalle_jax/models/dalle.py')
 _BATCH = flags.DEFINE_integer('batch_size', 4, 'streams of text and image, or stories')

@@ -16,8 +16,9 @@ from dalle_jax.aot import hlo
 from dalle_jax.functional import decoding
 from dalle_jax.models import clip, image_tokenizer
 from dalle_jax.training import config as config_lib
-from dalle_jax.training import loop, optim, sharding
+from dalle_jax.training import optim, sharding
 from dalle_jax.training import state as state_lib
+from dalle_jax.training.step import make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Plan:
   def step(self) -> Program:
     """The update of the training loop, as it is."""
     c = self.config.train
-    step = loop.make_step(
+    step = make_step(
       self.objective,
       self.optimizer,
       seed=self.config.seed,

@@ -7,7 +7,7 @@ import jax
 from configs import common
 from dalle_jax.training import optim, sharding
 from dalle_jax.training import state as state_lib
-from dalle_jax.training.loop import make_step
+from dalle_jax.training.step import make_step
 
 
 def take(objective, c, batch, sizes=None, *, count, frozen=None, ema=0.0, accum=1, start=None):

@@ -18,6 +18,7 @@ from dalle_jax.evals import loss as eval_loss
 from dalle_jax.evals import pictures
 from dalle_jax.training import checkpoint, loop, metrics, optim, sharding
 from dalle_jax.training import state as state_lib
+from dalle_jax.training.step import make_step
 from tests.training import toy
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +144,7 @@ def test_replicas_reduce_their_gradients_once_an_update(tmp_path):
       optimizer = optim.build(c.optim, 8, list(params))
       target = state_lib.abstract_state(params, mutable, optimizer, False, mesh)
       where = jax.tree.map(lambda x: x.sharding, target)
-      step = loop.make_step(objective, optimizer, seed=0, accum=accum, ema=0.0, mesh=mesh, shardings=where)
+      step = make_step(objective, optimizer, seed=0, accum=accum, ema=0.0, mesh=mesh, shardings=where)
       batch = {
         k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)) for k, x in spec.items()
       }

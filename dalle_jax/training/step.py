@@ -1,0 +1,108 @@
+"""One update of an objective, jitted: gradients over micro batches, the optimiser, the average of the parameters."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dalle_jax.training import host, optim, sharding
+from dalle_jax.training.state import Context, Objective, Params, TrainState
+
+Batch = Mapping[str, Any]
+
+
+def make_step(
+  objective: Objective,
+  optimizer: optim.Optimizer,
+  *,
+  seed: int,
+  accum: int,
+  ema: float,
+  mesh: Mesh,
+  shardings: Any,
+  group: int = 1,
+  xla_options: Mapping[str, Any] | None = None,
+) -> Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, dict[str, jax.Array], jax.Array]]:
+  """The jitted update `(state, frozen, batch) -> (state, metrics, whether all of them are finite)`; `state` is donated.
+
+  With `accum` > 1 gradients and metrics are means over as many micro batches, one after the other; `group` consecutive
+  rows stay in the same one. Where the objective's rows do not know each other (`rows_apart`) each replica of the mesh
+  sums up the gradients of its own rows, and they meet once an update. `xla_options` are for the compiler; those that it
+  does not know are left out.
+  """
+  after_update = getattr(objective, 'after_update', lambda params, mutable: params)
+  apart = getattr(objective, 'rows_apart', False) and mesh.shape.get('data', 1) > 1
+
+  put = lambda x, *axes: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
+
+  def gradients(params: Params, context: Context, batch: Batch):
+    trained = {player: params[player] for player in optimizer.schedules}
+    loss_of = lambda trained: objective.loss({**params, **trained}, context, batch)
+    (loss, (metrics, mutable)), grads = jax.value_and_grad(loss_of, has_aux=True)(trained)
+    return grads, {'loss': loss, **metrics}, mutable
+
+  def accumulated(params: Params, context: Context, batch: Batch, axes: Sequence[str]):
+    """Means over micro batches of a batch that is split over mesh `axes`."""
+
+    def split(x: jax.Array) -> jax.Array:
+      # Strided micro batches: each device keeps its own rows, so nothing moves. (B, ...) -> (accum, B / accum, ...)
+      x = x.reshape(-1, accum, group, *x.shape[1:]).swapaxes(0, 1)
+      return put(x.reshape(accum, -1, *x.shape[3:]), None, axes)
+
+    def body(carry, inputs):
+      total, mutable = carry
+      index, micro = inputs
+      own = context.replace(mutable=mutable, rng=jax.random.fold_in(context.rng, index))
+      grads, metrics, mutable = gradients(params, own, micro)
+      total = jax.tree.map(lambda t, g, s: put(t + g, *s.spec), total, grads, where)
+      return (total, mutable), metrics
+
+    where = {player: shardings.params[player] for player in optimizer.schedules}
+    zeros = {player: jax.tree.map(jnp.zeros_like, params[player]) for player in where}
+    inputs = jnp.arange(accum), jax.tree.map(split, dict(batch))
+    (grads, mutable), metrics = jax.lax.scan(body, (zeros, context.mutable), inputs)
+    return jax.tree.map(lambda x: x / accum, grads), jax.tree.map(lambda x: x.mean(0), metrics), mutable
+
+  def by_replica(params: Params, context: Context, batch: Batch):
+    """The same, and each part of the mesh axis 'data' sums up for itself: [data, ...] until the end of it."""
+    count = mesh.shape['data']
+    batch = jax.tree.map(lambda x: put(x.reshape(count, -1, *x.shape[1:]), 'data', 'fsdp'), dict(batch))
+    one = lambda rng, rows: accumulated(params, context.replace(rng=rng), rows, ('fsdp',))[:2]
+    with sharding.rules_without('data'):
+      means = jax.vmap(one, spmd_axis_name='data')(jax.random.split(context.rng, count), batch)
+    return (*jax.tree.map(lambda x: x.mean(0), means), context.mutable)
+
+  def step(state: TrainState, frozen: Mapping[str, Params], batch: Batch):
+    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)  # init used the seed itself
+    context = Context(frozen, state.mutable, rng, state.step, train=True)
+    if accum == 1:
+      grads, metrics, mutable = gradients(state.params, context, batch)
+    elif apart:
+      if jax.tree.leaves(state.mutable):
+        raise ValueError(
+          f'{type(objective).__name__} has a state of its own, {", ".join(sharding.flatten(state.mutable))}, whose '
+          'updates replicas would lose: rows_apart is not for it.'
+        )
+      grads, metrics, mutable = by_replica(state.params, context, batch)
+    else:
+      grads, metrics, mutable = accumulated(state.params, context, batch, sharding.BATCH_AXES)
+
+    trained = {player: state.params[player] for player in optimizer.schedules}
+    opt_state = sharding.on_device(state.opt_state, shardings.opt_state)
+    updates, opt_state = optimizer.tx.update(grads, opt_state, trained)
+    params = after_update({**state.params, **jax.tree.map(jnp.add, trained, updates)}, mutable)
+    average = state.ema
+    if ema:
+      decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))  # short memory while the model moves fast
+      average = jax.tree.map(lambda a, p: a * decay + p * (1 - decay), average, params)
+    for player, schedule in optimizer.schedules.items():
+      suffix = f'/{player}' if len(optimizer.schedules) > 1 else ''
+      metrics[f'grad_norm{suffix}'] = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads[player])))
+      metrics[f'lr{suffix}'] = jnp.asarray(schedule(state.step), jnp.float32)
+    finite = jnp.isfinite(jnp.stack([jnp.asarray(m, jnp.float32) for m in metrics.values()])).all()
+    return TrainState(state.step + 1, params, opt_state, average, mutable), metrics, finite
+
+  options = host.known_options(xla_options or {}, NamedSharding(mesh, PartitionSpec()))
+  return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None), compiler_options=options)
