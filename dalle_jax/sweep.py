@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def plan(config: str, root: Path, common: Sequence[str]) -> list[Run]:
   return runs
 
 
-Ended = Iterator[tuple[Run, int | str]]  # with the exit status, or what has become of it
+Ended = Generator[tuple[Run, int | str], None, None]  # with the exit status, or what has become of it
 
 
 def start(command: Sequence[str], log: str, gpus: str | None = None) -> subprocess.Popen:
@@ -182,7 +182,8 @@ def on_slurm(runs: Sequence[Run], parallel: int, folder: Path, options: Mapping[
 
 def write(root: Path, runs: Sequence[Run]) -> str:
   """ROOT/sweep.json, with all there is, and ROOT/sweep.md; returns the latter."""
-  rows = [{'run': r.path.name, 'overrides': dict(r.overrides), 'status': r.status, **r.results()} for r in runs]
+  own = lambda r: {'run': r.path.name, 'overrides': dict(r.overrides), 'status': r.status}
+  rows: list[dict[str, Any]] = [own(r) | r.results() for r in runs]
   fields = dict.fromkeys(k for r in runs for k in r.overrides)
   told = [k for k in dict.fromkeys(k for r in runs for k in r.results()) if not UNTOLD.fullmatch(k)]
   lines = [['run', *fields, 'status', *told]]

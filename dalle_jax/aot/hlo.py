@@ -300,8 +300,8 @@ def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
   order = r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?'
   mesh = re.search(rf'replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}]*)\}}', attributes)
   if tiled:
-    shape, dims, order = (_numbers(part) for part in tiled.groups())
-    ids = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
+    shape, dims, turned = (_numbers(part) for part in tiled.groups())
+    ids = np.arange(math.prod(dims)).reshape(dims).transpose(turned).reshape(shape)
   elif mesh:
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
     ids = np.arange(devices).reshape(_numbers(mesh[2]) or [devices]).transpose(_numbers(mesh[3]))

@@ -60,7 +60,8 @@ class Plan:
     """
     if others := sorted(set(config.frozen) - {'vqgan', 'clip'}):
       raise ValueError(f'config.frozen has {", ".join(others)}; shapes can stand in for a VQGAN and a CLIP alone.')
-    self.config, self.mesh, self.known = config, mesh, {}
+    self.config, self.mesh = config, mesh
+    self.known: dict[str, dict[str, Any]] = {}
     if 'vqgan' in config.frozen:
       self.known['vqgan'] = {'objective': 'vqgan', 'model': {'variant': vqgan}}
     if 'clip' in config.frozen:
@@ -146,11 +147,11 @@ class Plan:
   def _network(self, name: str, run: Mapping[str, Any]) -> Any:
     """The parameters of a frozen network, laid out as loading its run would."""
     picture = lambda size: jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    model: Any = clip.of_run(run) if name == 'clip' else image_tokenizer.of_run(run)
     if name == 'clip':
-      model = clip.of_run(run)
       inputs = [picture(model.side), jax.ShapeDtypeStruct((1, model.text_length), jnp.int32)]
     else:
-      model, inputs = image_tokenizer.of_run(run), [picture(self.config.data.image_size)]
+      inputs = [picture(self.config.data.image_size)]
     boxed = jax.eval_shape(lambda *inputs: model.init(jax.random.key(0), *inputs)['params'], *inputs)
     params = sharding.unbox(boxed)
     where = sharding.shardings(params, sharding.logical_axes(boxed), self.mesh, self.config.rules)

@@ -107,7 +107,7 @@ class Examples:
     captions = captions if story else [c for c in captions if c.strip()]
     if self.encoders and not (captions and all(c.strip() for c in captions[story:])):
       raise ValueError('no caption')
-    arrays = {}
+    arrays: dict[str, np.ndarray] = {}
     if 'tokens' in record:
       arrays['tokens'] = np.asarray(record['tokens'], np.int32)
     elif story:

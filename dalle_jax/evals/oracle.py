@@ -76,9 +76,9 @@ class Oracle:
       distance = distance.reshape(len(x), len(backgrounds), kinds) / cell.shape[1]  # mean squared error
       best.append(distance.argmin(2))
       error.append(distance.min(2))
-    best, error = np.stack(best, 2), np.stack(error, 2)  # (N, backgrounds, cells)
     scenes: list[Scene | None] = []
-    for contents, errors in zip(best, error, strict=True):
+    # (N, backgrounds, cells)
+    for contents, errors in zip(np.stack(best, 2), np.stack(error, 2), strict=True):
       b = int(errors.sum(1).argmin())
       objects = tuple(Object(p, *self._contents[c]) for p, c in enumerate(contents[b]) if c)
       readable = bool((errors[b] < _READABLE**2).all())

@@ -105,7 +105,7 @@ class Evaluation:
       for record, result in zip(part, results, strict=True):
         if writes:
           self.write(record, result, out)
-        if sum(len(r.rows) for _, r in shown) < SHOWN:
+        if len([row for _, r in shown for row in r.rows]) < SHOWN:
           shown.append((record, result))
       self.look(results)
       print(f'{part[-1].index + 1} of {count} records', flush=True)

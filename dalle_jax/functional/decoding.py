@@ -85,8 +85,7 @@ def first_largest(x: jax.Array) -> jax.Array:
   return index.min(-1)
 
 
-@struct.dataclass
-class Int8:
+class Int8(struct.PyTreeNode):
   """Weights as whole numbers with a `scale` for each output, for those who read them by `astype`."""
 
   values: jax.Array  # int8
@@ -102,8 +101,7 @@ def to_int8(x: jax.Array, axis: int) -> Int8:
   return Int8(jnp.round(x / scale).astype(jnp.int8), scale.astype(jnp.float32))
 
 
-@struct.dataclass
-class ByOutput:
+class ByOutput(struct.PyTreeNode):
   """Weights [I, O] that lie as [O, I] under the shape of the weights, for products with few rows on a CPU.
 
   For those who read them by `astype` and multiply by `product`. Plain weights XLA for CPUs (of jaxlib 0.10) reads at

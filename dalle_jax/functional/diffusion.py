@@ -88,10 +88,9 @@ def _back(d: Diffusion, later: Sequence[int], earlier: Sequence[int]) -> dict[st
   In float64 from what is rounded to float32, as in public code: its weights are made for the mean at step 0 being
   0.9995 of the start, as 1 - kept is off by so much there.
   """
-  later, earlier = np.asarray(later), np.asarray(earlier)
   kept, added = np.append(d.kept(), 1.0).astype(np.float64), d.added().astype(np.float64)
-  now, then = kept[later], kept[earlier]
-  beta = np.where(later - earlier == 1, added[later], 1 - now / then)
+  now, then = kept[list(later)], kept[list(earlier)]
+  beta = np.where(np.subtract(later, earlier) == 1, added[list(later)], 1 - now / then)
   small = (1 - then) / (1 - now) * beta
   numbers = dict(
     of_start=np.sqrt(then) * beta / (1 - now),
@@ -118,7 +117,10 @@ def _rows(table: np.ndarray, t: jax.Array, x: jax.Array) -> jax.Array:
 
 def _split(d: Diffusion, out: jax.Array) -> tuple[jax.Array, jax.Array | None]:
   """What the network predicts, and what it says of the variance."""
-  return jnp.split(out, 2, axis=-1) if d.variance == 'learned' else (out, None)
+  if d.variance != 'learned':
+    return out, None
+  found, variance = jnp.split(out, 2, axis=-1)
+  return found, variance
 
 
 def guide(d: Diffusion, cond: jax.Array, uncond: jax.Array, scale: float) -> jax.Array:
@@ -133,7 +135,8 @@ def doubled(d: Diffusion, apply: Callable[[jax.Array, jax.Array], jax.Array], sc
   """A guided `predict` for `draw`, by a network that is given every row twice, with its condition, then without."""
 
   def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-    return guide(d, *jnp.split(apply(jnp.concatenate([x, x]), jnp.concatenate([t, t])), 2), scale)
+    cond, uncond = jnp.split(apply(jnp.concatenate([x, x]), jnp.concatenate([t, t])), 2)
+    return guide(d, cond, uncond, scale)
 
   return predict
 

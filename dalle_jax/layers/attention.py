@@ -18,8 +18,7 @@ CACHE_AXES = ('batch', 'heads', None, None)
 Pair = tuple[jax.Array, jax.Array]
 
 
-@struct.dataclass
-class Stream:
+class Stream(struct.PyTreeNode):
   """That x is a stream of text and image tokens, whose layers see by `patterns`, which differ in kind alone.
 
   Attributes:
@@ -31,8 +30,7 @@ class Stream:
   index: jax.Array | None = None
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
   """Keys and values so far: of every layer two pairs [B, H, S, K], as the products with a query read them.
 
   Layers are arrays of their own, and nothing is cut out of an array for a token: that would take longer than products.

@@ -20,8 +20,7 @@ from dalle_jax.layers.basic import boxed, constrain, layer_norm, normal_init, pr
 AXES = ('batch', 'heads', None, None)  # of keys and values in one layer
 
 
-@struct.dataclass
-class Context:
+class Context(struct.PyTreeNode):
   """What the looking layers need beside the stream; every leaf begins with L, or with nothing for one layer.
 
   Attributes:

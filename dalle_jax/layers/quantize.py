@@ -13,8 +13,7 @@ from dalle_jax.layers.basic import Conv, boxed
 State = dict[str, jax.Array]
 
 
-@struct.dataclass
-class Quantized:
+class Quantized(struct.PyTreeNode):
   """What a quantiser gives back; `losses` are unweighted scalars.
 
   Attributes:

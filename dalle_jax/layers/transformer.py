@@ -224,14 +224,15 @@ class Stack(nn.Module):
     array = lambda x: None if x is None else jnp.asarray(x)
     mask, looking, n = array(mask), array(looking), x.shape[1]
     if cache is not None:
-      params, each = self.variables['params']['blocks'], of_turn(len(context or ()), turns)
+      looks = context if isinstance(context, tuple) else ()
+      params, each = self.variables['params']['blocks'], of_turn(len(looks), turns)
       for t in range(turns):
         own = params[t] if isinstance(params, tuple) else jax.tree.map(operator.itemgetter(t), params)
-        turn = None, context and context[t * each : (t + 1) * each]
+        turn = None, looks[t * each : (t + 1) * each]
         period = Period(block, tuple(int(kind) for kind in which[t]), parent=None)
         x, cache = period.apply({'params': own}, x, turn, mask, stream, looking, cache, t * self.period)
       return x, cache
-    sources = None if context is None else context.turns(turns)
+    sources = context.turns(turns) if isinstance(context, Context) else None
     if stream is not None and (short := -n % split('seq')):
       # Split over devices, the stream is made as long as they need; nothing sees what comes after it.
       x = jnp.pad(x, ((0, 0), (0, short), (0, 0)))

@@ -17,8 +17,7 @@ from dalle_jax.functional.pixels import resized
 from dalle_jax.models import clip
 
 
-@struct.dataclass
-class Caption:
+class Caption(struct.PyTreeNode):
   """A caption as CLIP knows it.
 
   Attributes:

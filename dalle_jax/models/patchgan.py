@@ -25,7 +25,7 @@ class PatchGAN(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
-    norms = {'group': GroupNorm, 'fixed_batch': BatchNorm}
+    norms: dict[str, type[nn.Module]] = {'group': GroupNorm, 'fixed_batch': BatchNorm}
     if self.norm not in norms:
       raise ValueError(f'PatchGAN norm {self.norm!r} is unknown; there are {", ".join(norms)}.')
     init, pad = nn.initializers.normal(0.02), ((1, 1), (1, 1))

@@ -135,8 +135,7 @@ class Additions(nn.Module):
     return jnp.concatenate(extra, 1), context
 
 
-@struct.dataclass
-class StoryCache:
+class StoryCache(struct.PyTreeNode):
   """The cache of R rows, and what their blocks find in the source frame."""
 
   kv: KVCache

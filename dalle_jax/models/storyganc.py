@@ -39,8 +39,7 @@ VARIANTS = {
 INIT = normal_init(0.02)
 
 
-@struct.dataclass
-class Drawn:
+class Drawn(struct.PyTreeNode):
   """What the generator draws, and what the discriminators are told of it.
 
   Attributes:

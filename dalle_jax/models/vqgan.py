@@ -40,8 +40,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-@struct.dataclass
-class VQGANOutput:
+class VQGANOutput(struct.PyTreeNode):
   """A reconstruction and what training needs beside it.
 
   Attributes:

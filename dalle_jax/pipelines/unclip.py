@@ -199,10 +199,10 @@ class UnCLIP(Painter):
     caption, empty = self._captions(params['clip'], batch)
     several = lambda x: jnp.tile(x, (priors, *(1,) * (x.ndim - 1)))  # (P B n, ...)
     keys = jnp.concatenate([stage_keys(batch, seed, 1 + i) for i in range(priors)])
-    captions = (jax.tree.map(several, c) for c in (caption, empty))
+    captions, empties = (jax.tree.map(several, c) for c in (caption, empty))
     apply = functools.partial(self.guess.apply, {'params': params['prior']})
-    steps = self.guess.diffusion.timesteps(steps)
-    embeds = self.reader.scaled(prior.guess(self.guess, apply, *captions, keys, steps, guidance))
+    among = self.guess.diffusion.timesteps(steps)
+    embeds = self.reader.scaled(prior.guess(self.guess, apply, captions, empties, keys, among, guidance))
     embeds = embeds.reshape(priors, len(caption.embed), -1)
     best = jnp.einsum('pbe,be->pb', normalize(embeds), caption.embed).argmax(0)
     return jnp.take_along_axis(embeds, best[None, :, None], 0)[0]
@@ -213,8 +213,8 @@ class UnCLIP(Painter):
     """Those of embeddings [B * n, E]: float32[B * n, H, W, 3]."""
     caption, empty = self._captions(params['clip'], batch)
     apply = functools.partial(self.model.apply, {'params': params['unclip']})
-    keys, steps = stage_keys(batch, seed, 0), self.model.diffusion.timesteps(steps)
-    return unclip.paint(self.model, apply, embeds, caption, empty, keys, steps, guidance)
+    keys, among = stage_keys(batch, seed, 0), self.model.diffusion.timesteps(steps)
+    return unclip.paint(self.model, apply, embeds, caption, empty, keys, among, guidance)
 
   def _widen_pictures(
     self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, images: jax.Array, *, name: str, steps: int
@@ -222,8 +222,8 @@ class UnCLIP(Painter):
     """By the upsampler of that name: float32[B * n, H, W, 3] -> [B * n, 2 H or more, ...]."""
     module, place = self.upsamplers[name], list(self.upsamplers).index(name)
     of = {player: functools.partial(module.apply, {'params': own}) for player, own in params.items()}
-    keys, steps = stage_keys(batch, seed, 2**20 + place), module.diffusion.timesteps(steps)
-    return upsampler.widen(module, of['upsampler'], images, keys, steps, of.get('last'))
+    keys, among = stage_keys(batch, seed, 2**20 + place), module.diffusion.timesteps(steps)
+    return upsampler.widen(module, of['upsampler'], images, keys, among, of.get('last'))
 
   def _captions(self, params: Any, batch: dict[str, jax.Array]) -> tuple[Caption, Caption]:
     """What CLIP reads in the captions, and in ''; a row for each picture."""

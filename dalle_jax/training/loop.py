@@ -191,13 +191,13 @@ def train(
     yield
     last[1] += time.monotonic() - begun
 
-  def speed(step: int) -> dict[str, float]:
+  def speed(step: int, more: Mapping[str, float] | None = None) -> dict[str, float]:
     rate = (step - last[0]) / max(time.monotonic() - last[1], 1e-9)  # steps/s
     last[:] = [step, time.monotonic()]
     values = {'steps_per_second': rate} | ({'tokens_per_second': rate * tokens} if tokens else {})
     if flops and peak:
       values['utilisation'] = rate * flops / (peak * mesh.size)
-    return values | {'seconds': elapsed()}
+    return values | {'seconds': elapsed(), **(more or {})}
 
   def evaluate(step: int) -> dict[str, float]:
     rng = jax.random.fold_in(jax.random.key(config.seed), 2)  # the same noise at every evaluation
@@ -238,7 +238,7 @@ def train(
         stopping = stop.agreed()
         evaluates = bool(evals and c.eval_every and step % c.eval_every == 0 and not stopping)
         if (step % c.log_every == 0 or step == c.steps) and not evaluates:
-          log.schedule(lambda step=step: speed(step))
+          log.schedule(functools.partial(speed, step))
         if stopping or step == c.steps or (c.checkpoint_every and step % c.checkpoint_every == 0):
           log.read()
           with pause():
@@ -247,7 +247,7 @@ def train(
           log.check()
           with pause():
             values = evaluate(step)
-          log.schedule(lambda step=step, values=values: speed(step) | values)
+          log.schedule(functools.partial(speed, step, values))
         progress.update()
         if stopping:
           checkpoint.finish(saves)

@@ -16,8 +16,7 @@ from dalle_jax.training.optim import Optimizer
 Params = Any
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """`step` int32[] counts finished updates; `ema` is {} without EMA; `mutable` is the objective's own state."""
 
   step: jax.Array
@@ -27,8 +26,7 @@ class TrainState:
   mutable: Any
 
 
-@struct.dataclass
-class Context:
+class Context(struct.PyTreeNode):
   """What an objective sees beside parameters and batch; `rng` is already folded with `step`."""
 
   frozen: Mapping[str, Params]

@@ -30,8 +30,7 @@ def test_top_k_and_top_p():
   assert kept(np.log(p), top_k=3, top_p=0.8).tolist() == [True, False, True, False, False]  # of those that are left
 
 
-@struct.dataclass
-class Toy:
+class Toy(struct.PyTreeNode):
   """The cache of `toy_step`: a total of each row, and how many tokens there is room for."""
 
   total: jax.Array

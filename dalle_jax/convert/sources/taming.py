@@ -85,9 +85,9 @@ def tokenizer(source: str, model: Mapping[str, Any], theirs: Mapping[str, Any], 
   return Imported(config, named('vqgan', params), named('vqgan', ours.axes))
 
 
-def discriminator(source: str, theirs: Mapping[str, Any], layers: int, width: int) -> tuple[dict, dict, dict]:
+def discriminator(source: str, theirs: Mapping[str, Any], layers: int, width: int) -> tuple[dict, dict, Mapping]:
   """The fields of our PatchGAN, its parameters and their axes."""
-  sizes = dict(variant='base', width=width, layers=layers, norm='fixed_batch')
+  sizes: dict[str, Any] = dict(variant='base', width=width, layers=layers, norm='fixed_batch')
   ours = Network.of(patchgan.build(**sizes), (1, 64, 64, 3))
   table = [*conv2d('conv_0', 'main.0'), *conv2d('conv_out', f'main.{3 * layers + 2}')]
   for i in range(1, layers + 1):

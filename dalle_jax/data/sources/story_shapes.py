@@ -61,7 +61,8 @@ def _draw(rng: np.random.Generator, unseen: bool) -> tuple[Moment, ...]:
   pairs = [(s, c) for s in shapes.SHAPES for c in shapes.COLORS if ((s, c) in shapes.UNSEEN_PAIRS) == unseen]
   seen_pairs = [(s, c) for s in shapes.SHAPES for c in shapes.COLORS if (s, c) not in shapes.UNSEEN_PAIRS]
   name, setting, accessory = pick(NAMES), pick(shapes.BACKGROUNDS), pick(('', *shapes.ACCESSORIES))
-  hero = Object(place(), *pick(pairs), pick(shapes.SIZES), accessory)
+  start, (shape, color) = place(), pick(pairs)
+  hero = Object(start, shape, color, pick(shapes.SIZES), accessory)
   first = f'{name} is at the {shapes.POSITIONS[hero.position]} {shapes.WHERE[setting]}'
   moments = [Moment(Scene(setting, (hero,)), hero, None, False, True, False, first)]
   for _ in range(LENGTH - 1):
@@ -72,7 +73,8 @@ def _draw(rng: np.random.Generator, unseen: bool) -> tuple[Moment, ...]:
     hero = dataclasses.replace(hero, position=place(hero.position))
     where = shapes.POSITIONS[hero.position]
     if action == 'meets':
-      met = Object(place(hero.position), *pick(seen_pairs), pick(shapes.SIZES))
+      where_met, (shape, color) = place(hero.position), pick(seen_pairs)
+      met = Object(where_met, shape, color, pick(shapes.SIZES))
       other = f'{shapes.name(met)} at the {shapes.POSITIONS[met.position]}'
       text = f'at the {where} {name} meets {other}'
     elif action == 'size':

@@ -90,7 +90,8 @@ class Tars:
 
   def captions(self, index: int) -> list[str]:
     _, _, text, text_size, is_json, _ = self.rows[index].item()
-    return _captions(*self._read(index, (text, text_size)), is_json)
+    (caption,) = self._read(index, (text, text_size))
+    return _captions(caption, is_json)
 
   def report(self) -> list[str]:
     silent = int((self.rows['text_size'] == 0).sum())
