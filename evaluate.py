@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -52,22 +53,37 @@ integer('count', 0, 'only the first records; 0: all')
 integer('n', 1, 'candidates a picture, of which CLIP picks the best', 1)
 options.define_flags(FLAGS)
 integer('resize', 0, "side in pixels that pictures are brought to before FID; 0: the network's own")
+string('fid_reference', '', 'a .npz of statistics (mu, sigma), as pytorch-fid saves them: FID to these')
 integer('image_size', 0, 'of reconstructions; 0: that of training')
 string('out', 'evaluation', 'directory for what is written; an earlier evaluation there is replaced')
-flags.DEFINE_bool('save_true', False, 'the true pictures, too, as they are compared: OUT/true/', flag_values=FLAGS)
+flags.DEFINE_bool(
+  'save_true', False, 'the true pictures, too: OUT/true/; what a network sees, too: OUT/true.npz', flag_values=FLAGS
+)
 layout.define_flags(FLAGS)
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 COUNTS = {'records', 'pictures', 'skipped', 'skipped_records'}  # of metrics that are no scores
 # flags of models that draw
 DRAWING = ('clip', 'n', 'seed', *options.SAMPLING, 'int8', *options.PARTS, *options.DIFFUSION)
-SETTINGS = ('run', 'split', 'count', 'resize', *fid.KINDS, 'lpips', 'n', 'seed', 'int8')  # in metrics.json
+SETTINGS = (
+  'run',
+  'split',
+  'count',
+  'resize',
+  'fid_reference',
+  *fid.KINDS,
+  'lpips',
+  'n',
+  'seed',
+  'int8',
+)  # in metrics.json
 
 
 def run() -> None:
   if not FLAGS.run:
     raise ValueError('give --run RUN_DIR, the run directory of a trained model.')
-  if FLAGS.resize and not any(getattr(FLAGS, name) for name in fid.KINDS):
-    raise ValueError('--resize is for the FID; give --inception or another network, or leave it out.')
+  for name in ('resize', 'fid_reference'):
+    if getattr(FLAGS, name) and not any(getattr(FLAGS, kind) for kind in fid.KINDS):
+      raise ValueError(f'--{name} is for the FID; give --inception or another network, or leave it out.')
   split.check_out(Path(FLAGS.out))
   with layout.asked(FLAGS, common.MESHES['data'], common.RULES) as where:
     score(where)
@@ -188,10 +204,20 @@ def build(model: Any, kind: type[split.Evaluation], source: Any) -> split.Evalua
     save_true=FLAGS.save_true,
     network=networks.get(seen_by),
     labels=networks.get('classifier'),
+    reference=reference(networks[seen_by]) if FLAGS.fid_reference else None,
   )
   if kind is not reconstructions.Reconstructions:
     return kind(model, source, settings)
   return reconstructions.Reconstructions(model, source, settings, distance(model))
+
+
+def reference(network: fid.Network) -> fid.Statistics:
+  """That of --fid_reference. Raises ValueError when it is of features of another network."""
+  found = fid.reference(FLAGS.fid_reference)
+  features = network.features(np.zeros((1, 32, 32, 3), np.uint8)).shape[1]
+  if len(found.mean) != features:
+    raise ValueError(f'{FLAGS.fid_reference} is of {len(found.mean)} features, --{network.kind} has {features}.')
+  return found
 
 
 def distance(model: ImageTokenizer) -> checkpoint.Run | None:

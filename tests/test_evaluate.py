@@ -1,6 +1,7 @@
 """The evaluation script from end to end, with runs of random parameters: what it writes, counts, and refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -205,10 +206,15 @@ def test_frames_of_stories_for_a_model_of_pictures(root, run, tmp_path):
 
 def test_reconstructions_of_frames(root, run, tmp_path):
   flags = ['--split', 'test_seen', '--count', 7, '--batch_size', 2, '--lpips', root / 'lpips']
-  assert run('--run', root / 'vqgan', '--clip', root / 'clip', *flags) == 0
+  assert run('--run', root / 'vqgan', '--clip', root / 'clip', *flags, '--save_true') == 0
   rows, metrics = read(tmp_path)
   true = np.concatenate([np.stack(SOURCE[k].frames) for k in range(2)])[:7]
   assert (metrics['records'], metrics['pictures'], metrics['fid_pictures']) == (7, 7, [7, 7])
+  saved, before = tmp_path / 'true.npz', metrics
+  shutil.move(tmp_path / 'out' / 'true.npz', saved)
+  assert run('--run', root / 'vqgan', '--clip', root / 'clip', *flags, '--fid_reference', saved) == 0
+  rows, metrics = read(tmp_path)
+  assert metrics['fid'] == pytest.approx(before['fid'], rel=1e-6) and metrics['fid_pictures'] == [7, 0]
   assert rows[6]['file'] == 'pictures/00006.png' and rows[6]['record'].endswith('frame 1')
 
   model = ImageTokenizer.load(root / 'vqgan')
@@ -247,7 +253,8 @@ def test_reconstructions_of_frames(root, run, tmp_path):
 def test_mistakes_are_one_line(root, run, tmp_path, capsys):
   folder = write_pororo(tmp_path / 'pororo')
   write_pororo_tables(folder)
-  story = ['--run', root / 'story', '--split', 'test_seen']
+  story, other = ['--run', root / 'story', '--split', 'test_seen'], tmp_path / 'other.npz'
+  np.savez(other, mu=np.zeros(3), sigma=np.eye(3))
   for arguments, message in (
     ([], 'give --run RUN_DIR'),
     (['--run', tmp_path / 'nowhere'], 'has no checkpoints'),
@@ -255,6 +262,8 @@ def test_mistakes_are_one_line(root, run, tmp_path, capsys):
     (['--run', root / 'vqgan', '--top_k', 5], 'is an image tokenizer, which draws nothing; leave out --top_k'),
     (['--run', root / 'vqgan', '--image_size', 25], 'needs image sizes divisible by 6, not 25'),
     (['--run', root / 'dalle', '--lpips', root / 'lpips'], '--lpips is for reconstructions'),
+    (['--run', root / 'dalle', '--fid_reference', 'true.npz'], '--fid_reference is for the FID; give --inception'),
+    (['--run', root / 'dalle', '--clip', root / 'clip', '--fid_reference', other], 'is of 3 features, --clip has 16'),
     (['--run', root / 'vqgan', '--source', 'tokens'], 'the data source tokens has no pictures; give them'),
     (['--run', root / 'vqgan', '--source_arg', 'seed'], "--source_arg 'seed' is not understood; write NAME=VALUE"),
     (['--run', root / 'dalle', '--inception', root / 'clip'], f"--inception {root / 'clip'} is a run of 'clip'"),

@@ -8,6 +8,7 @@ reference carries a hash of all of them. Published ones are by the Inception-v3 
 import dataclasses
 import functools
 import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,31 @@ def statistics(features: np.ndarray, sha256: str = '') -> Statistics:
     kind = f'{features.dtype}{list(features.shape)}'.encode()
     sha256 = hashlib.sha256(kind + np.ascontiguousarray(features).tobytes()).hexdigest()
   return Statistics(x.mean(0), np.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1]), len(x), sha256)
+
+
+def reference(path: str | Path) -> Statistics:
+  """Statistics that were saved, of how many pictures is not known (0): a .npz with mu [E] and sigma [E, E].
+
+  The code of that paper and pytorch-fid save such files, and so does `save`. Raises FileNotFoundError for a missing
+  file, ValueError for another one.
+  """
+  path = Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f'there is no file {path}; give a .npz with mu and sigma, as pytorch-fid saves them.')
+  try:
+    with np.load(path) as file:
+      mean, cov = (np.asarray(file[name], np.float64) for name in ('mu', 'sigma'))
+  except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as e:
+    raise ValueError(f'{path} has no mu and sigma ({e}); expected a .npz as pytorch-fid saves them.') from e
+  if mean.ndim != 1 or cov.shape != 2 * mean.shape or not np.isfinite([mean.sum(), cov.sum()]).all():
+    shapes = f'mu {list(mean.shape)} and sigma {list(cov.shape)}'
+    raise ValueError(f'{path} has {shapes}; expected finite numbers [E] and [E, E].')
+  return Statistics(mean, cov, 0, hashlib.sha256(mean.tobytes() + cov.tobytes()).hexdigest())
+
+
+def save(path: str | Path, found: Statistics) -> None:
+  """Writes what `reference` reads."""
+  np.savez(path, mu=found.mean, sigma=found.cov)
 
 
 def frechet(a: Statistics, b: Statistics) -> float:
@@ -114,17 +140,19 @@ class Seen:
     return statistics(features, self._digest.hexdigest())
 
 
-def report(drawn: Seen, true: Seen) -> dict[str, Any]:
+def report(drawn: Seen, true: Seen | Statistics) -> dict[str, Any]:
   """'fid', and what makes it comparable: network, resize, feature and picture counts, the hash of the reference `true`.
 
   Prints a warning when there are fewer pictures than features. Raises ValueError for less than two pictures.
   """
-  a, b, network = drawn.statistics(), true.statistics(), true.network
-  if min(a.count, b.count) < len(b.mean):
-    counts = f'{a.count} and {b.count} pictures by {len(b.mean)} features'
+  a, network = drawn.statistics(), drawn.network
+  b = true if isinstance(true, Statistics) else true.statistics()
+  known = [x.count for x in (a, b) if x.count]
+  if min(known) < len(b.mean):
+    counts = f'{" and ".join(map(str, known))} pictures by {len(b.mean)} features'
     print(f'warning: the FID of {counts} is too large; use more pictures than features.', flush=True)
   by = {'kind': network.kind, 'run': network.run, 'step': network.step, 'sha256': network.sha256}
-  sizes = {'fid_features': len(b.mean), 'fid_pictures': [a.count, b.count], 'fid_resize': true.resize}
+  sizes = {'fid_features': len(b.mean), 'fid_pictures': [a.count, b.count], 'fid_resize': drawn.resize}
   return {'fid': frechet(a, b), 'fid_network': by, **sizes, 'fid_reference_sha256': b.sha256}
 
 

@@ -30,8 +30,9 @@ class Settings:
     batch_size: pictures at once.
     sampling: temperature, top_k, top_p, guidance.
     resize: side in pixels that pictures are brought to before FID; 0 for none.
-    save_true: whether the true pictures are written, too, as they are compared.
+    save_true: whether the true pictures are written, too, as they are compared, and true.npz, what `network` sees.
     network: sees for the FID; labels: a classifier that finds labels. None: no such figures.
+    reference: of other pictures than the true ones, for the FID.
   """
 
   n: int = 1
@@ -42,6 +43,7 @@ class Settings:
   save_true: bool = False
   network: fid.Network | None = None
   labels: fid.Network | None = None
+  reference: fid.Statistics | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,8 @@ class Evaluation:
     """Raises ValueError when the classifier does not know the labels of the source."""
     self.model, self.source, self.settings = model, source, settings
     network = settings.network
-    self.seen = {k: fid.Seen(network, settings.resize) for k in ('drawn', 'true')} if network else {}
+    kinds = ('drawn',) if settings.reference else ('drawn', 'true')
+    self.seen = {k: fid.Seen(network, settings.resize) for k in kinds} if network else {}
     names = getattr(source, 'label_names', ())
     self.tally = characters.Tally(settings.labels, names) if names and settings.labels else None
     self.rows: list[dict[str, Any]] = []
@@ -111,6 +114,9 @@ class Evaluation:
       print(f'{part[-1].index + 1} of {count} records', flush=True)
     if not self.rows:
       raise ValueError(f'none of {count} records is usable; {self.skipped[0]}')
+    true = self.seen['true'].statistics() if self.settings.save_true and 'true' in self.seen else None
+    if writes and true:
+      fid.save(out / 'true.npz', true)
     if writes:
       self.grid(shown).save(out / 'grid.png')
       checkpoint.write_json(out / 'predictions.json', self.rows)
@@ -174,7 +180,8 @@ class Evaluation:
     if self.seen and len(self.rows) < 2:
       print('warning: a FID needs two pictures or more; there is none here.', flush=True)
       return result
-    return result | (fid.report(**self.seen) if self.seen else {})
+    true = self.settings.reference or self.seen.get('true')
+    return result | (fid.report(self.seen['drawn'], true) if self.seen else {})
 
   # --- What a kind of model is asked
 

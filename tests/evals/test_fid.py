@@ -62,6 +62,26 @@ def test_statistics_are_float64_and_name_what_they_are_of():
     fid.frechet(s, fid.statistics(np.zeros((3, 4))))
 
 
+def test_saved_statistics_are_read_and_others_refused(tmp_path):
+  s = fid.statistics(RNG.normal(size=(30, 5)))
+  fid.save(tmp_path / 'true.npz', s)
+  found = fid.reference(tmp_path / 'true.npz')
+  np.testing.assert_array_equal(found.cov, s.cov)
+  assert fid.frechet(found, s) < 1e-9 and found.count == 0 and found.sha256
+  np.savez(tmp_path / 'other.npz', mu=np.zeros(3))
+  np.savez(tmp_path / 'wrong.npz', mu=np.zeros(3), sigma=np.zeros((2, 2)))
+  (tmp_path / 'broken.npz').write_bytes((tmp_path / 'true.npz').read_bytes()[:200])
+  for name, message in (
+    ('other', 'has no mu and sigma'),
+    ('broken', 'has no mu and sigma'),
+    ('wrong', r'has mu \[3\] and sigma \[2, 2\]; expected finite numbers'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      fid.reference(tmp_path / f'{name}.npz')
+  with pytest.raises(FileNotFoundError, match='as pytorch-fid saves them'):
+    fid.reference(tmp_path / 'none.npz')
+
+
 def test_resized():
   images = RNG.integers(0, 256, (2, 8, 8, 3), np.uint8)
   assert fid.resized(images, 0) is images and fid.resized(images, 8) is images
