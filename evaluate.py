@@ -9,7 +9,8 @@ Writes OUT/pictures/NUMBER.png, OUT/grid.png (the first ones), OUT/predictions.j
 OUT/metrics.json, once all is done, in place of an earlier evaluation. True pictures are cropped and brought to the size
 of the model before anything is compared. Pictures, scores and the sha256 of the reference are a
 function of data, runs and flags. Scores: what an oracle reads, for the procedural worlds; the FID to the true pictures
-through --inception (as published ones), or else through --classifier or --clip; with --clip the mean cosine of captions
+or to --fid_reference (a .npz of pytorch-fid, or the true.npz that --save_true writes beside true/), through
+--inception (as published ones), or else through --classifier or --clip; with --clip the mean cosine of captions
 and pictures, drawn and true ones; with --classifier and labels the characters, for drawn and for true pictures (the
 ceiling); of reconstructions PSNR, L1, the codes in use and, with --lpips or one in the run, LPIPS. A DALL-E draws for
 the first caption of each record. Published StoryDALL-E figures resize to 64 pixels before FID (--resize 64): compare
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -56,26 +56,15 @@ integer('resize', 0, "side in pixels that pictures are brought to before FID; 0:
 string('fid_reference', '', 'a .npz of statistics (mu, sigma), as pytorch-fid saves them: FID to these')
 integer('image_size', 0, 'of reconstructions; 0: that of training')
 string('out', 'evaluation', 'directory for what is written; an earlier evaluation there is replaced')
-flags.DEFINE_bool(
-  'save_true', False, 'the true pictures, too: OUT/true/; what a network sees, too: OUT/true.npz', flag_values=FLAGS
-)
+text = 'the true pictures, too, as they are compared (OUT/true/), and their statistics for a FID (OUT/true.npz)'
+flags.DEFINE_bool('save_true', False, text, flag_values=FLAGS)
 layout.define_flags(FLAGS)
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 COUNTS = {'records', 'pictures', 'skipped', 'skipped_records'}  # of metrics that are no scores
 # flags of models that draw
 DRAWING = ('clip', 'n', 'seed', *options.SAMPLING, 'int8', *options.PARTS, *options.DIFFUSION)
-SETTINGS = (
-  'run',
-  'split',
-  'count',
-  'resize',
-  'fid_reference',
-  *fid.KINDS,
-  'lpips',
-  'n',
-  'seed',
-  'int8',
-)  # in metrics.json
+# in metrics.json
+SETTINGS = ('run', 'split', 'count', 'resize', 'fid_reference', *fid.KINDS, 'lpips', 'n', 'seed', 'int8')
 
 
 def run() -> None:
@@ -204,20 +193,11 @@ def build(model: Any, kind: type[split.Evaluation], source: Any) -> split.Evalua
     save_true=FLAGS.save_true,
     network=networks.get(seen_by),
     labels=networks.get('classifier'),
-    reference=reference(networks[seen_by]) if FLAGS.fid_reference else None,
+    reference=fid.reference(FLAGS.fid_reference, networks[seen_by], FLAGS.resize) if FLAGS.fid_reference else None,
   )
   if kind is not reconstructions.Reconstructions:
     return kind(model, source, settings)
   return reconstructions.Reconstructions(model, source, settings, distance(model))
-
-
-def reference(network: fid.Network) -> fid.Statistics:
-  """That of --fid_reference. Raises ValueError when it is of features of another network."""
-  found = fid.reference(FLAGS.fid_reference)
-  features = network.features(np.zeros((1, 32, 32, 3), np.uint8)).shape[1]
-  if len(found.mean) != features:
-    raise ValueError(f'{FLAGS.fid_reference} is of {len(found.mean)} features, --{network.kind} has {features}.')
-  return found
 
 
 def distance(model: ImageTokenizer) -> checkpoint.Run | None:

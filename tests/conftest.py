@@ -37,7 +37,7 @@ gc.set_threshold(200_000, 20, 50)
 def forget():
   """Most programs of one file are of no use to the next, and all of them were gigabytes in the end."""
   yield
-  if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MEMORY:
+  if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > MEMORY:  # the most there was: from then on always
     jax.clear_caches()
 
 

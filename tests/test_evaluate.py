@@ -211,10 +211,11 @@ def test_reconstructions_of_frames(root, run, tmp_path):
   true = np.concatenate([np.stack(SOURCE[k].frames) for k in range(2)])[:7]
   assert (metrics['records'], metrics['pictures'], metrics['fid_pictures']) == (7, 7, [7, 7])
   saved, before = tmp_path / 'true.npz', metrics
-  shutil.move(tmp_path / 'out' / 'true.npz', saved)
+  shutil.copy(tmp_path / 'out' / 'true.npz', saved)
   assert run('--run', root / 'vqgan', '--clip', root / 'clip', *flags, '--fid_reference', saved) == 0
   rows, metrics = read(tmp_path)
-  assert metrics['fid'] == pytest.approx(before['fid'], rel=1e-6) and metrics['fid_pictures'] == [7, 0]
+  assert metrics['fid'] == pytest.approx(before['fid'], rel=1e-6) and metrics['fid_pictures'] == [7, 7]
+  assert metrics['fid_reference_sha256'] == before['fid_reference_sha256']
   assert rows[6]['file'] == 'pictures/00006.png' and rows[6]['record'].endswith('frame 1')
 
   model = ImageTokenizer.load(root / 'vqgan')
@@ -248,6 +249,9 @@ def test_reconstructions_of_frames(root, run, tmp_path):
     model.encode('a.png')
   with pytest.raises(ValueError, match=r'image tokens are float64\[1, 16\]; expected int32'):
     model.decode(np.zeros((1, 16)))
+  one = ['--split', 'test_seen', '--count', 1, '--save_true']
+  assert run('--run', root / 'vqgan', '--clip', root / 'clip', *one) == 0  # too few for a FID
+  assert not (tmp_path / 'out' / 'true.npz').exists()
 
 
 def test_mistakes_are_one_line(root, run, tmp_path, capsys):
@@ -263,7 +267,10 @@ def test_mistakes_are_one_line(root, run, tmp_path, capsys):
     (['--run', root / 'vqgan', '--image_size', 25], 'needs image sizes divisible by 6, not 25'),
     (['--run', root / 'dalle', '--lpips', root / 'lpips'], '--lpips is for reconstructions'),
     (['--run', root / 'dalle', '--fid_reference', 'true.npz'], '--fid_reference is for the FID; give --inception'),
-    (['--run', root / 'dalle', '--clip', root / 'clip', '--fid_reference', other], 'is of 3 features, --clip has 16'),
+    (
+      ['--run', root / 'dalle', '--clip', root / 'clip', '--fid_reference', other],
+      'is of another network or another resize than',
+    ),
     (['--run', root / 'vqgan', '--source', 'tokens'], 'the data source tokens has no pictures; give them'),
     (['--run', root / 'vqgan', '--source_arg', 'seed'], "--source_arg 'seed' is not understood; write NAME=VALUE"),
     (['--run', root / 'dalle', '--inception', root / 'clip'], f"--inception {root / 'clip'} is a run of 'clip'"),

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -51,29 +52,34 @@ def statistics(features: np.ndarray, sha256: str = '') -> Statistics:
   return Statistics(x.mean(0), np.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1]), len(x), sha256)
 
 
-def reference(path: str | Path) -> Statistics:
-  """Statistics that were saved, of how many pictures is not known (0): a .npz with mu [E] and sigma [E, E].
+def reference(path: str | Path, network: 'Network', resize: int = 0) -> Statistics:
+  """Statistics of pictures seen before: a .npz with mu [E] and sigma [E, E].
 
-  The code of that paper and pytorch-fid save such files, and so does `save`. Raises FileNotFoundError for a missing
-  file, ValueError for another one.
+  The code of that paper and pytorch-fid save such files, of which nothing tells how many pictures there were (count 0);
+  those of `Seen.save` tell, and by what they were seen. Raises FileNotFoundError for a missing file, ValueError for
+  another file and for another network or resize.
   """
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f'there is no file {path}; give a .npz with mu and sigma, as pytorch-fid saves them.')
   try:
     with np.load(path) as file:
-      mean, cov = (np.asarray(file[name], np.float64) for name in ('mu', 'sigma'))
-  except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as e:
+      mean, cov = (file[name].astype(np.float64, casting='same_kind') for name in ('mu', 'sigma'))
+      told = {name: file[name].item() for name in ('count', 'sha256', 'by') if name in file}
+  except (ValueError, TypeError, OSError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as e:
     raise ValueError(f'{path} has no mu and sigma ({e}); expected a .npz as pytorch-fid saves them.') from e
-  if mean.ndim != 1 or cov.shape != 2 * mean.shape or not np.isfinite([mean.sum(), cov.sum()]).all():
+  if mean.ndim != 1 or cov.shape != 2 * mean.shape or not np.allclose(cov, cov.T) or not np.isfinite(mean).all():
     shapes = f'mu {list(mean.shape)} and sigma {list(cov.shape)}'
-    raise ValueError(f'{path} has {shapes}; expected finite numbers [E] and [E, E].')
-  return Statistics(mean, cov, 0, hashlib.sha256(mean.tobytes() + cov.tobytes()).hexdigest())
+    raise ValueError(f'{path} has {shapes}; expected finite numbers [E] and, symmetric, [E, E].')
+  if len(mean) != network.width or told.get('by', seen_by(network, resize)) != seen_by(network, resize):
+    raise ValueError(f'{path} is of another network or another resize than {network.run}; use the same for both.')
+  sha256 = told.get('sha256') or hashlib.sha256(mean.tobytes() + cov.tobytes()).hexdigest()
+  return Statistics(mean, cov, told.get('count', 0), sha256)
 
 
-def save(path: str | Path, found: Statistics) -> None:
-  """Writes what `reference` reads."""
-  np.savez(path, mu=found.mean, sigma=found.cov)
+def seen_by(network: 'Network', resize: int) -> str:
+  """What features are of, beside the pictures."""
+  return f'{network.kind} {network.sha256} {resize}'
 
 
 def frechet(a: Statistics, b: Statistics) -> float:
@@ -115,7 +121,7 @@ class Seen:
 
   def __init__(self, network: 'Network', resize: int = 0):
     self.network, self.resize = network, resize
-    self._digest = hashlib.sha256(f'{network.kind} {network.sha256} {resize}'.encode())
+    self._digest = hashlib.sha256(seen_by(network, resize).encode())
     self._waiting: list[np.ndarray] = []  # pictures, until there is a batch of them
     self._features: list[np.ndarray] = []
 
@@ -138,6 +144,11 @@ class Seen:
       self._look()
     features = np.concatenate(self._features) if self._features else np.zeros((0, 1))
     return statistics(features, self._digest.hexdigest())
+
+  def save(self, path: str | Path, found: Statistics) -> None:
+    """Writes its statistics as `reference` reads them."""
+    by = seen_by(self.network, self.resize)
+    np.savez(path, mu=found.mean, sigma=found.cov, count=found.count, sha256=found.sha256, by=by)
 
 
 def report(drawn: Seen, true: Seen | Statistics) -> dict[str, Any]:
@@ -199,6 +210,13 @@ class Network:
   def load(cls, path: str | Path, mesh: Mesh | None = None) -> 'Network':
     """Loads a run. Raises FileNotFoundError without checkpoints, ValueError for a run of another objective."""
     return cls(checkpoint.load_run(path, mesh=mesh), mesh)
+
+  @property
+  def width(self) -> int:
+    """How many features a picture has; nothing is computed."""
+    side = getattr(self.model, 'image_size', 0) or 32
+    pictures = jax.ShapeDtypeStruct((1, side, side, 3), np.uint8)
+    return jax.eval_shape(self._features, self._params, pictures).shape[1]
 
   def features(self, images: np.ndarray) -> np.ndarray:
     """uint8[N, S, S, 3] of any size -> float32[N, E]: before the logits of a network, the embedding of a CLIP."""

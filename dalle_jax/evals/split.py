@@ -81,7 +81,7 @@ class Evaluation:
     """Raises ValueError when the classifier does not know the labels of the source."""
     self.model, self.source, self.settings = model, source, settings
     network = settings.network
-    kinds = ('drawn',) if settings.reference else ('drawn', 'true')
+    kinds = ('drawn', 'true') if settings.save_true or not settings.reference else ('drawn',)
     self.seen = {k: fid.Seen(network, settings.resize) for k in kinds} if network else {}
     names = getattr(source, 'label_names', ())
     self.tally = characters.Tally(settings.labels, names) if names and settings.labels else None
@@ -89,7 +89,8 @@ class Evaluation:
     self.skipped: list[str] = []  # 'NAME: reason'
 
   def run(self, out: Path, count: int = 0) -> None:
-    """Makes the first `count` records (0: all), and writes OUT/pictures/, grid.png and predictions.json.
+    """Makes the first `count` records (0: all), and writes OUT/pictures/, grid.png and predictions.json; if
+    asked, true/ and true.npz, too.
 
     Of several processes all make the same; the first writes. Raises ValueError when no record is usable, or one is of
     another kind than this evaluation is for.
@@ -114,9 +115,10 @@ class Evaluation:
       print(f'{part[-1].index + 1} of {count} records', flush=True)
     if not self.rows:
       raise ValueError(f'none of {count} records is usable; {self.skipped[0]}')
-    true = self.seen['true'].statistics() if self.settings.save_true and 'true' in self.seen else None
-    if writes and true:
-      fid.save(out / 'true.npz', true)
+    if self.settings.save_true and self.seen and len(self.rows) > 1:
+      true = self.seen['true'].statistics()  # by all processes
+      if writes:
+        self.seen['true'].save(out / 'true.npz', true)
     if writes:
       self.grid(shown).save(out / 'grid.png')
       checkpoint.write_json(out / 'predictions.json', self.rows)
@@ -202,7 +204,7 @@ class Evaluation:
     raise NotImplementedError
 
 
-WRITTEN = {'pictures', 'true', 'grid.png', 'predictions.json', 'metrics.json'}
+WRITTEN = {'pictures', 'true', 'true.npz', 'grid.png', 'predictions.json', 'metrics.json'}
 
 
 def check_out(out: Path) -> None:

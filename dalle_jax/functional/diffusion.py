@@ -89,8 +89,9 @@ def _back(d: Diffusion, later: Sequence[int], earlier: Sequence[int]) -> dict[st
   0.9995 of the start, as 1 - kept is off by so much there.
   """
   kept, added = np.append(d.kept(), 1.0).astype(np.float64), d.added().astype(np.float64)
-  now, then = kept[list(later)], kept[list(earlier)]
-  beta = np.where(np.subtract(later, earlier) == 1, added[list(later)], 1 - now / then)
+  at, to = np.asarray(later), np.asarray(earlier)
+  now, then = kept[at], kept[to]
+  beta = np.where(at - to == 1, added[at], 1 - now / then)
   small = (1 - then) / (1 - now) * beta
   numbers = dict(
     of_start=np.sqrt(then) * beta / (1 - now),

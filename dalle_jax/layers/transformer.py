@@ -5,7 +5,7 @@ Axis legend: B batch, S/T sequence, D embed.
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -224,7 +224,7 @@ class Stack(nn.Module):
     array = lambda x: None if x is None else jnp.asarray(x)
     mask, looking, n = array(mask), array(looking), x.shape[1]
     if cache is not None:
-      looks = context if isinstance(context, tuple) else ()
+      looks = () if context is None else cast(tuple, context)
       params, each = self.variables['params']['blocks'], of_turn(len(looks), turns)
       for t in range(turns):
         own = params[t] if isinstance(params, tuple) else jax.tree.map(operator.itemgetter(t), params)
@@ -232,7 +232,7 @@ class Stack(nn.Module):
         period = Period(block, tuple(int(kind) for kind in which[t]), parent=None)
         x, cache = period.apply({'params': own}, x, turn, mask, stream, looking, cache, t * self.period)
       return x, cache
-    sources = context.turns(turns) if isinstance(context, Context) else None
+    sources = None if context is None else cast(Context, context).turns(turns)
     if stream is not None and (short := -n % split('seq')):
       # Split over devices, the stream is made as long as they need; nothing sees what comes after it.
       x = jnp.pad(x, ((0, 0), (0, short), (0, 0)))

@@ -62,26 +62,6 @@ def test_statistics_are_float64_and_name_what_they_are_of():
     fid.frechet(s, fid.statistics(np.zeros((3, 4))))
 
 
-def test_saved_statistics_are_read_and_others_refused(tmp_path):
-  s = fid.statistics(RNG.normal(size=(30, 5)))
-  fid.save(tmp_path / 'true.npz', s)
-  found = fid.reference(tmp_path / 'true.npz')
-  np.testing.assert_array_equal(found.cov, s.cov)
-  assert fid.frechet(found, s) < 1e-9 and found.count == 0 and found.sha256
-  np.savez(tmp_path / 'other.npz', mu=np.zeros(3))
-  np.savez(tmp_path / 'wrong.npz', mu=np.zeros(3), sigma=np.zeros((2, 2)))
-  (tmp_path / 'broken.npz').write_bytes((tmp_path / 'true.npz').read_bytes()[:200])
-  for name, message in (
-    ('other', 'has no mu and sigma'),
-    ('broken', 'has no mu and sigma'),
-    ('wrong', r'has mu \[3\] and sigma \[2, 2\]; expected finite numbers'),
-  ):
-    with pytest.raises(ValueError, match=message):
-      fid.reference(tmp_path / f'{name}.npz')
-  with pytest.raises(FileNotFoundError, match='as pytorch-fid saves them'):
-    fid.reference(tmp_path / 'none.npz')
-
-
 def test_resized():
   images = RNG.integers(0, 256, (2, 8, 8, 3), np.uint8)
   assert fid.resized(images, 0) is images and fid.resized(images, 8) is images
@@ -129,3 +109,42 @@ def test_the_hash_is_of_pictures_resize_and_network_not_of_batches(network, caps
   report = fid.report(seen(network, 0, images[:7]), seen(network, 0, images))
   assert report['fid'] > 0 and report['fid_reference_sha256'] == base.sha256 and report['fid_pictures'] == [7, 9]
   assert report['fid_network']['step'] == 5 and 'FID of 7 and 9 pictures by 8 features' in capsys.readouterr().out
+
+
+def test_saved_statistics_are_read_and_others_refused(network, tmp_path):
+  seen = fid.Seen(network)
+  seen.add(RNG.integers(0, 256, (3, 16, 16, 3), np.uint8))
+  expected = seen.statistics()
+  seen.save(tmp_path / 'true.npz', expected)
+  found = fid.reference(tmp_path / 'true.npz', network)
+  np.testing.assert_array_equal(found.cov, expected.cov)
+  assert fid.frechet(found, expected) < 1e-9 and (found.count, found.sha256) == (3, expected.sha256)
+  e = network.width
+  np.savez(tmp_path / 'plain.npz', mu=np.zeros(e), sigma=np.eye(e))  # as pytorch-fid does
+  assert fid.reference(tmp_path / 'plain.npz', network).count == 0
+  np.savez(tmp_path / 'lacks.npz', mu=np.zeros(e))
+  np.savez(tmp_path / 'shapes.npz', mu=np.zeros(e), sigma=np.eye(e + 1))
+  np.savez(tmp_path / 'skew.npz', mu=np.zeros(e), sigma=np.triu(np.ones((e, e))))
+  np.savez(tmp_path / 'complex.npz', mu=np.zeros(e), sigma=np.eye(e) * 1j)
+  np.savez(tmp_path / 'small.npz', mu=np.zeros(2), sigma=np.eye(2))
+  np.save(tmp_path / 'array.npy', np.zeros(3))
+  np.savez_compressed(tmp_path / 'torn.npz', mu=RNG.normal(size=e), sigma=np.eye(e))
+  torn = bytearray((tmp_path / 'torn.npz').read_bytes())
+  torn[60:90] = b'?' * 30
+  (tmp_path / 'torn.npz').write_bytes(torn)
+  (tmp_path / 'short.npz').write_bytes(bytes(torn[:100]))
+  no, other = 'has no mu and sigma', 'is of another network or another resize'
+  told = dict(
+    lacks=no, shapes=r'has mu \[\d+\] and sigma', skew='symmetric', complex=no, small=other, torn=no, short=no
+  )
+  for name, message in told.items():
+    with pytest.raises(ValueError, match=message):
+      fid.reference(tmp_path / f'{name}.npz', network)
+  with pytest.raises(ValueError, match=no):
+    fid.reference(tmp_path / 'array.npy', network)
+  with pytest.raises(ValueError, match=other):
+    fid.reference(tmp_path / 'true.npz', network, resize=8)
+  with pytest.raises(ValueError, match=other):
+    fid.reference(tmp_path / 'true.npz', make_network(1))
+  with pytest.raises(FileNotFoundError, match='as pytorch-fid saves them'):
+    fid.reference(tmp_path / 'none.npz', network)

@@ -58,6 +58,7 @@ def test_a_picture_is_pooled_where_asked():
   }
   assert shapes['class']['positions'] == (5, 16) and shapes['class']['proj']['kernel'] == (16, 16)
   assert shapes['all']['positions'] == (4, 16) and shapes['all']['proj']['kernel'] == (64, 16)
+  assert float(fresh(clip.build('test'))['logit_scale']) == pytest.approx(np.log(1 / 0.07))
   assert 'class_token' in shapes['class'] and 'class_token' not in shapes['all']
   rolled, change = jnp.roll(IMAGES, 8, axis=2), {}
   for pool in shapes:

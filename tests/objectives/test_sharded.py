@@ -1,4 +1,5 @@
-"""Meshes train as one device does: by default one that splits all there is; with --all-meshes all, and StoryGANc."""
+"""Meshes train as one device does: by default one that splits all there is; with --all-meshes all, and unCLIP, its
+parts and StoryGANc, too."""
 
 import functools
 import math
@@ -85,7 +86,8 @@ def test_losses_are_those_of_one_device(what, count, close, sizes):
       learn(what, count, sizes)
     return
   (start, *_), expected, _ = alone(what, count)
-  _, metrics, target = learn(what, count, sizes, start=start)
+  # A fresh state is the same on every mesh, which one objective shows; it takes as long to compile as a step.
+  _, metrics, target = learn(what, count, sizes, start=None if what is dalle else start)
   for step, (ours, theirs) in enumerate(zip(metrics, expected, strict=True)):
     for name in ours:
       rtol = 20 * close if name.startswith(('grad_norm', 'adaptive_weight')) else close

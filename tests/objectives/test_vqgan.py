@@ -32,10 +32,11 @@ STARTS = {}
 
 
 def start(objective):
-  """Fresh parameters and state, made once for each pair of networks."""
+  """Random parameters and a fresh state, made once for each pair of networks."""
   networks = objective.model, objective.disc
   if networks not in STARTS:
-    STARTS[networks] = jax.device_put(runs.parameters(objective.init, BATCH, scale=0.1))
+    params = jax.device_put(runs.parameters(lambda *x: objective.init(*x)[0], BATCH, scale=0.1))
+    STARTS[networks] = params, jax.jit(lambda: objective.init(jax.random.key(1), BATCH)[1])()
   return STARTS[networks]
 
 

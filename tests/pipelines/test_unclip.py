@@ -135,12 +135,11 @@ def test_the_recipe_trains_a_decoder_that_draws_with_its_parts(root, tmp_path):
   flags += ['train.pictures=2', 'train.eval_batches=1', 'loss.sampling_steps=2', f'root={tmp_path}']
   flags += [f'frozen.{name}={root / name}' for name in ('clip', 'prior', 'upsampler')]
   recipe = f'--config={runs.ROOT}/configs/unclip_shapes.py:unclip'
-  with runs.one_device():
-    assert train.main(['train.py', recipe, *(f'--config.{flag}' for flag in flags)]) == 0
+  assert train.main(['train.py', recipe, *(f'--config.{flag}' for flag in flags)]) == 0
   found = json.loads((tmp_path / 'unclip' / 'metrics.jsonl').read_text().splitlines()[-1])
   assert found['step'] == 2 and np.isfinite([found['val_loss'], found['val_bound']]).all()
   shown = Image.open(tmp_path / 'unclip' / 'pictures' / 'samples_0000002.png').size
-  assert shown == (2 * (2 * 16 + 2) + 2, 16 + 2 + 2)  # two pairs
+  assert shown == (3 * (2 * 16 + 2) + 2, 3 * (16 + 2) + 2)  # eight pairs, one a device, in three columns
   assert UnCLIP.load(tmp_path / 'unclip').sample(PROMPTS[:1], **QUICK)[0].images.shape == (1, 32, 32, 3)
 
 

@@ -102,9 +102,12 @@ def test_two_processes_draw_what_one_does(tmp_path):
     two, one = (np.asarray(Image.open(tmp_path / k / name), int) for k in ('two', 'one'))
     np.testing.assert_allclose(two, one, atol=1)
   scored = [*asked[:3], '--source=shapes', '--split=val', '--count=3']
-  first, second = ends(start('evaluate.py', *scored, '--mesh=data=2,tensor=2', f'--out={tmp_path}/two_scored'))
+  first, second = ends(
+    start('evaluate.py', *scored, '--mesh=data=2,tensor=2', f'--out={tmp_path}/two_scored', '--save_true')
+  )
   assert (first[0], second[0]) == (0, 0), first[3] + second[3]
-  assert runs.call(evaluate, *scored, '--out', tmp_path / 'one_scored') == 0
+  again = f'--fid_reference={tmp_path}/two_scored/true.npz'
+  assert runs.call(evaluate, *scored, again, '--out', tmp_path / 'one_scored') == 0
   two, one = (json.loads((tmp_path / k / 'metrics.json').read_text()) for k in ('two_scored', 'one_scored'))
   assert two['clip_score'] == pytest.approx(one['clip_score'], abs=1e-3) and two['fid'] == pytest.approx(
     one['fid'], rel=0.05

@@ -114,7 +114,8 @@ def read(path: Path, *, config: str = '', cross: str = '', **options: Any) -> Im
   own = {k: v for k, v in shapes.items() if not k.startswith(('cross/', 'norm_source/'))}
   params |= named('story', convert(source, table, extra, own))
   looking = {k.removeprefix('cross/'): v for k, v in shapes.items() if k.startswith('cross/')}
-  layers, notes = _cross(weights, cross, theirs), tuple[str, ...]()
+  notes: tuple[str, ...] = ()
+  layers = _cross(weights, cross, theirs)
   if layers:
     found = convert(source, cross_rows(model['depth'] // EVERY), layers, looking)
   else:

@@ -73,8 +73,8 @@ def _draw(rng: np.random.Generator, unseen: bool) -> tuple[Moment, ...]:
     hero = dataclasses.replace(hero, position=place(hero.position))
     where = shapes.POSITIONS[hero.position]
     if action == 'meets':
-      where_met, (shape, color) = place(hero.position), pick(seen_pairs)
-      met = Object(where_met, shape, color, pick(shapes.SIZES))
+      spot, (shape, color) = place(hero.position), pick(seen_pairs)
+      met = Object(spot, shape, color, pick(shapes.SIZES))
       other = f'{shapes.name(met)} at the {shapes.POSITIONS[met.position]}'
       text = f'at the {where} {name} meets {other}'
     elif action == 'size':
