@@ -1,7 +1,5 @@
 """The Frechet distance against closed forms and scipy, where covariances are singular, and what its hash tells."""
 
-import flax.linen as nn
-import jax
 import numpy as np
 import pytest
 import scipy.linalg
@@ -9,6 +7,7 @@ import scipy.linalg
 from dalle_jax.evals import fid
 from dalle_jax.models import classifier
 from dalle_jax.training.checkpoint import Run
+from tests import runs
 
 RNG = np.random.default_rng(0)
 
@@ -76,7 +75,7 @@ def network():
 
 def make_network(seed):
   model = classifier.build('test', labels=3)
-  params = nn.unbox(model.init(jax.random.key(seed), np.zeros((1, 16, 16, 3)))['params'])
+  params = runs.parameters(model.init, np.zeros((1, 16, 16, 3), np.float32), seed=seed)['params']
   config = {'objective': 'classifier', 'model': {'variant': 'test', 'labels': 3}, 'data': {'image_size': 16}}
   return fid.Network(Run(config, {'classifier': params}, None, 5, 'runs/classifier'))
 

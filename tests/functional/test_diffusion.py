@@ -100,30 +100,33 @@ def test_guidance_leaves_the_variance_alone():
   np.testing.assert_array_equal(out[..., 2:], cond[..., 2:])
 
 
+losses = jax.jit(diffusion.losses, static_argnums=0)
+
+
 def test_losses_of_what_is_right_and_who_learns_from_them():
   d, t = Diffusion(variance='learned'), jnp.array([0, 300, 999])
   start = jnp.clip(X, -1, 1)
   x = diffusion.add_noise(d, start, t, NOISE)
   right = jnp.concatenate([NOISE, -jnp.ones_like(X)], -1)  # the true noise and the smallest variance
-  simple, bound = diffusion.losses(d, right, start, x, t, NOISE)
+  simple, bound = losses(d, right, start, x, t, NOISE)
   np.testing.assert_allclose(simple, 0, atol=1e-6)
   np.testing.assert_allclose(bound[1:], 0, atol=1e-5)
   assert 0 < float(bound[0]) < 8  # bits of a pixel in 256 values, which one step of noise hides a little of
   wrong = right.at[..., :2].add(0.1)
-  simple, bound = diffusion.losses(d, wrong, start, x, t, NOISE)
+  simple, bound = losses(d, wrong, start, x, t, NOISE)
   np.testing.assert_allclose(simple, 0.01, rtol=1e-4)
   assert (bound[1:] > 0).all()
-  slope = jax.grad(lambda out: diffusion.losses(d, out, start, x, t, NOISE)[1].sum())(wrong + 0.5)
+  slope = jax.jit(jax.grad(lambda out: losses(d, out, start, x, t, NOISE)[1].sum()))(wrong + 0.5)
   np.testing.assert_array_equal(slope[..., :2], 0)
   assert (jnp.abs(slope[1:, ..., 2:]) > 0).any() and bool(jnp.isfinite(slope).all())
   kept = d.kept()[t][:, None, None, None]
   velocity = np.sqrt(kept) * NOISE - np.sqrt(1 - kept) * start
   both = Diffusion(variance='learned', predicts='velocity')
-  simple, bound = diffusion.losses(both, right.at[..., :2].set(velocity), start, x, t, NOISE)
+  simple, bound = losses(both, right.at[..., :2].set(velocity), start, x, t, NOISE)
   np.testing.assert_allclose(simple, 0, atol=1e-6)
   np.testing.assert_allclose(bound[1:], 0, atol=1e-4)
   small = Diffusion(predicts='start')
-  simple, bound = diffusion.losses(small, start + 0.2, start, x, t, NOISE)
+  simple, bound = losses(small, start + 0.2, start, x, t, NOISE)
   np.testing.assert_allclose(simple, 0.04, rtol=1e-4)
   np.testing.assert_array_equal(bound, 0)
 

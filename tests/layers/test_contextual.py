@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.layers.contextual import contextual_attention
+from dalle_jax.layers import contextual
+
+contextual_attention = jax.jit(contextual.contextual_attention)
 
 
 def patch(x, i, j):
@@ -63,6 +65,7 @@ def test_gradients_are_finite_where_patches_are_zero():
   rng = np.random.default_rng(1)
   target = jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32).at[0].set(0.0).at[1, :3, :3].set(0.0)
   source = jnp.asarray(rng.normal(size=(2, 5, 5, 4)), jnp.float32).at[1].set(0.0).at[0, 2:, 2:].set(0.0)
-  grads = jax.grad(lambda a, b: jnp.square(contextual_attention(a, b) + 1.0).sum(), (0, 1))(target, source)
+  loss = lambda a, b: jnp.square(contextual_attention(a, b) + 1.0).sum()
+  grads = jax.jit(jax.grad(loss, (0, 1)))(target, source)
   assert all(bool(jnp.isfinite(g).all()) for g in grads)
   assert float(jnp.abs(grads[1]).max()) > 0

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from dalle_jax.layers import basic, convnet
+from tests import runs
 
 X = jax.random.normal(jax.random.key(0), (2, 4, 6, 8))
 
 
 def init(module, x=X):
-  return nn.unbox(module.init(jax.random.key(1), x)['params'])
+  return runs.parameters(module.init, x)['params']
 
 
 @pytest.mark.parametrize(
@@ -28,12 +29,17 @@ def init(module, x=X):
 def test_shapes_names_and_gradients(module, shape, names):
   params = init(module)
   assert set(params) == names
-  assert module.apply({'params': params}, X).shape == shape
-  grads = jax.grad(lambda p: (module.apply({'params': p}, X) ** 2).sum())(params)
+
+  @jax.jit
+  def everything(params):
+    full = lambda p: module.apply({'params': p}, X)
+    grads = jax.grad(lambda p: (full(p) ** 2).sum())(params)
+    return full(params), grads, module.clone(dtype=jnp.bfloat16).apply({'params': params}, X.astype(jnp.bfloat16))
+
+  full, grads, half = jax.device_get(everything(params))
+  assert full.shape == shape and half.dtype == jnp.bfloat16
   assert all(g.any() for g in jax.tree.leaves(grads))
-  half = module.clone(dtype=jnp.bfloat16).apply({'params': params}, X.astype(jnp.bfloat16))
-  assert half.dtype == jnp.bfloat16
-  np.testing.assert_allclose(half, module.apply({'params': params}, X), atol=0.1, rtol=0.1)
+  np.testing.assert_allclose(half.astype(np.float32), full, atol=0.1, rtol=0.1)
 
 
 def test_downsample_pads_at_the_bottom_and_the_right():
@@ -53,7 +59,7 @@ def test_attention_weighs_all_positions():
   scores = np.einsum('bqc,bkc->bqk', dense('q', y), dense('k', y)) / np.sqrt(8)
   weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
   expected = X + dense('proj_out', np.einsum('bqk,bkc->bqc', weights, dense('v', y))).reshape(X.shape)
-  np.testing.assert_allclose(convnet.AttnBlock().apply({'params': params}, X), expected, atol=1e-5)
+  np.testing.assert_allclose(jax.jit(convnet.AttnBlock().apply)({'params': params}, X), expected, atol=1e-5)
 
 
 def test_space_to_depth_moves_squares_and_back():

@@ -1,6 +1,5 @@
 """Quantisers and the upkeep of a codebook, against numpy and by hand."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +7,14 @@ import pytest
 
 from dalle_jax.layers import quantize
 from dalle_jax.layers.quantize import GumbelQuantizer, NearestQuantizer
+from tests import runs
 
 K, D = 6, 4
 Z = jax.random.normal(jax.random.key(1), (2, 3, 3, D))
 
 
 def params(module, z=Z, seed=0):
-  return nn.unbox(module.init(jax.random.key(seed), z)['params'])
+  return jax.device_put(runs.parameters(module.init, z, seed=seed)['params'])
 
 
 def table(seed=2):

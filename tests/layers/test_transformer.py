@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +19,7 @@ CAUSAL = np.tri(6, dtype=bool)
 
 
 def init(module):
-  return nn.unbox(module.init(jax.random.key(1), X))['params']
+  return runs.parameters(module.init, X)['params']
 
 
 def test_period_and_remat_change_no_value_and_no_gradient():

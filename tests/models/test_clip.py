@@ -101,9 +101,9 @@ def test_the_published_size():
 def test_errors():
   model = clip.build('test')
   with pytest.raises(ValueError, match='pictures of 16 pixels a side'):
-    model.init(jax.random.key(0), jnp.zeros((1, 24, 24, 3)), TEXT)
+    runs.parameters(model.init, jnp.zeros((1, 24, 24, 3)), TEXT)
   with pytest.raises(ValueError, match='8 text tokens, not 7'):
-    model.init(jax.random.key(0), IMAGES, TEXT[:, :7])
+    runs.parameters(model.init, IMAGES, TEXT[:, :7])
   with pytest.raises(ValueError, match="image_pool 'mean' is unknown; there are class and all"):
     init(clip.build('test', image_pool='mean'))
   with pytest.raises(ValueError, match='patch 6 does not divide pictures of 16 pixels'):
