@@ -68,7 +68,8 @@ def reference(path: str | Path, network: 'Network', resize: int = 0) -> Statisti
       told = {name: file[name].item() for name in ('count', 'sha256', 'by') if name in file}
   except (ValueError, TypeError, OSError, KeyError, EOFError, zlib.error, zipfile.BadZipFile) as e:
     raise ValueError(f'{path} has no mu and sigma ({e}); expected a .npz as pytorch-fid saves them.') from e
-  if mean.ndim != 1 or cov.shape != 2 * mean.shape or not np.allclose(cov, cov.T) or not np.isfinite(mean).all():
+  finite = np.isfinite(mean).all() and np.isfinite(cov).all()
+  if mean.ndim != 1 or cov.shape != 2 * mean.shape or not finite or not np.allclose(cov, cov.T):
     shapes = f'mu {list(mean.shape)} and sigma {list(cov.shape)}'
     raise ValueError(f'{path} has {shapes}; expected finite numbers [E] and, symmetric, [E, E].')
   if len(mean) != network.width or told.get('by', seen_by(network, resize)) != seen_by(network, resize):

@@ -124,6 +124,7 @@ def test_saved_statistics_are_read_and_others_refused(network, tmp_path):
   np.savez(tmp_path / 'lacks.npz', mu=np.zeros(e))
   np.savez(tmp_path / 'shapes.npz', mu=np.zeros(e), sigma=np.eye(e + 1))
   np.savez(tmp_path / 'skew.npz', mu=np.zeros(e), sigma=np.triu(np.ones((e, e))))
+  np.savez(tmp_path / 'endless.npz', mu=np.zeros(e), sigma=np.full((e, e), np.inf))
   np.savez(tmp_path / 'complex.npz', mu=np.zeros(e), sigma=np.eye(e) * 1j)
   np.savez(tmp_path / 'small.npz', mu=np.zeros(2), sigma=np.eye(2))
   np.save(tmp_path / 'array.npy', np.zeros(3))
@@ -134,7 +135,14 @@ def test_saved_statistics_are_read_and_others_refused(network, tmp_path):
   (tmp_path / 'short.npz').write_bytes(bytes(torn[:100]))
   no, other = 'has no mu and sigma', 'is of another network or another resize'
   told = dict(
-    lacks=no, shapes=r'has mu \[\d+\] and sigma', skew='symmetric', complex=no, small=other, torn=no, short=no
+    lacks=no,
+    shapes=r'has mu \[\d+\] and sigma',
+    skew='symmetric',
+    endless='finite',
+    complex=no,
+    small=other,
+    torn=no,
+    short=no,
   )
   for name, message in told.items():
     with pytest.raises(ValueError, match=message):
