@@ -6,7 +6,7 @@ Parameters are float32; computation is in `dtype`. The names are turned into mes
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -109,13 +109,15 @@ class Dense(nn.Module):
 class Conv(nn.Module):
   """2-D convolution, NHWC, of a square kernel or of one of (height, width).
 
-  `padding` is as in `lax.conv_general_dilated`: a string or ((top, bottom), (left, right)).
+  `padding` is as in `lax.conv_general_dilated`: a string or ((top, bottom), (left, right)). With `double` the map is
+  first doubled in height and width, each position as 2 x 2; ValueError for other kernels than 3 x 3, stride 1, 'SAME'.
   """
 
   features: int
   kernel_size: int | tuple[int, int] = 3
   stride: int = 1
   padding: str | tuple[tuple[int, int], tuple[int, int]] = 'SAME'
+  double: bool = False
   use_bias: bool = True
   dtype: jnp.dtype = jnp.float32
   kernel_init: Init = nn.initializers.lecun_normal()
@@ -125,18 +127,45 @@ class Conv(nn.Module):
     h, w = self.kernel_size if isinstance(self.kernel_size, tuple) else (self.kernel_size, self.kernel_size)
     shape = (h, w, x.shape[-1], self.features)
     kernel = self.param('kernel', boxed(self.kernel_init, (None, None, 'conv_in', 'conv_out')), shape, jnp.float32)
-    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    x = x.astype(self.dtype)
     small = x.shape[1] * x.shape[2] <= 16 and self.stride == 1 and self.padding == 'SAME' and h == w and h % 2
-    if small and platform() == 'cpu':
-      y = conv_as_product(x, kernel)
+    if self.double:
+      if (h, w, self.stride, self.padding) != (3, 3, 1, 'SAME'):
+        raise ValueError(f'a doubled map is convolved by 3 x 3, stride 1, SAME, not {self}.')
+      y = conv_of_doubled(x, kernel)
+    elif small and platform() == 'cpu':
+      y = conv_as_product(x, kernel.astype(self.dtype))
     else:
-      y = jax.lax.conv_general_dilated(
-        x, kernel, (self.stride, self.stride), self.padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-      )
+      y = conv(x, kernel.astype(self.dtype), self.stride, self.padding)
     if self.use_bias:
       bias = self.param('bias', boxed(nn.initializers.zeros, ('conv_out',)), (self.features,), jnp.float32)
       y = y + bias.astype(self.dtype)
     return y
+
+
+def conv(
+  x: jax.Array, kernel: jax.Array, stride: int = 1, padding: str | Sequence[tuple[int, int]] = 'SAME'
+) -> jax.Array:
+  """[B, H, W, C] by [h, w, C, O]; `padding` as in `lax.conv_general_dilated`."""
+  names = ('NHWC', 'HWIO', 'NHWC')
+  return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=names)
+
+
+def conv_of_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """[B, H, W, C] with each position as 2 x 2, by a kernel of [3, 3, C, O] and 'SAME': [B, 2H, 2W, O].
+
+  Of the three rows and columns that a kernel looks at, two are always the same. Their weights are added up, which
+  leaves kernels of 2 x 2 on the map as it was, one for each of the four corners: 4/9 of the products.
+  """
+  b, h, w, _ = x.shape
+  pair = lambda i, k: jnp.stack([k[0], k[1] + k[2]] if i == 0 else [k[0] + k[1], k[2]])
+
+  def corner(i: int, j: int) -> jax.Array:
+    small = pair(i, pair(j, kernel.swapaxes(0, 1)).swapaxes(0, 1))  # in the dtype of the parameters
+    return conv(x, small.astype(x.dtype), 1, ((1 - i, i), (1 - j, j)))
+
+  rows = [jnp.stack([corner(i, j) for j in range(2)], 3) for i in range(2)]
+  return jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, -1)
 
 
 def conv_as_product(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -39,10 +39,11 @@ class ResBlock(nn.Module):
     if self.shift not in SHIFTS:
       raise ValueError(f'ResBlock shift {self.shift!r} is unknown; there are {", ".join(SHIFTS)}.')
     h = jax.nn.swish(GroupNorm(self.groups, self.eps, self.dtype, name='norm1')(x))
-    if self.resample:
-      change = {'down': halved, 'up': doubled}[self.resample]
-      h, x = change(h), change(x)
-    h = Conv(self.features, dtype=self.dtype, name='conv1')(h)
+    if self.resample == 'down':
+      h, x = halved(h), halved(x)
+    up = self.resample == 'up'
+    h = Conv(self.features, double=up, dtype=self.dtype, name='conv1')(h)
+    x = doubled(x) if up else x
     norm = GroupNorm(self.groups, self.eps, self.dtype, name='norm2')
     if time is None:
       h = norm(h)
@@ -129,7 +130,7 @@ class Upsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    return Conv(x.shape[-1], dtype=self.dtype, name='conv')(doubled(x))
+    return Conv(x.shape[-1], dtype=self.dtype, double=True, name='conv')(x)
 
 
 def space_to_depth(x: jax.Array, patch: int) -> jax.Array:

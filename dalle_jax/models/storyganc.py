@@ -80,14 +80,15 @@ class GRU(nn.Module):
 
 
 class ConvNorm(nn.Module):
-  """3 x 3 convolution and batch normalisation."""
+  """3 x 3 convolution, of a map doubled in height and width or as it is, and batch normalisation."""
 
   features: int
   dtype: jnp.dtype
+  double: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    x = Conv(self.features, use_bias=False, dtype=self.dtype, kernel_init=INIT, name='conv')(x)
+    x = Conv(self.features, double=self.double, use_bias=False, dtype=self.dtype, kernel_init=INIT, name='conv')(x)
     return BatchNorm(dtype=self.dtype, name='norm')(x, train)
 
 
@@ -179,13 +180,13 @@ class StoryGANc(nn.Module):
     z = jnp.concatenate([motion, spread, gist, dense(self.code, 'caption')(vectors)], -1).reshape(b * t, -1)
 
     # The picture, and on the way what the source has for it.
-    block = lambda features, name: ConvNorm(features, self.dtype, name=name)
+    block = lambda features, name, double=False: ConvNorm(features, self.dtype, double, name=name)
     x = dense(self.start**2 * self.channels[0], 'first')(z).reshape(b * t, self.start, self.start, -1)
     x = jax.nn.relu(BatchNorm(dtype=self.dtype, name='first_norm')(x, train))
     for i, features in enumerate(self.channels):
       x = constrain(x, ('batch', None, None, None))
       if i:
-        x = jax.nn.relu(block(features, f'up_{i}')(x.repeat(2, axis=1).repeat(2, axis=2), train))
+        x = jax.nn.relu(block(features, f'up_{i}', double=True)(x, train))
       if i == self.join:
         side = self.start * 2**i
         found = dense(side**2 * self.map_width, 'map')(z).reshape(b * t, side, side, -1)

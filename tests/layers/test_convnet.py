@@ -1,5 +1,7 @@
 """Convolutional blocks: shapes, padding, attention by hand."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,23 @@ def test_space_to_depth_moves_squares_and_back():
   assert y.shape == (2, 2, 3, 32)
   np.testing.assert_array_equal(y[1, 1, 2], X[1, 2:4, 4:6].ravel())
   np.testing.assert_array_equal(convnet.depth_to_space(y, 2), X)
+
+
+@pytest.mark.parametrize('shape', [(3, 1, 1, 5), (3, 2, 4, 5), (2, 5, 3, 5)])
+def test_convolution_of_a_doubled_map(shape):
+  x, conv = jax.random.normal(jax.random.key(0), shape), basic.Conv(7, double=True)
+  params = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), init(conv, x))
+  fused = lambda x, params: conv.apply({'params': params}, x)
+  plain = lambda x, params: basic.Conv(7).apply({'params': params}, convnet.doubled(x))
+  given = jax.random.normal(jax.random.key(2), plain(x, params).shape)
+  np.testing.assert_allclose(fused(x, params), plain(x, params), atol=1e-4)
+  grads = lambda f: jax.jit(jax.grad(lambda *a: (f(*a) * given).sum(), (0, 1)))(x, params)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-3), grads(fused), grads(plain))
+
+
+def test_convolutions_that_do_not_double():
+  with pytest.raises(ValueError, match='3 x 3, stride 1, SAME'):
+    init(basic.Conv(7, 5, double=True))
 
 
 @pytest.mark.parametrize('kernel', [1, 3, 5])
