@@ -1,5 +1,6 @@
 """Reading compiled programs, the roofline, and a step compiled for the devices of this machine."""
 
+import dataclasses
 import re
 
 import jax
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from dalle_jax.aot import __main__ as command
-from dalle_jax.aot import hlo, roofline
+from dalle_jax.aot import costs, machines, roofline
 from dalle_jax.aot.program import Plan, Program
 from dalle_jax.layers import basic
 from dalle_jax.training import sharding
@@ -36,8 +37,8 @@ LOOPS = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32
 %outer (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
   %p = (s32[], f32[8,4]{1,0}) parameter(0)
   %start = (f32[8,4]{1,0}, f32[8,16]{1,0}) all-gather-start(%x), dimensions={1}, replica_groups=[1,4]<=[4]
-  %done = f32[8,16]{1,0} all-gather-done(%start)
   ROOT %loop = (s32[], /*index=1*/f32[8,4]{1,0}) while(%p), condition=%inner_condition, body=%inner
+  %done = f32[8,16]{1,0} all-gather-done(%start)
   %x = f32[8,4]{1,0} get-tuple-element(%p), index=1
 }
 
@@ -78,17 +79,17 @@ ENTRY %main (all: f32[24,128], i: s32[]) -> f32[24,128] {
 
 
 def test_loops_count_as_often_as_they_run():
-  entry, outer, inner = hlo.regions(LOOPS, 4)
+  entry, outer, inner = costs.regions(LOOPS, 4)
   assert [(r.name, r.times) for r in (entry, outer, inner)] == [('main', 1), ('outer', 3), ('inner', 15)]
   assert (entry.flops, outer.flops, inner.flops) == (0, 0, 2 * 8 * 4 * 4)
   (gather,), (reduce,) = outer.collectives, inner.collectives
-  assert gather == hlo.Collective('all-gather', 8 * 16 * 4, ((0, 1, 2, 3),), True)
-  assert reduce == hlo.Collective('all-reduce', 8 * 4 * 4, ((0, 1), (2, 3)), False, 'a')
+  assert gather == costs.Collective('all-gather', 8 * 16 * 4, ((0, 1, 2, 3),), True)
+  assert reduce == costs.Collective('all-reduce', 8 * 4 * 4, ((0, 1), (2, 3)), False, 'a')
   assert (gather.sent, reduce.sent) == (8 * 16 * 4 * 3 / 4, 2 * 8 * 4 * 4 / 2)
 
 
 def test_fusions_move_the_slices_that_they_read_and_write():
-  (entry,) = hlo.regions(FUSIONS, 1)
+  (entry,) = costs.regions(FUSIONS, 1)
   row, index = 128 * 4, 4
   # read a row and the index, write a row; copy it into the core; write it from there into its place
   assert entry.bytes == (row + index + row) + row + (index + row)
@@ -139,9 +140,9 @@ ENTRY %main (x: bf16[4]) -> bf16[16] {
 
 
 def test_the_steps_of_an_asynchronous_collective_are_one_and_loops_count_by_their_step():
-  entry, body = hlo.regions(STEPS, 4)
+  entry, body = costs.regions(STEPS, 4)
   assert (body.times, entry.collectives) == (8, [])  # 1, 3, ..., 15
-  assert body.collectives == [hlo.Collective('all-gather', 32, ((0, 1, 2, 3),), True)]
+  assert body.collectives == [costs.Collective('all-gather', 32, ((0, 1, 2, 3),), True)]
 
 
 PREFETCH = """HloModule prefetch
@@ -155,7 +156,7 @@ ENTRY %main (w: bf16[8,4]) -> bf16[2,4] {
 
 
 def test_a_slice_that_is_fetched_ahead_is_read_once():
-  (entry,) = hlo.regions(PREFETCH, 1)
+  (entry,) = costs.regions(PREFETCH, 1)
   assert entry.bytes == 2 * 4 * 2  # into the memory of the core
 
 
@@ -173,7 +174,7 @@ def test_a_slice_that_is_fetched_ahead_is_read_once():
   ],
 )
 def test_groups(attributes, groups):
-  assert hlo._groups(attributes, 4) == groups
+  assert costs._groups(attributes, 4) == groups
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ ENTRY %main (a: f32[{left}], b: f32[{right}]) -> f32[{out}] {{
   ROOT %c = f32[{out}] convolution(%a, %b), {attributes}
 }}
 """
-  assert hlo.regions(text, 1)[0].flops == flops
+  assert costs.regions(text, 1)[0].flops == flops
 
 
 BRANCHES = """HloModule branches
@@ -225,47 +226,47 @@ ENTRY %main (i: s32[], p: f32[8]) -> f32[8] {
 
 
 def test_the_largest_branch_counts_and_the_blocks_of_splash_attention():
-  (entry,) = hlo.regions(BRANCHES, 1)
+  (entry,) = costs.regions(BRANCHES, 1)
   assert entry.flops == 2 * (2 * 2 * 4 * 64) * 50 * 128 * 128 + 2 * 8 * 8  # two products of 50 blocks of 128 x 128
   assert entry.bytes == 2 * (2 * 4 * 1280 * 64) * 2 + 50 + (8 + 8 * 8 + 8) * 4
-  (beside,) = hlo.regions(BRANCHES.replace('(0)\n}\n\n%many', '(0)\n}, execution_thread="other"\n\n%many'), 1)
+  (beside,) = costs.regions(BRANCHES.replace('(0)\n}\n\n%many', '(0)\n}, execution_thread="other"\n\n%many'), 1)
   assert beside.flops == entry.flops
-  (one_row,) = hlo.regions(BRANCHES.replace('[2,4,1280,64]{3,2,1,0}', '[4,1280,64]{2,1,0}'), 1)
+  (one_row,) = costs.regions(BRANCHES.replace('[2,4,1280,64]{3,2,1,0}', '[4,1280,64]{2,1,0}'), 1)
   assert one_row.flops - 128 == (entry.flops - 128) / 2
 
 
 def test_a_text_that_is_no_program():
   with pytest.raises(ValueError, match='no ENTRY'):
-    hlo.regions('hello', 1)
+    costs.regions('hello', 1)
 
 
 def torus(shape, ring=16):
   places = tuple((x, y, 0) for x in range(shape[0]) for y in range(shape[1]))
-  return roofline.Torus(roofline.Chip(16, bandwidth=10.0, link=1.0, ring=ring), (*shape, 1), places)
+  return machines.Torus(machines.Chip(16, bandwidth=10.0, link=1.0, ring=ring), (*shape, 1), places)
 
 
 def test_the_links_of_a_group():
-  gather = lambda group: hlo.Collective('all-gather', len(group) / (len(group) - 1), (tuple(group),), True)  # sends 1
+  gather = lambda group: costs.Collective('all-gather', len(group) / (len(group) - 1), (tuple(group),), True)  # sends 1
   assert torus((16, 16)).seconds(gather(range(256))) == pytest.approx(1 / 4)  # two rings
   assert torus((16, 16)).seconds(gather(range(16))) == pytest.approx(1 / 2)  # one
   assert torus((16, 16)).seconds(gather(range(8))) == pytest.approx(1)  # a part of one
   assert torus((4, 4)).seconds(gather(range(16))) == pytest.approx(1 / 2)  # two lines
-  assert torus((4, 4)).seconds(hlo.Collective('all-gather', 8.0, ((0,),), True)) == 0
+  assert torus((4, 4)).seconds(costs.Collective('all-gather', 8.0, ((0,),), True)) == 0
 
 
 def test_the_busiest_link_of_a_permutation():
   shift = tuple((i, (i + 1) % 4) for i in range(4))
-  permute = lambda pairs: hlo.Collective('collective-permute', 1.0, pairs, True)
+  permute = lambda pairs: costs.Collective('collective-permute', 1.0, pairs, True)
   assert torus((1, 4), ring=4).seconds(permute(shift)) == 1  # once around the ring
   assert torus((1, 4)).seconds(permute(shift)) == 1  # the last goes back over the other direction of the links
   assert torus((1, 4)).seconds(permute(((0, 2), (1, 3)))) == 2
 
 
 def test_what_is_hidden_and_what_is_waited_for():
-  hidden = hlo.Collective('all-gather', 32.0, ((0, 1, 4, 5),), True)  # 24 bytes over two links of 1 byte/s
-  waiting = hlo.Collective('all-reduce', 4.0, ((0, 1, 4, 5),), False)  # 6 bytes
-  loop = hlo.Region('loop', 10, flops=20.0, bytes=50.0, collectives=[hidden, waiting])
-  e = roofline.estimate([hlo.Region('main', 1, flops=4.0), loop], torus((4, 4)), peak=2.0)
+  hidden = costs.Collective('all-gather', 32.0, ((0, 1, 4, 5),), True)  # 24 bytes over two links of 1 byte/s
+  waiting = costs.Collective('all-reduce', 4.0, ((0, 1, 4, 5),), False)  # 6 bytes
+  loop = costs.Region('loop', 10, flops=20.0, bytes=50.0, collectives=[hidden, waiting])
+  e = roofline.estimate([costs.Region('main', 1, flops=4.0), loop], torus((4, 4)), peak=2.0)
   assert (e.compute, e.memory, e.network) == (2 + 100, 50, 150)
   assert e.total == 2 + 10 * (12 + 3) and e.exposed == 10 * (2 + 3)
 
@@ -311,8 +312,8 @@ def test_a_step_beside_a_frozen_clip(capsys):
 
 
 def test_what_does_not_fit_ends_with_status_1(monkeypatch, capsys):
-  monkeypatch.setattr(roofline, 'chip', lambda _: roofline.Chip(10**9, bandwidth=1e12, link=1e11, ring=16))
-  monkeypatch.setattr(roofline.Torus, 'of', lambda _: torus((2, 4)))
+  chip = machines.Chip(10**9, bandwidth=1e12, link=1e11, ring=16)
+  monkeypatch.setattr(machines, 'network', lambda _: dataclasses.replace(torus((2, 4)), chip=chip))
   monkeypatch.setattr(command.metrics, 'peak_flops', lambda _: 1e12)
   with sharding.use(dict(data=-1), ()) as mesh:
     for program, said in (
@@ -322,7 +323,7 @@ def test_what_does_not_fit_ends_with_status_1(monkeypatch, capsys):
     ):
       fits = command.report(None, program, mesh)
       assert fits == ('not' not in said.lower()) and said in capsys.readouterr().out
-      monkeypatch.setattr(command, 'devices_of', lambda _: [])
+      monkeypatch.setattr(machines, 'devices_of', lambda _: [])
       monkeypatch.setattr(command, 'check', lambda *_, fits=fits, **__: fits)
       assert command.main(['aot', '--config=configs/dalle_paper.py:1.3b']) == (0 if fits else 1)
 

@@ -1,4 +1,4 @@
-"""Compiles training step and sampler of a config for TPUs that are not there: do they fit, how fast can they be?
+"""Compiles training step and sampler of a config for TPUs or GPUs that are not there: do they fit, how fast at best?
 
   python -m dalle_jax.aot --config configs/dalle_paper.py:12b --topology v5p:8x8x4
   python -m dalle_jax.aot --config configs/dalle_paper.py:1.3b --topology v5e:4x4 --batch_per_chip 8 \\
@@ -6,33 +6,31 @@
   python -m dalle_jax.aot --config configs/dalle_paper.py:1.3b --topology v5e:4x4 --program sampler --pictures 8 \\
     --config.mesh.data=-1 --config.mesh.fsdp=1
   python -m dalle_jax.aot --config configs/unclip_paper.py:unclip --topology v5e:16x16 --program step
-Needs libtpu (pip install 'dalle_jax[aot]'), and exits with 1 when a program does not fit. docs/scaling.md says what the
-estimates are worth. `--debug` shows the traceback of an error that is otherwise one line.
+  python -m dalle_jax.aot --config configs/dalle_paper.py:1.3b --topology h200:2x8    # two nodes of eight GPUs
+Needs the compiler for TPUs (pip install 'dalle_jax[aot]') or GPUs (`[cuda]`), and exits with 1 when a program does not
+fit. docs/scaling.md says what the estimates are worth. `--debug` shows the traceback of an error that is otherwise one
+line.
 """
 
-import importlib.util
-import os
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
 
 import jax
 from absl import flags
-from jax.experimental import topologies
 
-from dalle_jax.aot import roofline
+from dalle_jax.aot import machines, roofline
 from dalle_jax.aot.program import Plan, Program
 from dalle_jax.training import config as config_lib
 from dalle_jax.training import errors, metrics, sharding
 
 GB = 1e9
 PROGRAMS = ('step', 'sampler')
-EXAMPLES = 'v5e:4x4, v6e:16x16, v5p:8x8x4'
 
 
 def own_flags() -> flags.FlagValues:
   found = flags.FlagValues()
-  flags.DEFINE_string('topology', '', f'generation and chips of the torus: {EXAMPLES}', flag_values=found)
+  flags.DEFINE_string('topology', '', f'TPUs or GPUs: {machines.EXAMPLES}', flag_values=found)
   flags.DEFINE_string('clip', 'vit_l14', 'variant of the frozen CLIP', flag_values=found)
   flags.DEFINE_integer('batch_per_chip', 0, "data.batch_size / chips; 0: the config's batch", 0, flag_values=found)
   flags.DEFINE_string('vqgan', 'f8_8192', 'variant of the frozen VQGAN', flag_values=found)
@@ -40,20 +38,6 @@ def own_flags() -> flags.FlagValues:
   flags.DEFINE_integer('pictures', 1, 'pictures a chip that the sampler draws at once', 1, flag_values=found)
   flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=found)
   return found
-
-
-def devices_of(topology: str) -> list[jax.Device]:
-  """Devices to compile for. Raises ValueError without libtpu or for a topology that it does not know."""
-  if importlib.util.find_spec('libtpu') is None and 'TPU_LIBRARY_PATH' not in os.environ:
-    raise ValueError("the TPU's compiler, libtpu, is not installed; pip install 'dalle_jax[aot]'.")
-  if not topology:
-    raise ValueError(f'give --topology, such as {EXAMPLES}.')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # it holds no chip, so others may load it, too
-  try:
-    return list(topologies.get_topology_desc(topology, 'tpu').devices)
-  except Exception as e:  # what libtpu raises has no common class
-    reason = ' '.join(str(e).split())[:200]
-    raise ValueError(f'--topology {topology!r} is none ({reason}); give one such as {EXAMPLES}.') from e
 
 
 def check(
@@ -89,8 +73,8 @@ def check(
 
 def report(plan: Plan, program: Program, mesh: jax.sharding.Mesh) -> bool:
   """Prints what a program needs and, of a chip that the table has, how long it takes; returns whether it fits."""
-  device = mesh.devices.flat[0]
-  chip, peak = roofline.chip(device), metrics.peak_flops(device)
+  device, network = mesh.devices.flat[0], machines.network(mesh.devices.flat)
+  chip, peak = network.chip if network else None, metrics.peak_flops(device)
   print(f'--- {program.name}, compiled in {program.seconds:.0f} s')
   if program.needs:
     print(f'does not fit: it needs {program.needs} of the memory of a chip; use more chips, a smaller batch, or remat.')
@@ -105,10 +89,9 @@ def report(plan: Plan, program: Program, mesh: jax.sharding.Mesh) -> bool:
   model = plan.objective.flops(plan.batch) / mesh.size if counts else 0.0
   against = f', {flops / model:.2f} x those of the model, {model:.3e}' if model else ''
   print(f'{"FLOPs a chip":<16}{flops:.3e}{against}')
-  torus = roofline.Torus.of(mesh.devices.flat) if chip else None
-  print_collectives(program, torus)
-  if torus:
-    e = roofline.estimate(program.regions, torus, peak)
+  print_collectives(program, network)
+  if network:
+    e = roofline.estimate(program.regions, network, peak)
     print(
       f'{"estimate":<16}{e.total:.3f} s: products {e.compute:.3f}, memory {e.memory:.3f}, network {e.network:.3f} '
       f'of which {e.exposed:.3f} hidden by nothing'
@@ -118,7 +101,7 @@ def report(plan: Plan, program: Program, mesh: jax.sharding.Mesh) -> bool:
   return fits
 
 
-def print_collectives(program: Program, torus: roofline.Torus | None) -> None:
+def print_collectives(program: Program, network: machines.Network | None) -> None:
   """One line for each kind, size of group, and whether it can run beside something else."""
   sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
   for region in program.regions:
@@ -126,10 +109,10 @@ def print_collectives(program: Program, torus: roofline.Torus | None) -> None:
       row = sums[c.kind, len(c.groups[0]), c.hidden]
       row[0] += region.times
       row[1] += region.times * c.sent
-      row[2] += region.times * torus.seconds(c) if torus else 0.0
+      row[2] += region.times * network.seconds(c) if network else 0.0
   for (kind, group, hidden), (count, sent, seconds) in sorted(sums.items(), key=lambda item: -item[1][1]):
     how = 'asynchronous' if hidden else 'synchronous'
-    took = f', {seconds:.3f} s' if torus else ''
+    took = f', {seconds:.3f} s' if network else ''
     print(f'  {kind:<20}{how:<14} of {group:<5} {count:>7,} times {sent / GB:>9.3f} GB sent a chip{took}')
 
 
@@ -143,7 +126,7 @@ def main(argv: list[str]) -> int:
     config = config_lib.parse(argv, options)
     if config.stages:
       raise ValueError(f'this config has the stages {", ".join(config.stages)}; choose one: --config FILE.py:STAGE.')
-    devices = devices_of(options.topology)
+    devices = machines.devices_of(options.topology)
     config = config.copy_and_resolve_references()
     names = ('vqgan', 'clip', 'batch_per_chip', 'pictures')
     fits = check(config, devices, programs=options.program, **{name: options[name].value for name in names})

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dalle_jax.aot import hlo
+from dalle_jax.aot import costs
 from dalle_jax.functional import decoding
 from dalle_jax.models import clip, image_tokenizer
 from dalle_jax.training import config as config_lib
@@ -33,7 +33,7 @@ class Program:
   arguments: int = 0
   temporaries: int = 0
   code: int = 0
-  regions: tuple[hlo.Region, ...] = ()
+  regions: tuple[costs.Region, ...] = ()
   needs: str = ''
 
   @property
@@ -178,7 +178,7 @@ class Plan:
       memory.argument_size_in_bytes,
       memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
       memory.generated_code_size_in_bytes,
-      tuple(hlo.regions(compiled.as_text(), self.mesh.size)),
+      tuple(costs.regions(compiled.as_text(), self.mesh.size)),
     )
 
 

@@ -67,7 +67,9 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arra
 
 def has_flash() -> bool:
   """Whether cuDNN's flash attention runs on this backend."""
-  device = jax.devices()[0]
+  device, target = jax.devices()[0], jax.sharding.get_abstract_mesh().abstract_device
+  if target and target.device_kind != device.device_kind:  # compiled for one that is not here, which has it
+    return target.platform == 'gpu'
   capability = str(getattr(device, 'compute_capability', ''))
   cuda = platform() == 'gpu' and 'nvidia' in device.device_kind.lower()
   return cuda and capability.split('.')[0].isdigit() and int(capability.split('.')[0]) >= 8

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.aot import hlo
+from dalle_jax.aot import costs
 from dalle_jax.evals import loss as eval_loss
 from dalle_jax.evals import pictures
 from dalle_jax.training import checkpoint, loop, metrics, optim, sharding
@@ -149,7 +149,7 @@ def test_replicas_reduce_their_gradients_once_an_update(tmp_path):
         k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)) for k, x in spec.items()
       }
       text = step.lower(target, {}, batch).compile().as_text()
-    return sum(r.times * c.bytes for r in hlo.regions(text, 4) for c in r.collectives if c.kind == 'all-reduce')
+    return sum(r.times * c.bytes for r in costs.regions(text, 4) for c in r.collectives if c.kind == 'all-reduce')
 
   assert reduced(4, True) == pytest.approx(reduced(1, False), rel=0.05)  # beside gradients there are metrics
   assert reduced(4, False) > 3 * reduced(1, False)

@@ -1,0 +1,245 @@
+"""What a compiled program does in one run, read from its HLO text: products, traffic of memory, collectives.
+
+The compiler's own `cost_analysis` counts the body of a loop once. Here each computation counts as often as it runs: the
+body of a loop as many times as the compiler notes (`known_trip_count`) or, where it notes nothing, as follow from the
+counter that the loop's condition compares with a constant: its start and the step that the body adds. Of a conditional
+the branch with the most products counts. Of kernels that are no HLO those of `aot.products` are known.
+"""
+
+import dataclasses
+import math
+import re
+
+import numpy as np
+
+from dalle_jax.aot import products
+from dalle_jax.aot.hlo import Array, Computation, Instruction, parse
+
+COLLECTIVES = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'ragged-all-to-all', 'collective-permute')
+FREE = {  # move nothing by themselves
+  'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call', 'after-all',
+  'partition-id', 'replica-id', 'iota', 'opt-barrier', 'add-dependency', 'custom-call',
+}  # fmt: skip
+LOOPS = {'while', 'conditional', 'call'}  # what is in them does
+STEPS = ('-start', '-update', '-done')
+ASYNCHRONOUS = 'custom_call_target="AsyncCollective'  # how the TPU's compiler marks fusions that are steps of one
+SLICES = {'dynamic-slice', 'slice', 'gather'}  # read what they give, not all that they are given
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One collective.
+
+  Attributes:
+    bytes: of the whole array, on the larger of its two sides.
+    groups: devices that take part together; of a permutation the pairs (from, to).
+    hidden: something else can run at the same time.
+    where: the operation of the model that it is for.
+  """
+
+  kind: str
+  bytes: float
+  groups: tuple[tuple[int, ...], ...]
+  hidden: bool
+  where: str = ''
+
+  @property
+  def sent(self) -> float:
+    """Bytes that each device sends."""
+    n = len(self.groups[0])
+    whole = {'all-reduce': 2.0, 'collective-permute': n / max(n - 1, 1)}.get(self.kind, 1.0)
+    return whole * self.bytes * (n - 1) / n
+
+
+@dataclasses.dataclass
+class Region:
+  """A computation that runs `times` times, what it calls without a loop included; figures are those of one time."""
+
+  name: str
+  times: int
+  flops: float = 0.0  # of matrix products and convolutions
+  bytes: float = 0.0  # read from and written to memory
+  collectives: list[Collective] = dataclasses.field(default_factory=list)
+
+
+def regions(text: str, devices: int) -> list[Region]:
+  """The entry and the body of every loop, with how often each runs; `devices` run the program together."""
+  computations, entry = parse(text)
+  found, channels = [], set()
+
+  def visit(name: str, region: Region, fused: bool, hidden: bool) -> None:
+    computation = computations[name]
+    for one in computation.values():
+      opcode = one.opcode.removesuffix('-start')
+      region.flops += products.flops(one, computation)
+      region.bytes += 0.0 if fused else _traffic(one, computation, computations)
+      if opcode in COLLECTIVES:
+        channel = re.search(r'channel_id=(\d+)', one.attributes)
+        if channel is None or channel[1] not in channels:  # the steps of an asynchronous one repeat it
+          region.collectives.append(_collective(one, computation, devices, hidden or _beside(one, computation)))
+        channels.add(channel and channel[1])
+      elif opcode == 'while':
+        (body,), (condition,) = one.called('body'), one.called('condition')
+        loop(body, region.times * _trips(one, body, condition, computation, computations))
+      elif opcode in ('fusion', 'call', 'async'):
+        for inner in one.called('calls') or one.called('to_apply'):
+          beside = _beside(one, computation) or any(ASYNCHRONOUS in i.attributes for i in computations[inner].values())
+          visit(inner, region, fused or opcode == 'fusion', hidden or beside)
+      elif opcode == 'conditional':
+        kinds = ('branch_computations', 'true_computation', 'false_computation')
+        branch(sorted({inner for kind in kinds for inner in one.called(kind)}), region, fused, hidden)
+
+  def branch(names: list[str], region: Region, fused: bool, hidden: bool) -> None:
+    before, taken = len(found), []
+    for name in names:
+      alone = Region(name, region.times)
+      visit(name, alone, fused, hidden)
+      taken.append([alone, *found[before:]])
+      del found[before:]
+    most = max(taken, key=lambda parts: (sum(r.times * r.flops for r in parts), sum(r.times * r.bytes for r in parts)))
+    region.flops, region.bytes = region.flops + most[0].flops, region.bytes + most[0].bytes
+    region.collectives += most[0].collectives
+    found.extend(most[1:])
+
+  def loop(name: str, times: int) -> None:
+    region = Region(name, times)
+    found.append(region)
+    visit(name, region, False, False)
+
+  loop(entry, 1)
+  return found
+
+
+# --- Loops, collectives
+
+
+def _trips(
+  loop: Instruction, body: str, condition: str, around: Computation, computations: dict[str, Computation]
+) -> int:
+  known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+  if known:
+    return int(known[1])
+  names = [condition, *(n for one in computations[condition].values() for n in one.called('calls'))]
+  constants = [_constant(one) for n in names for one in computations[n].values()]
+  end = max((n for n in constants if n is not None), default=1)
+  start, step = 0, 1
+  counters = [one for one in computations[condition].values() if one.opcode == 'get-tuple-element']
+  roots = [one for one in computations[body].values() if one.root and one.opcode == 'tuple']
+  if len(counters) == 1 and roots:
+    index = int(re.search(r'index=(\d+)', counters[0].attributes)[1])
+    initial = around[loop.operands[0]]
+    if initial.opcode == 'tuple':
+      start = _constant(around[initial.operands[index]]) or 0
+    new = computations[body][roots[0].operands[index]]
+    if new.opcode == 'add':
+      step = next((n for n in (_constant(computations[body][name]) for name in new.operands) if n), 1)
+  return max(1, math.ceil((end - start) / step))
+
+
+def _constant(one: Instruction) -> int | None:
+  return int(one.text) if one.opcode == 'constant' and re.fullmatch(r'\d+', one.text) else None
+
+
+def _collective(one: Instruction, computation: Computation, devices: int, hidden: bool) -> Collective:
+  given = sum(a.bytes for name in one.operands if name in computation for a in computation[name].arrays)
+  made = sum(a.bytes for a in one.arrays) - (given if one.opcode.endswith('-start') else 0)  # it lists both
+  where = re.search(r'op_name="([^"]*)"', one.attributes)
+  kind = one.opcode.removesuffix('-start')
+  return Collective(kind, max(given, made), _groups(one.attributes, devices), hidden, where[1] if where else '')
+
+
+def _beside(one: Instruction, computation: Computation) -> bool:
+  """Whether anything runs between its start and its done: the instructions of a compiled program are in order."""
+  if not one.opcode.endswith('-start'):
+    return False
+  names = list(computation)
+  done = (i for i, x in enumerate(computation.values()) if one.name in x.operands and x.opcode.endswith('-done'))
+  between = [computation[name] for name in names[names.index(one.name) + 1 : next(done, len(names))]]
+  return any(products.kernel(i) or (i.opcode not in FREE - LOOPS and not i.opcode.endswith(STEPS)) for i in between)
+
+
+def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
+  """Groups of devices, all devices if none are named. They are written in one of these ways:
+
+  {{0,1},{2,3}}, the same as pairs; [2,2]<=[4], [2,2]<=[2,2]T(1,0), devices in order, reshaped and transposed;
+  mesh['a'=2,'b'=2] {'b'}, those that differ in some axes of a mesh, perhaps with device_ids=([2,2]T(1,0)), its order.
+  """
+  listed = re.search(r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}', attributes)
+  if listed:
+    return tuple(tuple(int(i) for i in part.split(',')) for part in re.findall(r'\{([\d,]+)\}', listed[1]))
+  tiled = re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes)
+  order = r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?'
+  mesh = re.search(rf'replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}]*)\}}', attributes)
+  if tiled:
+    shape, dims, turned = (_numbers(part) for part in tiled.groups())
+    ids = np.arange(math.prod(dims)).reshape(dims).transpose(turned).reshape(shape)
+  elif mesh:
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+    ids = np.arange(devices).reshape(_numbers(mesh[2]) or [devices]).transpose(_numbers(mesh[3]))
+    within = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh[4])]
+    ids = np.moveaxis(ids.reshape(list(sizes.values())), within, range(-len(within), 0))
+    ids = ids.reshape(-1, math.prod(ids.shape[len(sizes) - len(within) :]))
+  else:
+    ids = np.arange(devices)[None]
+  return tuple(tuple(int(i) for i in row) for row in ids)
+
+
+def _numbers(text: str | None) -> list[int] | None:
+  return [int(i) for i in text.split(',')] if text else None
+
+
+# --- Traffic
+
+
+def _traffic(one: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
+  """Bytes that an instruction outside of fusions reads from and writes to memory."""
+  if (one.opcode in FREE and not products.kernel(one)) or one.opcode.endswith(STEPS[1:]):
+    return 0.0
+  operands = [computation[name].arrays for name in one.operands if name in computation]
+  far = lambda arrays: sum(a.bytes for a in arrays if not a.near)
+  if one.opcode in SLICES:
+    return 2 * far(one.arrays)
+  if one.opcode == 'dynamic-update-slice':
+    return 2 * far(operands[1])
+  if one.opcode in ('slice-start', 'dynamic-slice-start'):  # it gives what it takes, and then the slice
+    moved = one.arrays[len(operands[0])]
+    return far((moved,)) + (0.0 if operands[0][0].near else moved.bytes)
+  if one.opcode.endswith('-start'):  # a copy: what it gives is the place it goes to, and what it takes once more
+    return far(one.arrays[:1]) + (far(operands[0]) if operands else 0.0)
+  if one.opcode != 'fusion':
+    return far(one.arrays) + sum(far(arrays) for arrays in operands)
+  (name,) = one.called('calls')
+  inner = computations[name]
+  inputs = {int(i.text): i for i in inner.values() if i.opcode == 'parameter'}
+  read = sum(far(_read(inputs[i], inner, arrays)) for i, arrays in enumerate(operands) if i in inputs)
+  return read + sum(far(_written(root, inner, one)) for root in inner.values() if root.root)
+
+
+def _read(parameter: Instruction, inner: Computation, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+  """What a fusion reads of an operand: the slices that it takes; nothing of what it only writes a slice into."""
+  users = [one for one in inner.values() if parameter.name in one.operands]
+  if not users or arrays[0].near:
+    return arrays
+  passed = lambda u: u.opcode in ('tuple', *COLLECTIVES) or ASYNCHRONOUS in u.attributes
+  users = [u for u in users if not passed(u)]
+  if all(u.opcode in SLICES and u.operands[0] == parameter.name for u in users):
+    return tuple(a for u in users for a in u.arrays)
+  if all(u.opcode == 'dynamic-update-slice' and u.operands[0] == parameter.name for u in users):
+    return ()
+  return arrays
+
+
+def _written(root: Instruction, inner: Computation, fusion: Instruction) -> tuple[Array, ...]:
+  """What a fusion writes: of an array that it changes in place, the slice."""
+  parts = [inner[name] for name in root.operands] if root.opcode == 'tuple' else [root]
+  if len(parts) != len(fusion.arrays):
+    return fusion.arrays
+  written = []
+  for part, array in zip(parts, fusion.arrays, strict=True):
+    while part.opcode in ('bitcast', 'get-tuple-element') and part.operands[0] in inner:
+      part = inner[part.operands[0]]
+    if part.opcode in ('parameter', *COLLECTIVES) or ASYNCHRONOUS in part.attributes:
+      continue  # passed on from step to step
+    slice_of = inner[part.operands[1]].arrays[0] if part.opcode == 'dynamic-update-slice' else array
+    written.append(dataclasses.replace(slice_of, near=array.near))
+  return tuple(written)
