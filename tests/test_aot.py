@@ -6,13 +6,14 @@ import re
 import jax
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 from ml_collections import ConfigDict
 
 from configs import common
 from dalle_jax.aot import __main__ as command
 from dalle_jax.aot import costs, machines, roofline
 from dalle_jax.aot.program import Plan, Program
-from dalle_jax.layers import basic
+from dalle_jax.layers import basic, kernels
 from dalle_jax.training import sharding
 
 LOOPS = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
@@ -199,6 +200,53 @@ ENTRY %main (a: f32[{left}], b: f32[{right}]) -> f32[{out}] {{
   assert costs.regions(text, 1)[0].flops == flops
 
 
+CAUSAL = 'backend_config={"cudnn_fmha_backend_config": {"mask_type": "CAUSAL"}}'
+STRIDED = 'window={size=3x3 pad=0_1x0_1 stride=2x2}, dim_labels=b01f_o01i->b01f'
+TAKEN = (2 + 3) ** 2  # pairs of position and kernel of two positions along each axis of four, less what is padding
+
+
+@pytest.mark.parametrize(
+  'shapes, target, attributes, flops',
+  [
+    (['2,6,4,8'] * 4, '__cudnn$fmhaSoftmax', CAUSAL, 2 * 2 * (2 * 4 * 8) * 21),
+    (['2,6,4,8'] * 4, '__cudnn$fmhaSoftmax', 'backend_config={"mask_type": "NO_MASK"}', 2 * 2 * (2 * 4 * 8) * 36),
+    (['2,6,4,8'] * 4, '__cudnn$fmhaSoftmaxBackward', CAUSAL, 5 * 2 * (2 * 4 * 8) * 21),
+    (['5,4,4,3', '7,3,3,3', '7', '5,2,2,7'], '__cudnn$convBiasActivationForward', STRIDED, 2 * 5 * 7 * 3 * TAKEN),
+    (['5,2,2,7', '7,3,3,3', '7', '5,4,4,3'], '__cudnn$convBackwardInput', STRIDED, 2 * 5 * 7 * 3 * TAKEN),
+    (['5,4,4,3', '5,2,2,7', '7', '7,3,3,3'], '__cudnn$convBackwardFilter', STRIDED, 2 * 5 * 7 * 3 * TAKEN),
+    (
+      ['8,4', '4,6', '6', '8,6'],
+      '__cublas$gemm',
+      'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"]}}}',
+      2 * 8 * 4 * 6,
+    ),
+    (['8,4', '4,6', '6', '8,6'], 'AllocateBuffer', '', 0),
+  ],
+)
+def test_kernels_of_gpus(shapes, target, attributes, flops):
+  a, b, c, out = shapes
+  text = f"""HloModule one
+
+ENTRY %main (a: bf16[{a}], b: bf16[{b}], c: bf16[{c}]) -> bf16[{out}] {{
+  %a = bf16[{a}] parameter(0)
+  %b = bf16[{b}] parameter(1)
+  %c = bf16[{c}] parameter(2)
+  %k = (bf16[{out}], u8[0]) custom-call(%a, %b, %c), custom_call_target="{target}", {attributes}
+  ROOT %made = bf16[{out}] get-tuple-element(%k), index=0
+}}
+"""
+  (entry,) = costs.regions(text, 1)
+  size = lambda shape: 2 * np.prod([int(n) for n in shape.split(',')])
+  assert entry.flops == flops and entry.bytes == (sum(map(size, shapes)) if flops else 0)
+
+
+def test_what_is_waited_for_at_once_is_not_beside_anything():
+  done = '  %done = f32[8,16]{1,0} all-gather-done(%start)\n'
+  start = '  ROOT %loop = (s32[], /*index=1*/f32[8,4]{1,0}) while(%p)'
+  _, outer, _ = costs.regions(LOOPS.replace(done, '').replace(start, done + start), 4)
+  assert [c.hidden for c in outer.collectives] == [False]
+
+
 BRANCHES = """HloModule branches
 
 %few (p: f32[8]) -> f32[8] {
@@ -260,6 +308,31 @@ def test_the_busiest_link_of_a_permutation():
   assert torus((1, 4), ring=4).seconds(permute(shift)) == 1  # once around the ring
   assert torus((1, 4)).seconds(permute(shift)) == 1  # the last goes back over the other direction of the links
   assert torus((1, 4)).seconds(permute(((0, 2), (1, 3)))) == 2
+
+
+def test_gpus_reach_their_node_by_nvlink_and_others_by_the_cards_of_the_group():
+  gpu = machines.GPUS['h200']
+  nodes = machines.Nodes(gpu, (0, 0, 0, 0, 1, 1, 1, 1))
+  sends = lambda group: costs.Collective('all-gather', 1e9 * len(group) / (len(group) - 1), (tuple(group),), True)
+  assert nodes.seconds(sends(range(4))) == pytest.approx(1e9 / gpu.link)
+  assert nodes.seconds(sends(range(8))) == pytest.approx(1e9 / (4 * gpu.nic))
+  assert nodes.seconds(sends((0, 4))) == pytest.approx(1e9 / gpu.nic)
+  permute = lambda *pairs: costs.Collective('collective-permute', 1e9, pairs, True)
+  assert nodes.seconds(permute((0, 1), (1, 0))) == pytest.approx(1e9 / gpu.link)
+  assert nodes.seconds(permute((3, 4), (7, 0))) == pytest.approx(1e9 / gpu.nic)
+
+
+@pytest.mark.parametrize('topology, error', [('h200:x8', "not 'x8'"), ('h200', "not ''"), ('', 'give --topology')])
+def test_topologies_that_are_none(topology, error):
+  with pytest.raises(ValueError, match=error):
+    machines.devices_of(topology)
+
+
+def test_jax_takes_a_part_of_a_gpu(monkeypatch):
+  monkeypatch.delenv('XLA_PYTHON_CLIENT_MEM_FRACTION', raising=False)
+  assert machines.GPUS['h200'].hbm == 3 * machines.GPUS['h200'].memory // 4
+  monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '.9')
+  assert machines.GPUS['h200'].hbm == int(0.9 * machines.GPUS['h200'].memory)
 
 
 def test_what_is_hidden_and_what_is_waited_for():
@@ -351,6 +424,15 @@ def test_a_mistake_is_one_line(arguments, error, capsys):
   assert command.main(['aot', *arguments]) == 2
   line = capsys.readouterr().err
   assert line.count('\n') == 1 and re.search(error, line)
+
+
+def test_the_attention_of_gpus_that_are_not_here():
+  there = lambda kind, platform: AbstractMesh((1,), ('data',), abstract_device=AbstractDevice(kind, None, platform))
+  with jax.sharding.use_abstract_mesh(there('NVIDIA H200', 'gpu')):
+    assert kernels.has_flash() and basic.platform() == 'gpu'
+  with jax.sharding.use_abstract_mesh(there('TPU v5 lite', 'tpu')):
+    assert not kernels.has_flash()
+  assert not kernels.has_flash()  # here
 
 
 def test_layers_are_compiled_for_the_mesh_in_use():

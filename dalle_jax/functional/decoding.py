@@ -239,11 +239,17 @@ def sample(
     text = jnp.concatenate([text, jnp.broadcast_to(jnp.asarray(empty), text.shape)])
     image = jnp.tile(image, (2, 1))
   logits, cache = apply(text, image, method='prefill')
-  step = lambda token, index, cache: apply(token, index, cache, method='step')
+  cache = cache.repeat(n)
+  copies = cache.copies
+
+  def step(token: jax.Array, index: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
+    logits, cache = apply(jnp.repeat(token, copies), index, cache, method='step')
+    return logits[::copies], cache
+
   tokens = generate(
     step,
     jnp.repeat(logits, n, axis=0),
-    cache.repeat(n),
+    cache.repeat(copies),
     keys,
     start=image.shape[1],
     length=length,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dalle_jax.layers import kernels
-from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init
+from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init, platform, split
 from dalle_jax.layers.patterns import Pattern
 
 CACHE_AXES = ('batch', 'heads', None, None)
@@ -66,6 +66,13 @@ class KVCache(struct.PyTreeNode):
     """With room for n more image tokens."""
     pad = lambda x: constrain(jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0))), CACHE_AXES)
     return self.replace(image=jax.tree.map(pad, self.image))
+
+  @property
+  def copies(self) -> int:
+    """How often each row had better be there: twice where a GPU has one alone. XLA (of jaxlib 0.10) makes the norms and
+    products of a single row of more kernels, which read more."""
+    rows = self.text[0][0].shape[0]
+    return 2 if platform() == 'gpu' and rows == split('batch') else 1
 
   def repeat(self, n: int) -> 'KVCache':
     """Every row n times: candidates that share a prefix."""

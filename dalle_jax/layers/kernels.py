@@ -151,10 +151,14 @@ def _found(q: jax.Array, parts: Parts) -> tuple[jax.Array, tuple[Any, ...]]:
   """What q finds, and what the backward pass has: not the scores, but the logarithm of their sum (FlashAttention, Dao
   et al., 2022, section 3.1)."""
   scores = _scores(jnp.moveaxis(q, -2, 1), parts)
+  ends = np.cumsum([s.shape[-1] for s in scores])[:-1]
+  if one := q.shape[-3] == 1:  # a token that is drawn: GPUs take one kernel for a softmax, and a dozen for one in parts
+    scores = [jnp.concatenate(scores, -1)]
   top = functools.reduce(jnp.maximum, [s.max(-1, keepdims=True) for s in scores if s.shape[-1]])
   scores = [jnp.exp(s - top) for s in scores]
   total = sum(s.sum(-1, keepdims=True) for s in scores)
   weights = [(s / total).astype(q.dtype) for s in scores]
+  weights = jnp.split(weights[0], ends, -1) if one else weights
   found = 0.0
   for w, (_, v, _) in zip(weights, parts, strict=True):
     of_q, of_k = _equations(q, v)

@@ -144,6 +144,10 @@ class StoryCache(struct.PyTreeNode):
   def longer(self, n: int) -> 'StoryCache':
     return self.replace(kv=self.kv.longer(n))
 
+  @property
+  def copies(self) -> int:
+    return 1  # every frame is a row
+
   def repeat(self, n: int) -> 'StoryCache':
     return self.replace(kv=self.kv.repeat(n))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dalle_jax.functional import decoding
+from dalle_jax.layers import attention
 from dalle_jax.layers.patterns import KINDS
 from dalle_jax.models import dalle
 from tests import runs
@@ -74,6 +75,23 @@ def test_guided_sampling_is_guided_teacher_forcing():
   np.testing.assert_array_equal(codes[:, :4], IMAGE[:, :4])
   np.testing.assert_array_equal(codes[:, 4:], (uncond + 3 * (cond - uncond)).argmax(-1)[:, 4:])
   assert (codes[:, 4:] != cond.argmax(-1)[:, 4:]).any()
+
+
+def test_rows_that_are_there_twice_are_drawn_as_one(monkeypatch):
+  model = dalle.build('test')
+  apply, keys = bind(model, init(model)), jax.random.split(jax.random.key(0), 4)
+  options = dict(empty=model.padding, length=16, n=2, sampling=decoding.Sampling())
+  draw = lambda: np.asarray(jax.jit(lambda text: decoding.sample(apply, text, IMAGE[:, :4], keys, **options))(TEXT))
+  once = draw()
+  monkeypatch.setattr(attention.KVCache, 'copies', 2)
+  np.testing.assert_array_equal(draw(), once)
+
+
+@pytest.mark.parametrize('platform, rows, copies', [('gpu', 1, 2), ('gpu', 2, 1), ('tpu', 1, 1)])
+def test_a_gpu_has_no_row_alone(platform, rows, copies, monkeypatch):
+  monkeypatch.setattr(attention, 'platform', lambda: platform)
+  pair = jnp.zeros((rows, 2, 3, 4)), jnp.zeros((rows, 2, 3, 4))
+  assert attention.KVCache((pair,), (pair,)).copies == copies
 
 
 @pytest.mark.parametrize('pattern', PATTERNS)
