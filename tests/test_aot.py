@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import jax
 import numpy as np
@@ -83,6 +84,7 @@ def test_loops_count_as_often_as_they_run():
   entry, outer, inner = costs.regions(LOOPS, 4)
   assert [(r.name, r.times) for r in (entry, outer, inner)] == [('main', 1), ('outer', 3), ('inner', 15)]
   assert (entry.flops, outer.flops, inner.flops) == (0, 0, 2 * 8 * 4 * 4)
+  assert not entry.each and inner.each[0] == (2 * 8 * 4 * 4, (8 * 4 + 4 * 4 + 8 * 4) * 4)
   (gather,), (reduce,) = outer.collectives, inner.collectives
   assert gather == costs.Collective('all-gather', 8 * 16 * 4, ((0, 1, 2, 3),), True)
   assert reduce == costs.Collective('all-reduce', 8 * 4 * 4, ((0, 1), (2, 3)), False, 'a')
@@ -238,6 +240,7 @@ ENTRY %main (a: bf16[{a}], b: bf16[{b}], c: bf16[{c}]) -> bf16[{out}] {{
   (entry,) = costs.regions(text, 1)
   size = lambda shape: 2 * np.prod([int(n) for n in shape.split(',')])
   assert entry.flops == flops and entry.bytes == (sum(map(size, shapes)) if flops else 0)
+  assert entry.each == ([(flops, entry.bytes)] if flops else [])
 
 
 def test_what_is_waited_for_at_once_is_not_beside_anything():
@@ -338,10 +341,16 @@ def test_jax_takes_a_part_of_a_gpu(monkeypatch):
 def test_what_is_hidden_and_what_is_waited_for():
   hidden = costs.Collective('all-gather', 32.0, ((0, 1, 4, 5),), True)  # 24 bytes over two links of 1 byte/s
   waiting = costs.Collective('all-reduce', 4.0, ((0, 1, 4, 5),), False)  # 6 bytes
-  loop = costs.Region('loop', 10, flops=20.0, bytes=50.0, collectives=[hidden, waiting])
-  e = roofline.estimate([costs.Region('main', 1, flops=4.0), loop], torus((4, 4)), peak=2.0)
+  each = [(20.0, 10.0), (0.0, 40.0)]  # 10 s, with 1 s of memory beside; 4 s
+  loop = costs.Region('loop', 10, flops=20.0, bytes=50.0, each=each, collectives=[hidden, waiting])
+  main = costs.Region('main', 1, flops=4.0, each=[(4.0, 0.0)])
+  e = roofline.estimate([main, loop], torus((4, 4)), peak=2.0)
   assert (e.compute, e.memory, e.network) == (2 + 100, 50, 150)
   assert e.total == 2 + 10 * (12 + 3) and e.exposed == 10 * (2 + 3)
+  assert e.operations == 1 + 10 * 2
+  one_by_one = types.SimpleNamespace(chip=torus((4, 4)).chip, overlaps=False, seconds=torus((4, 4)).seconds)
+  e = roofline.estimate([main, loop], one_by_one, peak=2.0)
+  assert e.total == 2 + 10 * (10 + 4 + 3) and e.exposed == 10 * 3
 
 
 def tiny():
@@ -429,10 +438,12 @@ def test_a_mistake_is_one_line(arguments, error, capsys):
 def test_the_attention_of_gpus_that_are_not_here():
   there = lambda kind, platform: AbstractMesh((1,), ('data',), abstract_device=AbstractDevice(kind, None, platform))
   with jax.sharding.use_abstract_mesh(there('NVIDIA H200', 'gpu')):
-    assert kernels.has_flash() and basic.platform() == 'gpu'
+    assert kernels.capability() == 9 and basic.platform() == 'gpu'
+  with jax.sharding.use_abstract_mesh(there('NVIDIA A100 80GB', 'gpu')):
+    assert kernels.capability() == 8
   with jax.sharding.use_abstract_mesh(there('TPU v5 lite', 'tpu')):
-    assert not kernels.has_flash()
-  assert not kernels.has_flash()  # here
+    assert kernels.capability() == 0
+  assert kernels.capability() == 0  # here
 
 
 def test_layers_are_compiled_for_the_mesh_in_use():

@@ -94,7 +94,7 @@ def report(plan: Plan, program: Program, mesh: jax.sharding.Mesh) -> bool:
     e = roofline.estimate(program.regions, network, peak)
     print(
       f'{"estimate":<16}{e.total:.3f} s: products {e.compute:.3f}, memory {e.memory:.3f}, network {e.network:.3f} '
-      f'of which {e.exposed:.3f} hidden by nothing'
+      f'of which {e.exposed:.3f} hidden by nothing; {e.operations:,} operations'
     )
     if model:
       print(f'{"utilisation":<16}{100 * model / (peak * e.total):.0f}% at most, of {peak / 1e12:.0f} TFLOP/s')

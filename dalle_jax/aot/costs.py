@@ -59,6 +59,7 @@ class Region:
   times: int
   flops: float = 0.0  # of matrix products and convolutions
   bytes: float = 0.0  # read from and written to memory
+  each: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # the same of what runs one by one
   collectives: list[Collective] = dataclasses.field(default_factory=list)
 
 
@@ -70,9 +71,10 @@ def regions(text: str, devices: int) -> list[Region]:
   def visit(name: str, region: Region, fused: bool, hidden: bool) -> None:
     computation = computations[name]
     for one in computation.values():
-      opcode = one.opcode.removesuffix('-start')
+      opcode, before = one.opcode.removesuffix('-start'), region.flops
       region.flops += products.flops(one, computation)
-      region.bytes += 0.0 if fused else _traffic(one, computation, computations)
+      traffic = 0.0 if fused else _traffic(one, computation, computations)
+      region.bytes += traffic
       if opcode in COLLECTIVES:
         channel = re.search(r'channel_id=(\d+)', one.attributes)
         if channel is None or channel[1] not in channels:  # the steps of an asynchronous one repeat it
@@ -88,6 +90,8 @@ def regions(text: str, devices: int) -> list[Region]:
       elif opcode == 'conditional':
         kinds = ('branch_computations', 'true_computation', 'false_computation')
         branch(sorted({inner for kind in kinds for inner in one.called(kind)}), region, fused, hidden)
+      if not fused and opcode not in LOOPS and opcode != 'async' and (traffic or region.flops > before):
+        region.each.append((region.flops - before, traffic))
 
   def branch(names: list[str], region: Region, fused: bool, hidden: bool) -> None:
     before, taken = len(found), []
@@ -99,6 +103,7 @@ def regions(text: str, devices: int) -> list[Region]:
     most = max(taken, key=lambda parts: (sum(r.times * r.flops for r in parts), sum(r.times * r.bytes for r in parts)))
     region.flops, region.bytes = region.flops + most[0].flops, region.bytes + most[0].bytes
     region.collectives += most[0].collectives
+    region.each += most[0].each
     found.extend(most[1:])
 
   def loop(name: str, times: int) -> None:

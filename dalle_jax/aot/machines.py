@@ -105,6 +105,10 @@ class Network(Protocol):
   @property
   def chip(self) -> Chip | Gpu: ...
 
+  @property
+  def overlaps(self) -> bool:
+    """Whether a chip moves data for one operation while it computes another."""
+
   def seconds(self, collective: Collective) -> float:
     """Of one collective alone."""
 
@@ -126,6 +130,7 @@ class Nodes:
 
   chip: Gpu
   places: tuple[int, ...]
+  overlaps = False
 
   def seconds(self, collective: Collective) -> float:
     """What each GPU sends over NVLink where its group lies in one node, else over the cards of all its GPUs there."""
@@ -144,6 +149,7 @@ class Torus:
   chip: Chip
   shape: tuple[int, ...]
   places: tuple[tuple[int, ...], ...]
+  overlaps = True
 
   def seconds(self, collective: Collective) -> float:
     """Of one collective alone: what each chip sends, over both links of every axis that its groups cover as rings.

@@ -11,7 +11,7 @@ import numpy as np
 from dalle_jax.aot.hlo import Computation, Instruction
 
 SPLASH = {'splash_mha_fwd': 2, 'splash_mha_dq': 3, 'splash_mha_dkv': 4}  # products of each block of its grid
-FLASH = {'__cudnn$fmhaSoftmax': 2, '__cudnn$fmhaSoftmaxBackward': 5}  # products; the latter computes the scores again
+FLASH = re.compile(r'__cudnn\$fmha\w*Softmax(Backward)?$')  # with or without ScaleBias
 KERNELS = ('tpu_custom_call', '__cudnn$', '__cublas$')  # what their names begin with
 
 
@@ -37,10 +37,11 @@ def flops(one: Instruction, computation: Computation) -> float:
     elif called.endswith('BackwardFilter'):
       rhs, out = made, given[1]
     return _convolution(one.attributes, lhs, rhs, out)
-  if called in FLASH:
+  if flash := FLASH.match(called):
     (b, queries, heads, head_dim), keys = given[0], given[1][1]
+    # Its backward pass computes the scores again. What a mask hides is computed, too.
     seen = queries * (keys + 1) / 2 if '"CAUSAL"' in one.attributes else queries * keys
-    return 2.0 * FLASH[called] * b * heads * head_dim * seen
+    return 2.0 * (5 if flash[1] else 2) * b * heads * head_dim * seen
   splash = next((n for name, n in SPLASH.items() if one.name.startswith(name)), 0)
   if called and splash:
     floats = [computation[name].arrays[0] for name in one.operands]

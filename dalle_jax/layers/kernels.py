@@ -23,22 +23,25 @@ KERNELS = ('auto', 'xla', 'cudnn', 'splash')
 QUERIES = 256  # of a block of causal attention by XLA, at most
 LANES = 128  # of a TPU: the smallest block of a mask
 NEVER = -1e30
+FLASH, MASKED_FLASH = 8, 9  # from which capability on cuDNN has it, and with gradients through a mask: Ampere, Hopper
 FOUND = 'attention'  # the name by which remat can keep what attention finds
 
 
 def over_stream(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, kernel: str = 'auto') -> jax.Array:
   """The attention of a stream, from its first position on, by a pattern: [B, S, H, K].
 
-  'auto' takes splash on a TPU, cuDNN for the pattern 'full' where it can be, and else XLA. Rows, columns and windows
-  cost less than 'full' with each of them: splash leaves out blocks that nothing is seen of, XLA goes by rows (columns)
-  of the picture, of which a window of conv lies in a few. Raises ValueError for a kernel that is unknown, or not of
-  this platform.
+  'auto' takes splash on a TPU, cuDNN where it can be, and else XLA. Rows, columns and windows cost less than 'full'
+  with splash, which leaves out blocks that nothing is seen of, and by XLA, which goes by rows (columns) of the picture,
+  of which a window of conv lies in a few. With cuDNN they cost what 'full' does, less than by XLA: there scores go
+  through memory. Raises ValueError for a kernel that is unknown, or not of this platform.
   """
   check(kernel)
   if platform() == 'tpu' and kernel in ('auto', 'splash'):
     return splash(q, k, v, pattern)
   if pattern.kind == 'full' or q.shape[1] <= pattern.prefix:
     return fused(q, k, v, kernel, is_causal=True)
+  if kernel != 'xla' and flash_takes(q, is_causal=True, masked=True):
+    return fused(q, k, v, kernel, is_causal=True, mask=pattern.mask(q.shape[1]))
   if pattern.kind == 'wrapped':
     return plain(q, k, v, jnp.asarray(pattern.mask(q.shape[1]))[None, None])
   return in_blocks(q, k, v, pattern)
@@ -50,7 +53,7 @@ def check(kernel: str) -> None:
     raise ValueError(f'attention kernel {kernel!r} is unknown; there are {", ".join(KERNELS)}.')
   if kernel == 'splash' and platform() != 'tpu':
     raise ValueError(f'attention kernel "splash" is for TPUs, this is {platform()}; use model.kernel="auto".')
-  if kernel == 'cudnn' and not has_flash():
+  if kernel == 'cudnn' and capability() < FLASH:
     device = jax.devices()[0].device_kind
     raise ValueError(
       f'attention kernel "cudnn" is for NVIDIA GPUs (Ampere or later), this is {device}; use model.kernel="auto".'
@@ -65,38 +68,51 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arra
   return attend(q, (k.swapaxes(1, 2), v.swapaxes(1, 2), mask))
 
 
-def has_flash() -> bool:
-  """Whether cuDNN's flash attention runs on this backend."""
+def capability() -> int:
+  """The major version of CUDA's compute capability of the GPU that is compiled for, 0 where it is none of NVIDIA's."""
   device, target = jax.devices()[0], jax.sharding.get_abstract_mesh().abstract_device
-  if target and target.device_kind != device.device_kind:  # compiled for one that is not here, which has it
-    return target.platform == 'gpu'
-  capability = str(getattr(device, 'compute_capability', ''))
-  cuda = platform() == 'gpu' and 'nvidia' in device.device_kind.lower()
-  return cuda and capability.split('.')[0].isdigit() and int(capability.split('.')[0]) >= 8
+  if platform() != 'gpu':
+    return 0
+  if target and target.device_kind != device.device_kind:  # one that is not here; `aot.machines` has none before Ampere
+    return 8 if 'A100' in target.device_kind else 9
+  major = str(getattr(device, 'compute_capability', '')).split('.')[0]
+  return int(major) if 'nvidia' in device.device_kind.lower() and major.isdigit() else 0
 
 
-def fused(q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool = False) -> jax.Array:
-  """Attention without a mask of its own by `kernel`.
+def flash_takes(q: jax.Array, is_causal: bool, masked: bool = False) -> bool:
+  """Whether cuDNN's flash attention can be had for q[B, T, H, K] over as many keys."""
+  able = capability() >= (MASKED_FLASH if masked else FLASH)
+  odd = q.shape[1] % 2  # the kernel takes even lengths alone
+  numbers = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+  whole = split('seq') == 1  # cuDNN has no queries of one device over the keys of all
+  return numbers and (is_causal or not odd) and whole and able
+
+
+def fused(
+  q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool = False, mask: np.ndarray | None = None
+) -> jax.Array:
+  """Attention by `kernel`, of what a mask bool[T, T] leaves of a causal one where there is one.
 
   'cudnn' is the flash attention of NVIDIA's GPUs, 'xla' runs everywhere; 'auto' is the former where it can be. Raises
   ValueError for an unknown kernel, and for 'cudnn' where it cannot be.
   """
   check(kernel)
-  odd = q.shape[1] % 2  # the kernel takes even lengths alone
-  numbers = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-  whole = split('seq') == 1  # cuDNN has no queries of one device over the keys of all
-  fits = numbers and (is_causal or not odd) and whole and has_flash()
+  fits = flash_takes(q, is_causal, mask is not None)
   if kernel == 'cudnn' and not fits:
     raise ValueError(
       f'attention kernel "cudnn" does not take {q.dtype}{list(q.shape)} with {split("seq")} parts of the sequence; it '
       'needs bfloat16, heads of at most 128, without a mask even lengths, one part; use model.kernel="auto".'
     )
   if not fits or kernel == 'xla':
+    if mask is not None:
+      return plain(q, k, v, jnp.asarray(mask)[None, None])
     k, v = (x.swapaxes(1, 2) for x in (k, v))
     return causal(q, k, v) if is_causal else attend(q, (k, v, None))
-  n = q.shape[1]
+  n, odd = q.shape[1], q.shape[1] % 2
+  if mask is not None:
+    mask = jnp.pad(jnp.asarray(mask), (0, odd), constant_values=True)[None, None]
   q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))  # nothing sees what comes after it
-  return jax.nn.dot_product_attention(q, k, v, is_causal=is_causal, implementation='cudnn')[:, :n]
+  return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation='cudnn')[:, :n]
 
 
 def of_flash(primitive: Any, *_: Any, **params: Any) -> bool:

@@ -84,11 +84,11 @@ def test_the_flash_kernel_gets_even_lengths_and_its_absence_is_one_line(monkeypa
     kernels.over_stream(q, k, v, Pattern('full', 2, (2, 2)), 'splash')
   asked, own = [], jax.nn.dot_product_attention
 
-  def fake(q, k, v, is_causal, implementation):
-    asked.append((q.shape[1], implementation))
-    return own(q, k, v, is_causal=is_causal)
+  def fake(q, k, v, mask, is_causal, implementation):
+    asked.append((q.shape[1], mask is not None, implementation))
+    return own(q, k, v, mask=mask, is_causal=is_causal)
 
-  monkeypatch.setattr(kernels, 'has_flash', lambda: True)
+  monkeypatch.setattr(kernels, 'capability', lambda: 9)
   monkeypatch.setattr(jax.nn, 'dot_product_attention', fake)
   found = kernels.fused(q, k, v, 'auto', is_causal=True)
   np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (found, plain)), atol=2e-2)
@@ -99,7 +99,28 @@ def test_the_flash_kernel_gets_even_lengths_and_its_absence_is_one_line(monkeypa
     kernels.fused(q, k, v, 'auto', is_causal=True)
     with pytest.raises(ValueError, match=r'"cudnn" does not take bfloat16\[2, 5, 2, 8\] with 2 parts of the sequence'):
       kernels.fused(q, k, v, 'cudnn', is_causal=True)
-  assert asked == [(6, 'cudnn')]
+  assert asked == [(6, False, 'cudnn')]
+
+
+@pytest.mark.parametrize('kind', ['row', 'column', 'conv', 'wrapped'])
+def test_patterns_are_masks_of_the_flash_kernel(kind, monkeypatch):
+  pattern, asked, own = Pattern(kind, 3, (4, 4), 3), [], jax.nn.dot_product_attention
+
+  def fake(q, k, v, mask, is_causal, implementation):
+    asked.append((mask.shape, is_causal, implementation))
+    return own(q, k, v, mask=mask, is_causal=is_causal)
+
+  monkeypatch.setattr(jax.nn, 'dot_product_attention', fake)
+  q, k, v = qkv(19, dtype=jnp.bfloat16)
+  attend = lambda kernel='auto': np.asarray(kernels.over_stream(q, k, v, pattern, kernel), np.float32)
+  expected = attend()
+  monkeypatch.setattr(kernels, 'capability', lambda: kernels.FLASH)  # it has no gradients through a mask
+  np.testing.assert_array_equal(attend(), expected)
+  assert not asked
+  monkeypatch.setattr(kernels, 'capability', lambda: kernels.MASKED_FLASH)
+  np.testing.assert_allclose(attend(), expected, atol=2e-2)
+  np.testing.assert_array_equal(attend('xla'), expected)
+  assert asked == [((1, 1, 20, 20), True, 'cudnn')]
 
 
 @pytest.mark.parametrize(('blocks', 'own'), [((), False), ((3,), False), ((3,), True)])

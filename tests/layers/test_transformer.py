@@ -105,7 +105,7 @@ def test_errors(fields, message):
 def test_dots_keep_what_the_backward_pass_of_a_kernel_reads(kernel, monkeypatch):
   """Else its forward pass would run again. The program is for a GPU or a TPU: it is traced here, not compiled."""
   if kernel == 'cudnn':
-    monkeypatch.setattr(kernels, 'has_flash', lambda: True)
+    monkeypatch.setattr(kernels, 'capability', lambda: 9)
     monkeypatch.setattr(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91_100)
   else:
     monkeypatch.setattr(kernels, 'platform', lambda: 'tpu')
