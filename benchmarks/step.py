@@ -1,7 +1,7 @@
 """Tokens a second and model-FLOPs utilisation of a training step, per rematerialisation and kernel of attention.
 
 python -m benchmarks.step --size=t_base --batch_size=4 --peer=torch
-python -m benchmarks.step --size=mindalle --batch_size=64 --remat=dots          (1.3B, on a GPU)
+python -m benchmarks.step --size=mindalle --batch_size=64 --remat=dots --unroll=14    (1.3B, on a GPU)
 Utilisation is against the rate of a large matrix product that is measured in the same run (`benchmarks/limits.py`).
 With --story the batch is stories of four frames with cross-attention to their source.
 """
@@ -27,6 +27,7 @@ _BATCH = flags.DEFINE_integer('batch_size', 4, 'streams of text and image, or st
 _STORY = flags.DEFINE_bool('story', False, 'four frames a story, with cross-attention in every block')
 _REMAT = flags.DEFINE_list('remat', ['none'], 'see layers.transformer.Stack')
 _KERNEL = flags.DEFINE_list('kernel', ['auto'], 'see layers.kernels.over_stream')
+_UNROLL = flags.DEFINE_integer('unroll', 1, 'see layers.transformer.Stack; all turns for a GPU')
 _STEPS = flags.DEFINE_integer('steps', 5, 'steps a measurement')
 _MESH = flags.DEFINE_string('mesh', 'data', 'of configs.common.MESHES')
 _PEER = flags.DEFINE_enum('peer', '', ['', 'torch'], 'also plain PyTorch, eager and compiled')
@@ -54,7 +55,7 @@ def objective_of(**changes):
 
 def measure(remat: str, kernel: str, mesh: jax.sharding.Mesh) -> tuple[float, float, float]:
   """Steps, tokens and model FLOPs a second, by the fastest of --steps, as of the peer."""
-  objective, data = objective_of(remat=remat, kernel=kernel)
+  objective, data = objective_of(remat=remat, kernel=kernel, unroll=_UNROLL.value)
   c, spec = common.base(), state_lib.batch_spec(data)
   params, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
   optimizer = optim.build(c.optim, 100, list(params))

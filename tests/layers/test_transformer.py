@@ -65,6 +65,17 @@ def test_dots_keep_what_attention_finds_and_full_the_input_of_a_layer():
   assert kept(Stack(2, 2, remat='full'), x, stream) == [(2, 1, 512, 16)]
 
 
+def test_remat_computes_again_where_layers_are_no_loop():
+  params = init(Stack(2, 2))
+
+  def flops(remat):
+    stack = Stack(2, 2, remat=remat, unroll=2)
+    grads = jax.jit(jax.grad(lambda params: (stack.apply({'params': params}, X)[0] ** 2).sum()))
+    return grads.lower(params).compile().cost_analysis()['flops']
+
+  assert flops('full') > 1.2 * flops('none')
+
+
 def test_gelu_is_exact_in_float32_and_rounds_once_in_bfloat16():
   x = jnp.linspace(-6, 6, 1001)
   gelu_by_erfc = functools.partial(jax.nn.gelu, approximate=False)
