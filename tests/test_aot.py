@@ -332,9 +332,10 @@ def test_topologies_that_are_none(topology, error):
 
 
 def test_jax_takes_a_part_of_a_gpu(monkeypatch):
-  monkeypatch.delenv('XLA_PYTHON_CLIENT_MEM_FRACTION', raising=False)
+  for name in ('XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'):
+    monkeypatch.delenv(name, raising=False)
   assert machines.GPUS['h200'].hbm == 3 * machines.GPUS['h200'].memory // 4
-  monkeypatch.setenv('XLA_PYTHON_CLIENT_MEM_FRACTION', '.9')
+  monkeypatch.setenv('XLA_CLIENT_MEM_FRACTION', '.9')
   assert machines.GPUS['h200'].hbm == int(0.9 * machines.GPUS['h200'].memory)
 
 

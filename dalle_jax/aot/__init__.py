@@ -1,1 +1,1 @@
-"""Ahead of time: compiles training and sampling for a TPU that is not there, and says whether they fit and scale."""
+"""Ahead of time: compiles training and sampling for TPUs or GPUs that are not there; do they fit, and scale?"""

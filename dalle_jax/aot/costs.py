@@ -73,7 +73,7 @@ def regions(text: str, devices: int) -> list[Region]:
     for one in computation.values():
       opcode, before = one.opcode.removesuffix('-start'), region.flops
       region.flops += products.flops(one, computation)
-      traffic = 0.0 if fused else _traffic(one, computation, computations)
+      traffic = 0.0 if fused or opcode == 'async' else _traffic(one, computation, computations)
       region.bytes += traffic
       if opcode in COLLECTIVES:
         channel = re.search(r'channel_id=(\d+)', one.attributes)
@@ -90,7 +90,7 @@ def regions(text: str, devices: int) -> list[Region]:
       elif opcode == 'conditional':
         kinds = ('branch_computations', 'true_computation', 'false_computation')
         branch(sorted({inner for kind in kinds for inner in one.called(kind)}), region, fused, hidden)
-      if not fused and opcode not in LOOPS and opcode != 'async' and (traffic or region.flops > before):
+      if not fused and opcode not in LOOPS and (traffic or region.flops > before):
         region.each.append((region.flops - before, traffic))
 
   def branch(names: list[str], region: Region, fused: bool, hidden: bool) -> None:
@@ -157,9 +157,14 @@ def _beside(one: Instruction, computation: Computation) -> bool:
   """Whether anything runs between its start and its done: the instructions of a compiled program are in order."""
   if not one.opcode.endswith('-start'):
     return False
-  names = list(computation)
-  done = (i for i, x in enumerate(computation.values()) if one.name in x.operands and x.opcode.endswith('-done'))
-  between = [computation[name] for name in names[names.index(one.name) + 1 : next(done, len(names))]]
+  after, chain = list(computation.values()), {one.name}
+  between = []
+  for i in after[after.index(one) + 1 :]:
+    if chain & set(i.operands) and i.opcode.endswith('-done'):
+      break
+    if chain & set(i.operands) and i.opcode.endswith('-update'):
+      chain.add(i.name)
+    between.append(i)
   return any(products.kernel(i) or (i.opcode not in FREE - LOOPS and not i.opcode.endswith(STEPS)) for i in between)
 
 

@@ -71,8 +71,9 @@ class Gpu:
 
   @property
   def hbm(self) -> int:
-    """Bytes that JAX takes of the memory: XLA_PYTHON_CLIENT_MEM_FRACTION, by default three quarters."""
-    return int(self.memory * float(os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.75')))
+    """Bytes that JAX takes of the memory: XLA_CLIENT_MEM_FRACTION, by default three quarters."""
+    told = os.environ.get('XLA_CLIENT_MEM_FRACTION') or os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION')  # its old name
+    return int(self.memory * float(told or 0.75))
 
   @property
   def target(self) -> str:
@@ -193,28 +194,27 @@ def devices_of(topology: str) -> list[jax.Device]:
   if not topology:
     raise ValueError(f'give --topology, such as {EXAMPLES}.')
   kind, _, shape = topology.partition(':')
+  told = _gpus(GPUS[kind], shape) if kind in GPUS else _tpus(topology)
   try:
-    return _gpus(GPUS[kind], shape) if kind in GPUS else _tpus(topology)
-  except ValueError:
-    raise
+    return list(topologies.get_topology_desc(**told).devices)
   except Exception as e:  # what the compilers raise has no common class
     reason = ' '.join(str(e).split())[:200]
     raise ValueError(f'--topology {topology!r} is none ({reason}); give one such as {EXAMPLES}.') from e
 
 
-def _tpus(topology: str) -> list[jax.Device]:
+def _tpus(topology: str) -> dict[str, str]:
+  """What describes them to JAX."""
   if importlib.util.find_spec('libtpu') is None and 'TPU_LIBRARY_PATH' not in os.environ:
     raise ValueError("the TPU's compiler, libtpu, is not installed; pip install 'dalle_jax[aot]'.")
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # it holds no chip, so others may load it, too
-  return list(topologies.get_topology_desc(topology, 'tpu').devices)
+  return dict(topology_name=topology, platform='tpu')
 
 
-def _gpus(gpu: Gpu, shape: str) -> list[jax.Device]:
+def _gpus(gpu: Gpu, shape: str) -> dict[str, str]:
   if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)?', shape):
     raise ValueError(f'GPUs are given as their number or as nodes x GPUs of each, h200:8 or h200:4x8, not {shape!r}.')
   plugins = importlib.util.find_spec('jax_plugins')
   if plugins is None or not any(importlib.util.find_spec(f'jax_plugins.xla_cuda{n}') for n in (12, 13)):
     raise ValueError("the GPU's compiler is not installed; pip install 'dalle_jax[cuda]'.")
   nodes, _, each = shape.rpartition('x')
-  description = topologies.get_topology_desc('', 'cuda', target_config=gpu.target, topology=f'1x{nodes or 1}x{each}')
-  return list(description.devices)
+  return dict(platform='cuda', target_config=gpu.target, topology=f'1x{nodes or 1}x{each}')

@@ -12,11 +12,11 @@ from dalle_jax.aot.hlo import Computation, Instruction
 
 SPLASH = {'splash_mha_fwd': 2, 'splash_mha_dq': 3, 'splash_mha_dkv': 4}  # products of each block of its grid
 FLASH = re.compile(r'__cudnn\$fmha\w*Softmax(Backward)?$')  # with or without ScaleBias
-KERNELS = ('tpu_custom_call', '__cudnn$', '__cublas$')  # what their names begin with
+KERNELS = ('tpu_custom_call', '__cudnn$', '__cublas$', '__cub$', '__gpu$', '__triton')  # what their names begin with
 
 
 def kernel(one: Instruction) -> str:
-  """The name of the kernel that an instruction calls; nothing for other calls, which take no time."""
+  """The name of the kernel that an instruction calls; nothing for other calls, which are marks for the compiler."""
   target = re.search(r'custom_call_target="([^"]*)"', one.attributes)
   return target[1] if one.opcode == 'custom-call' and target and target[1].startswith(KERNELS) else ''
 

@@ -244,7 +244,7 @@ def sample(
 
   def step(token: jax.Array, index: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
     logits, cache = apply(jnp.repeat(token, copies), index, cache, method='step')
-    return logits[::copies], cache
+    return logits.reshape(-1, copies, logits.shape[-1])[:, 0], cache
 
   tokens = generate(
     step,

@@ -19,7 +19,8 @@ Axes = tuple[str | None, ...]
 normal_init = nn.initializers.normal
 constrain = nn.with_logical_constraint  # a no-op without a mesh; an axis that does not divide stays whole
 # For functions whose backward pass has their inputs alone and computes the rest again: layers that are scanned keep all
-# that it is not told to. Forward and backward pass are loops of their own, which XLA does not merge.
+# that it is not told to. Forward and backward pass are loops of their own, which XLA does not merge; without a loop and
+# without remat it may.
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
@@ -37,7 +38,7 @@ def split(name: str) -> int:
 def platform() -> str:
   """What is compiled for, 'cpu', 'gpu' or 'tpu': the devices of the mesh in use, else those of this process.
 
-  The two differ when a machine without a TPU compiles for one (`dalle_jax.aot`).
+  The two differ when a machine compiles for devices that it lacks (`dalle_jax.aot`).
   """
   target = jax.sharding.get_abstract_mesh().abstract_device
   return target.platform if target else jax.default_backend()

@@ -33,7 +33,8 @@ def over_stream(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, kern
   'auto' takes splash on a TPU, cuDNN where it can be, and else XLA. Rows, columns and windows cost less than 'full'
   with splash, which leaves out blocks that nothing is seen of, and by XLA, which goes by rows (columns) of the picture,
   of which a window of conv lies in a few. With cuDNN they cost what 'full' does, less than by XLA: there scores go
-  through memory. Raises ValueError for a kernel that is unknown, or not of this platform.
+  through memory. Where cuDNN cannot have a mask XLA does these, whatever is asked. Raises ValueError for a kernel that
+  is unknown, or not of this platform.
   """
   check(kernel)
   if platform() == 'tpu' and kernel in ('auto', 'splash'):
@@ -69,7 +70,8 @@ def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Arra
 
 
 def capability() -> int:
-  """The major version of CUDA's compute capability of the GPU that is compiled for, 0 where it is none of NVIDIA's."""
+  """The major version of CUDA's compute capability of the GPU that is compiled for, or less where that is not here; 0
+  where it is none of NVIDIA's."""
   device, target = jax.devices()[0], jax.sharding.get_abstract_mesh().abstract_device
   if platform() != 'gpu':
     return 0
@@ -91,7 +93,7 @@ def flash_takes(q: jax.Array, is_causal: bool, masked: bool = False) -> bool:
 def fused(
   q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool = False, mask: np.ndarray | None = None
 ) -> jax.Array:
-  """Attention by `kernel`, of what a mask bool[T, T] leaves of a causal one where there is one.
+  """Attention by `kernel`; by cuDNN also of what a mask bool[T, T] leaves of a causal one.
 
   'cudnn' is the flash attention of NVIDIA's GPUs, 'xla' runs everywhere; 'auto' is the former where it can be. Raises
   ValueError for an unknown kernel, and for 'cudnn' where it cannot be.
@@ -104,8 +106,6 @@ def fused(
       'needs bfloat16, heads of at most 128, without a mask even lengths, one part; use model.kernel="auto".'
     )
   if not fits or kernel == 'xla':
-    if mask is not None:
-      return plain(q, k, v, jnp.asarray(mask)[None, None])
     k, v = (x.swapaxes(1, 2) for x in (k, v))
     return causal(q, k, v) if is_causal else attend(q, (k, v, None))
   n, odd = q.shape[1], q.shape[1] % 2

@@ -208,8 +208,9 @@ class Stack(nn.Module):
       both, found = keep.save_from_both_policies, keep.save_only_these_names(kernels.FOUND)
       dots = both(keep.dots_with_no_batch_dims_saveable, both(found, kernels.of_flash))
       policy = dots if self.remat == 'dots' else None
-      # Forward and backward pass are loops of their own, which XLA does not merge; without a loop it would.
-      body = nn.remat(Period, prevent_cse=self.unroll >= turns, policy=policy)
+      # Forward and backward pass are loops of their own, which XLA does not merge; turns outside of a loop it would.
+      looped = turns >= 2 * self.unroll and turns % self.unroll == 0
+      body = nn.remat(Period, prevent_cse=not looped, policy=policy)
     scan = nn.scan(
       body,
       variable_axes={'params': 0},
