@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 from dalle_jax.aot import __main__ as command
-from dalle_jax.aot import costs, machines, roofline
+from dalle_jax.aot import costs, machines, program, roofline
 from dalle_jax.aot.program import Plan, Program
 from dalle_jax.layers import basic, kernels
 from dalle_jax.training import sharding
@@ -250,6 +250,43 @@ def test_what_is_waited_for_at_once_is_not_beside_anything():
   assert [c.hidden for c in outer.collectives] == [False]
 
 
+CHAIN = """HloModule chain, is_scheduled=true
+
+%inside (x: f32[8]) -> f32[32] {
+  %x = f32[8]{0} parameter(0)
+  ROOT %all = f32[32]{0} all-gather(%x), dimensions={0}, replica_groups={}
+}
+
+ENTRY %main (x: f32[8]) -> f32[32] {
+  %x = f32[8]{0} parameter(0)
+  %start = ((f32[8]{0}), f32[32]{0}, u32[]) async-start(%x), calls=%inside
+  %update = ((f32[8]{0}), f32[32]{0}, u32[]) async-update(%start)
+  %done = f32[32]{0} async-done(%update)
+  %after = f32[32]{0} negate(%done)
+  ROOT %out = f32[32]{0} copy(%after)
+}
+"""
+
+
+def test_an_asynchronous_step_ends_with_its_done():
+  collective = lambda text: costs.regions(text, 4)[0].collectives[0]
+  assert not collective(CHAIN).hidden
+  done = '  %done = f32[32]{0} async-done(%update)\n'
+  assert collective(CHAIN.replace(done, '  %other = f32[8]{0} negate(%x)\n' + done)).hidden
+  (entry,) = costs.regions(CHAIN, 4)
+  assert entry.bytes == sum(moved for _, moved in entry.each)
+
+
+def test_products_without_tiles_are_compiled_for_cublas():
+  class Lowered:
+    def compile(self, compiler_options=None):
+      if not compiler_options:
+        raise jax.errors.JaxRuntimeError("INTERNAL: Couldn't find output tile sizes that satisfy hlo")
+      return compiler_options
+
+  assert program._compile(Lowered()) == {'xla_gpu_enable_triton_gemm': False}
+
+
 BRANCHES = """HloModule branches
 
 %few (p: f32[8]) -> f32[8] {
@@ -399,12 +436,12 @@ def test_what_does_not_fit_ends_with_status_1(monkeypatch, capsys):
   monkeypatch.setattr(machines, 'network', lambda _: dataclasses.replace(torus((2, 4)), chip=chip))
   monkeypatch.setattr(command.metrics, 'peak_flops', lambda _: 1e12)
   with sharding.use(dict(data=-1), ()) as mesh:
-    for program, said in (
+    for compiled, said in (
       (Program('sampler', 1.0, arguments=9 * 10**8), '0.90 GB: arguments 0.90, the rest 0.00; of 1.0 (90%), fits'),
       (Program('sampler', 1.0, arguments=9 * 10**8, code=2 * 10**8), 'of 1.0 (110%), DOES NOT FIT'),
       (Program('sampler', 1.0, needs='20G of 16G'), 'does not fit: it needs 20G of 16G of the memory of a chip'),
     ):
-      fits = command.report(None, program, mesh)
+      fits = command.report(None, compiled, mesh)
       assert fits == ('not' not in said.lower()) and said in capsys.readouterr().out
       monkeypatch.setattr(machines, 'devices_of', lambda _: [])
       monkeypatch.setattr(command, 'check', lambda *_, fits=fits, **__: fits)

@@ -12,6 +12,7 @@ from dalle_jax.layers import kernels
 from dalle_jax.layers.basic import Conv, Dense, GroupNorm, Init, constrain, split
 
 SHIFTS = ('add', 'scale')
+RESAMPLES = ('', 'down', 'up')
 
 
 class ResBlock(nn.Module):
@@ -35,9 +36,11 @@ class ResBlock(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:
-    """`time` is [B, D]. Raises ValueError for an unknown shift."""
+    """`time` is [B, D]. Raises ValueError for an unknown shift or resample."""
     if self.shift not in SHIFTS:
       raise ValueError(f'ResBlock shift {self.shift!r} is unknown; there are {", ".join(SHIFTS)}.')
+    if self.resample not in RESAMPLES:
+      raise ValueError(f'ResBlock resample {self.resample!r} is unknown; there are "", down and up.')
     h = jax.nn.swish(GroupNorm(self.groups, self.eps, self.dtype, name='norm1')(x))
     if self.resample == 'down':
       h, x = halved(h), halved(x)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from dalle_jax.layers import variants
 from dalle_jax.layers.basic import Conv
+from dalle_jax.layers.convnet import doubled
 
 GROUPS = 4
 FACTOR = 2 ** (GROUPS - 1)
@@ -103,7 +104,7 @@ class DVAE(nn.Module):
     """int32[B, h, w] -> float32[B, H, W, 6], location and log scale of each pixel."""
     x = self.decoder_in(jax.nn.one_hot(codes, self.num_codes, dtype=self.dtype))
     for i, group in enumerate(self.decoder):
-      x = x if i == 0 else x.repeat(2, axis=1).repeat(2, axis=2)
+      x = x if i == 0 else doubled(x)
       for block in group:
         x = block(x)
     return self.decoder_out(jax.nn.relu(x)).astype(jnp.float32)
