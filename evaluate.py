@@ -33,7 +33,7 @@ from dalle_jax.evals import captions, fid, reconstructions, split, stories
 from dalle_jax.models import image_tokenizer
 from dalle_jax.pipelines import options
 from dalle_jax.pipelines.image_tokenizer import ImageTokenizer
-from dalle_jax.pipelines.stories import StoryTeller
+from dalle_jax.pipelines.stories import StoryGenerator
 from dalle_jax.training import checkpoint, distributed, errors, layout
 
 FLAGS = flags.FlagValues()
@@ -94,7 +94,7 @@ def score(where: dict[str, Any]) -> None:
   with split.in_place_of(out) as partial:
     evaluation.run(partial, FLAGS.count)
     given = {k: FLAGS[k].value for k in FLAGS if k in SETTINGS}
-    given |= options.told(FLAGS, model) if hasattr(model, 'OBJECTIVE') else {}
+    given |= options.sampling_arguments(FLAGS, model) if hasattr(model, 'OBJECTIVE') else {}
     given |= {'source': data.source, 'path': data.path, 'source_args': data.source_args.to_dict()}
     metrics = evaluation.metrics()
     settings = given | {
@@ -128,7 +128,7 @@ def in_flags(message: str) -> str:
 def load(where: dict[str, Any]) -> tuple[Any, type[split.Evaluation]]:
   """The pipeline of the run, and what evaluates it. Raises ValueError for flags that it has no use for."""
   step = FLAGS.step or None
-  if checkpoint.read_config(FLAGS.run).get('objective') in image_tokenizer.ROOMS:
+  if checkpoint.read_config(FLAGS.run).get('objective') in image_tokenizer.TOKENIZERS:
     if given := [k for k in options.changed(FLAGS, *DRAWING) if k != 'clip']:
       raise ValueError(f'{FLAGS.run} is an image tokenizer, which draws nothing; leave out --{", --".join(given)}.')
     tokenizer = ImageTokenizer.load(FLAGS.run, image_size=FLAGS.image_size, step=step, **where)
@@ -138,7 +138,7 @@ def load(where: dict[str, Any]) -> tuple[Any, type[split.Evaluation]]:
   if FLAGS.n > 1 and not FLAGS.clip:
     raise ValueError(f'--n {FLAGS.n} needs --clip RUN_DIR, which picks the best of the candidates.')
   model = options.load(FLAGS, where)
-  return model, stories.Stories if isinstance(model, StoryTeller) else captions.Captions
+  return model, stories.Stories if isinstance(model, StoryGenerator) else captions.Captions
 
 
 def data_of(model: Any) -> ConfigDict:
@@ -154,7 +154,7 @@ def data_of(model: Any) -> ConfigDict:
     raise ValueError('the data source tokens has no pictures; give them, e.g. --source folder --path DATA.')
   same = kind == trained.get('source')
   args = {k: v for k, v in trained.get('source_args', {}).items() if same and k != 'unit'}
-  if not isinstance(model, StoryTeller) and sources.takes(kind, 'unit'):
+  if not isinstance(model, StoryGenerator) and sources.takes(kind, 'unit'):
     args['unit'] = 'frame'
   for text in FLAGS.source_arg:
     name, equals, value = text.partition('=')
@@ -177,7 +177,9 @@ def build(model: Any, kind: type[split.Evaluation], source: Any) -> split.Evalua
   """The evaluation, with the networks that the flags name. Raises ValueError for those it has no use for."""
   given = {name: path for name in fid.KINDS if (path := getattr(FLAGS, name))}
   labelled, seen_by = bool(getattr(source, 'label_names', ())), next(iter(given), '')
-  networks = {k: fid.Network.load(v, model.mesh) for k, v in given.items() if k == seen_by or k == 'classifier'}
+  networks = {
+    k: fid.FeatureExtractor.load(v, model.mesh) for k, v in given.items() if k == seen_by or k == 'classifier'
+  }
   if wrong := [k for k, network in networks.items() if network.kind != k]:
     raise ValueError(f'--{wrong[0]} {given[wrong[0]]} is a run of {networks[wrong[0]].kind!r}.')
   if 'clip' in given and seen_by != 'clip' and kind is reconstructions.Reconstructions:

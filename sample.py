@@ -26,7 +26,7 @@ from configs import common
 from dalle_jax.data.restricted import open_array
 from dalle_jax.pipelines import options
 from dalle_jax.pipelines.grids import caption_grid, storyboard
-from dalle_jax.pipelines.stories import StoryTeller
+from dalle_jax.pipelines.stories import StoryGenerator
 from dalle_jax.training import distributed, errors, layout
 
 FLAGS = flags.FlagValues()
@@ -100,7 +100,7 @@ def draw(asked: list[str], **where) -> None:
   files = [Path(name) for name in (FLAGS.source, FLAGS.init_image, FLAGS.vectors, FLAGS.vary) if name]
   distributed.check_same({'captions': str(asked), 'files': str([f.read_bytes() for f in files if f.is_file()])})
   model = options.load(FLAGS, where)
-  if isinstance(model, StoryTeller) != bool(FLAGS.story):
+  if isinstance(model, StoryGenerator) != bool(FLAGS.story):
     wanted = 'a caption; give --prompt "..."' if FLAGS.story else 'a story; give --story FILE and --source FRAME.png'
     raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}, which needs {wanted}.')
   if FLAGS.vectors and model.config['model'].get('sentences') != 'data':
@@ -117,7 +117,7 @@ def draw(asked: list[str], **where) -> None:
     samples = draw_pictures(model, asked, how)
     results, board = ((p, s.images, s.candidates, s.scores) for p, s in zip(asked, samples, strict=True)), None
   if jax.process_index() == 0:
-    write(Path(FLAGS.out), results, board, options.told(FLAGS, model))
+    write(Path(FLAGS.out), results, board, options.sampling_arguments(FLAGS, model))
 
 
 def draw_pictures(model: Any, asked: list[str], how: dict[str, Any]) -> list[Any]:

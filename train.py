@@ -138,8 +138,8 @@ def run(config: ConfigDict) -> TrainState:
 
 
 def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainState:
-  room = config_lib.by_name('objectives', config.objective, 'config.objective')
-  builders = [config_lib.by_name('evals', name, 'config.train.evals').build for name in config.train.evals]
+  room = config_lib.module_named('objectives', config.objective, 'config.objective')
+  builders = [config_lib.module_named('evals', name, 'config.train.evals').build for name in config.train.evals]
   run_dir.mkdir(parents=True, exist_ok=True)
   distributed.check_shared(run_dir)
   before = checkpoint.read_meta(run_dir)
@@ -227,7 +227,7 @@ def own_flags() -> flags.FlagValues:
 
 def main(argv: list[str]) -> int:
   if {'-h', '--help'} & set(argv[1:]):
-    print(__doc__)
+    print(f'{__doc__}\n{own_flags().get_help()}')
     return 0
   options = own_flags()
   try:

@@ -15,7 +15,7 @@ from absl import app, flags
 
 from benchmarks import limits
 from dalle_jax.functional import decoding
-from dalle_jax.models import dalle
+from dalle_jax.models import dalle, decode_params
 
 _VARIANT = flags.DEFINE_string('variant', 'small', 'of dalle_jax/models/dalle.py')
 _BATCH = flags.DEFINE_integer('batch_size', 1, 'pictures at once')
@@ -37,7 +37,7 @@ def main(_):
   keys = jax.random.split(jax.random.key(1), batch)
 
   # As a pipeline keeps them for drawing.
-  ready = decoding.by_layer(decoding.compute_params(params, model.dtype, few_rows=on_cpu))
+  ready = decode_params.by_layer(decode_params.compute_params(params, model.dtype, few_rows=on_cpu))
 
   @jax.jit
   def cached(params):

@@ -16,7 +16,7 @@ from absl import app, flags
 
 from benchmarks import limits, sizes
 from dalle_jax.functional import decoding
-from dalle_jax.models import story_dalle
+from dalle_jax.models import decode_params, story_dalle
 from dalle_jax.training import sharding
 
 _SIZE = flags.DEFINE_string('size', 't_base', 'of benchmarks/sizes.py, or a variant of dalle_jax/models/dalle.py')
@@ -57,7 +57,7 @@ def setup():
   inputs = (text, image, image[:, 0]) if _STORY.value else (text, image)
   shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs)['params'])
   params = jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(1), x.shape), shapes)
-  params = decoding.compute_params(params, m.dtype, _INT8.value, few_rows=jax.default_backend() == 'cpu')
+  params = decode_params.compute_params(params, m.dtype, _INT8.value, few_rows=jax.default_backend() == 'cpu')
   once = ('/cross/key', '/cross/value')  # read for the source, and not for a token
   every = lambda tree: {
     k: v
@@ -65,7 +65,9 @@ def setup():
     if any(name in k for name in READ) and not any(name in k for name in once)
   }
   read, weights = sum(v.nbytes for v in every(params).values()), sum(v.size for v in every(shapes).values())
-  params = {**params, 'dalle': decoding.by_layer(params['dalle'])} if _STORY.value else decoding.by_layer(params)
+  params = (
+    {**params, 'dalle': decode_params.by_layer(params['dalle'])} if _STORY.value else decode_params.by_layer(params)
+  )
   count = _TOKENS.value or m.image_length
   return functools.partial(draw_story if _STORY.value else draw, model, count), params, m, text, count, read, weights
 

@@ -6,8 +6,8 @@
   python train.py --config configs/dalle_paper.py:1.3b,tpu,accum=8 ... --distributed  # 16 TPU v5e
   python train.py --config configs/dalle_paper.py:300m,batch=64 ...  # one GPU of 80 GB
   python train.py --config configs/dalle_paper.py:smoke              # both stages at a tiny width, one step each, CPU
-Variants: small (117M parameters), 300m, 1.3b, 12b. Pictures are encoded to tokens once, before training. What fits on
-which TPUs is in docs/scaling.md.
+Variants: small (123M parameters), 300m (353M), 1.3b (1.31B), 12b (12.2B). Images are encoded to tokens once, before
+training. What fits on which TPUs is in docs/scaling.md.
 """
 
 from configs import common

@@ -164,7 +164,7 @@ def on_slurm(runs: Sequence[Run], parallel: int, folder: Path, options: Mapping[
   try:
     import submitit
   except ImportError as e:
-    raise ValueError(f'--executor slurm needs a package: pip install "dalle_jax[launch]" ({e}).') from e
+    raise ValueError(f'--executor slurm needs a package: pip install -e ".[launch]" ({e}).') from e
   executor = submitit.AutoExecutor(folder=folder, cluster='slurm')
   executor.update_parameters(**{'name': 'sweep', 'slurm_array_parallelism': parallel, **options})
   jobs = executor.map_array(execute, [r.command for r in runs], [r.log for r in runs])

@@ -105,8 +105,8 @@ def test_procedural_stories_by_oracle_and_clip(root, run, tmp_path):
   assert metrics['silent_frames'] == sum(silent) > 0
   assert metrics['setting_silent'] == float(right['setting'][silent].mean())
 
-  network, true = fid.Network.load(root / 'clip'), np.concatenate([SOURCE[k].frames[1:] for k in range(3)])
-  sets = fid.Seen(network), fid.Seen(network)
+  network, true = fid.FeatureExtractor.load(root / 'clip'), np.concatenate([SOURCE[k].frames[1:] for k in range(3)])
+  sets = fid.FeatureSet(network), fid.FeatureSet(network)
   sets[0].add(drawn), sets[1].add(true)
   expected = fid.report(*sets)
   assert metrics['fid'] == pytest.approx(expected['fid'], abs=1e-6) and metrics['fid'] > 0
@@ -132,7 +132,7 @@ def test_labelled_stories_by_a_classifier_with_a_broken_one(root, run, tmp_path,
   assert (metrics['records'], metrics['pictures'], metrics['fid_resize']) == (1, 4, 8)
   assert metrics['fid_network']['kind'] == 'classifier' and 'caption' not in metrics and 'clip_score' not in metrics
 
-  network = fid.Network.load(root / 'classifier')
+  network = fid.FeatureExtractor.load(root / 'classifier')
   found = network.labels(np.stack([picture(tmp_path, r) for r in rows]))
   assert [r['labels_drawn'] for r in rows] == [
     [n for n, f in zip(pororo.CHARACTERS, x, strict=True) if f] for x in found

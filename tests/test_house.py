@@ -80,7 +80,7 @@ def test_shipped_configs_build_their_objective(name):
     networks['vqgan']['model']['variant'] = 'f16_16384'
     train.inherit(runs[0], {'model': {'variant': kind}, 'tokenizer': {'length': 64, 'pad': 0}})
   for c in runs:
-    room = config_lib.by_name('objectives', c.objective, 'objective')
+    room = config_lib.module_named('objectives', c.objective, 'objective')
     frozen = {k: networks[k] for k in c.frozen}
     objective = room.from_config(c, frozen)
     size, text = c.data.image_size, c.tokenizer.length
@@ -92,7 +92,7 @@ def test_shipped_configs_build_their_objective(name):
     assert config_lib.to_json(c) == config_lib.to_json(config_lib.to_json(c))
     networks[c.objective] = {**networks.get(c.objective, {}), 'model': config_lib.to_json(c.model)}
     for evaluator in c.train.evals:
-      config_lib.by_name('evals', evaluator, 'evals')
+      config_lib.module_named('evals', evaluator, 'evals')
 
 
 @pytest.mark.parametrize('name', OBJECTIVES)
@@ -104,7 +104,9 @@ def test_every_objective_has_a_model_with_a_test_variant(name):
 
 def test_the_paper_config_has_the_papers_numbers():
   c = config('dalle_paper')
-  objective = config_lib.by_name('objectives', 'dalle', '').from_config(c, {'vqgan': {'model': {'variant': 'f8_8192'}}})
+  objective = config_lib.module_named('objectives', 'dalle', '').from_config(
+    c, {'vqgan': {'model': {'variant': 'f8_8192'}}}
+  )
   m = objective.model
   assert (m.text_length, m.text_vocab, m.image_length, m.image_vocab) == (256, 16_640, 1024, 8192)
   assert (m.depth, m.d_model, m.heads, m.attention) == (64, 3968, 62, 'paper')

@@ -212,4 +212,4 @@ def test_slurm_jobs_are_cancelled_when_the_launcher_ends(tmp_path, recipe, monke
 def test_slurm_without_its_package_names_it(run, monkeypatch, capsys):
   monkeypatch.setitem(sys.modules, 'submitit', None)
   assert run('--executor=slurm') == 2
-  assert 'pip install "dalle_jax[launch]"' in capsys.readouterr().err
+  assert 'pip install -e ".[launch]"' in capsys.readouterr().err

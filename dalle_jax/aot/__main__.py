@@ -7,7 +7,7 @@
     --config.mesh.data=-1 --config.mesh.fsdp=1
   python -m dalle_jax.aot --config configs/unclip_paper.py:unclip --topology v5e:16x16 --program step
   python -m dalle_jax.aot --config configs/dalle_paper.py:1.3b --topology h200:2x8    # two nodes of eight GPUs
-Needs the compiler for TPUs (pip install 'dalle_jax[aot]') or GPUs (`[cuda]`), and exits with 1 when a program does not
+Needs the compiler for TPUs (pip install -e ".[aot]") or GPUs (`[cuda]`), and exits with 1 when a program does not
 fit. docs/scaling.md says what the estimates are worth. `--debug` shows the traceback of an error that is otherwise one
 line.
 """
@@ -101,7 +101,7 @@ def report(plan: Plan, program: Program, mesh: jax.sharding.Mesh) -> bool:
   return fits
 
 
-def print_collectives(program: Program, network: machines.Network | None) -> None:
+def print_collectives(program: Program, network: machines.Interconnect | None) -> None:
   """One line for each kind, size of group, and whether it can run beside something else."""
   sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
   for region in program.regions:

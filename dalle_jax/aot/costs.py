@@ -34,14 +34,12 @@ class Collective:
     bytes: of the whole array, on the larger of its two sides.
     groups: devices that take part together; of a permutation the pairs (from, to).
     hidden: something else can run at the same time.
-    where: the operation of the model that it is for.
   """
 
   kind: str
   bytes: float
   groups: tuple[tuple[int, ...], ...]
   hidden: bool
-  where: str = ''
 
   @property
   def sent(self) -> float:
@@ -148,9 +146,8 @@ def _constant(one: Instruction) -> int | None:
 def _collective(one: Instruction, computation: Computation, devices: int, hidden: bool) -> Collective:
   given = sum(a.bytes for name in one.operands if name in computation for a in computation[name].arrays)
   made = sum(a.bytes for a in one.arrays) - (given if one.opcode.endswith('-start') else 0)  # it lists both
-  where = re.search(r'op_name="([^"]*)"', one.attributes)
   kind = one.opcode.removesuffix('-start')
-  return Collective(kind, max(given, made), _groups(one.attributes, devices), hidden, where[1] if where else '')
+  return Collective(kind, max(given, made), _groups(one.attributes, devices), hidden)
 
 
 def _beside(one: Instruction, computation: Computation) -> bool:

@@ -100,7 +100,7 @@ GPUS = {
 }
 
 
-class Network(Protocol):
+class Interconnect(Protocol):
   """What connects the chips of a program."""
 
   @property
@@ -114,7 +114,7 @@ class Network(Protocol):
     """Of one collective alone."""
 
 
-def network(devices: Sequence[jax.Device]) -> Network | None:
+def network(devices: Sequence[jax.Device]) -> Interconnect | None:
   """What connects devices, None where they are of no known kind."""
   kind = devices[0].device_kind
   if chip := next((found for part, found in CHIPS.items() if part in kind), None):
@@ -205,7 +205,7 @@ def devices_of(topology: str) -> list[jax.Device]:
 def _tpus(topology: str) -> dict[str, str]:
   """What describes them to JAX."""
   if importlib.util.find_spec('libtpu') is None and 'TPU_LIBRARY_PATH' not in os.environ:
-    raise ValueError("the TPU's compiler, libtpu, is not installed; pip install 'dalle_jax[aot]'.")
+    raise ValueError('the compiler for TPUs, libtpu, is not installed; pip install -e ".[aot]".')
   os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # it holds no chip, so others may load it, too
   return dict(topology_name=topology, platform='tpu')
 
@@ -215,6 +215,6 @@ def _gpus(gpu: Gpu, shape: str) -> dict[str, str]:
     raise ValueError(f'GPUs are given as their number or as nodes x GPUs of each, h200:8 or h200:4x8, not {shape!r}.')
   plugins = importlib.util.find_spec('jax_plugins')
   if plugins is None or not any(importlib.util.find_spec(f'jax_plugins.xla_cuda{n}') for n in (12, 13)):
-    raise ValueError("the GPU's compiler is not installed; pip install 'dalle_jax[cuda]'.")
+    raise ValueError('the compiler for GPUs is not installed; pip install -e ".[cuda]".')
   nodes, _, each = shape.rpartition('x')
   return dict(platform='cuda', target_config=gpu.target, topology=f'1x{nodes or 1}x{each}')

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.aot import costs
 from dalle_jax.functional import decoding
-from dalle_jax.models import clip, image_tokenizer
+from dalle_jax.models import clip, decode_params, image_tokenizer
 from dalle_jax.training import config as config_lib
 from dalle_jax.training import optim, sharding
 from dalle_jax.training import state as state_lib
@@ -66,7 +66,7 @@ class Plan:
       self.known['vqgan'] = {'objective': 'vqgan', 'model': {'variant': vqgan}}
     if 'clip' in config.frozen:
       self.known['clip'] = clip_run(clip_variant)
-    room = config_lib.by_name('objectives', config.objective, 'config.objective')
+    room = config_lib.module_named('objectives', config.objective, 'config.objective')
     self.objective = room.from_config(config, self.known)
     size = batch_per_chip * mesh.size or config.data.batch_size
     shards = sharding.batch_shards(mesh) * (config.train.accum * config.data.group if config.train.accum > 1 else 1)
@@ -109,7 +109,7 @@ class Plan:
 
   def sampler(self, rows: int) -> Program:
     """What `sample` of the pipeline runs, a picture each for `rows` captions a device, VQGAN included."""
-    pipeline = config_lib.by_name('pipelines', self.config.objective, 'sampling: config.objective')
+    pipeline = config_lib.module_named('pipelines', self.config.objective, 'sampling: config.objective')
     model, vqgan = self.objective.model, image_tokenizer.of_run(self.known['vqgan'])
     count = rows * self.mesh.size
     count -= count % sharding.batch_shards(self.mesh)
@@ -120,8 +120,8 @@ class Plan:
       'number': jax.ShapeDtypeStruct((count, 1), jnp.int32),
     }
     stored, everywhere = self.state.params['dalle'], NamedSharding(self.mesh, PartitionSpec())
-    cast = jax.eval_shape(lambda params: decoding.compute_params(params, model.dtype), stored)
-    cast = decoding.by_layer(jax.tree.map(lambda x, y: _placed(x, y.sharding), cast, stored), _layer)
+    cast = jax.eval_shape(lambda params: decode_params.compute_params(params, model.dtype), stored)
+    cast = decode_params.by_layer(jax.tree.map(lambda x, y: _placed(x, y.sharding), cast, stored), _layer)
     params = {'dalle': cast, 'vqgan': self.frozen['vqgan']}
     inputs = params, self._put(batch), _placed(jax.ShapeDtypeStruct((), jnp.uint32), everywhere)
     draw = jax.jit(lambda *inputs: pipeline.draw(model, vqgan, *inputs, sampling=decoding.Sampling()))

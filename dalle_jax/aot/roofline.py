@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from dalle_jax.aot.costs import Region
-from dalle_jax.aot.machines import Network
+from dalle_jax.aot.machines import Interconnect
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Estimate:
   operations: int
 
 
-def estimate(regions: Sequence[Region], machine: Network, peak: float) -> Estimate:
+def estimate(regions: Sequence[Region], machine: Interconnect, peak: float) -> Estimate:
   """The time of all regions; `peak` FLOP/s of a chip."""
   compute = memory = network = alone = total = 0.0
   seconds = lambda flops, moved: max(flops / peak, moved / machine.chip.bandwidth)

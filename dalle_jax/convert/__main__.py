@@ -65,7 +65,7 @@ def run() -> None:
 
 def _of_run(path: str) -> engine.Imported:
   loaded = checkpoint.load_run(path)
-  if loaded.config.get('objective') not in image_tokenizer.ROOMS:
+  if loaded.config.get('objective') not in image_tokenizer.TOKENIZERS:
     raise ValueError(
       f'{path} is a run of {loaded.config.get("objective")!r}; --vqgan takes that of an image tokenizer.'
     )

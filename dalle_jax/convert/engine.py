@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from dalle_jax.training import checkpoint, sharding
 
@@ -210,7 +211,9 @@ class Imported:
   def network(self, player: str) -> dict[str, Any]:
     """The parameters of one player, nested."""
     prefix = f'{player}/'
-    return checkpoint.nest({k.removeprefix(prefix): v for k, v in self.params.items() if k.startswith(prefix)})
+    return traverse_util.unflatten_dict(
+      {k.removeprefix(prefix): v for k, v in self.params.items() if k.startswith(prefix)}, sep='/'
+    )
 
 
 def named(player: str, flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,16 +227,15 @@ def write(imported: Imported, out: Path, origin: str) -> None:
   for name, other in imported.frozen.items():
     write(other, frozen[name], origin)
   # As arrays of JAX: of those of numpy Orbax would make a copy each, all at once.
-  params = checkpoint.nest(
-    {name: jax.device_put(value, jax.devices('cpu')[0]) for name, value in imported.params.items()}
-  )
+  arrays = {name: jax.device_put(value, jax.devices('cpu')[0]) for name, value in imported.params.items()}
+  params = traverse_util.unflatten_dict(arrays, sep='/')
   paths = {name: str(path) for name, path in frozen.items()}
   run = checkpoint.Run(imported.config, params, imported.tokenizer, 0, origin, paths, imported.axes)
   checkpoint.export_run(out, run)
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
+class ModuleSpec:
   """A module with the shapes of its parameters by name, and their logical axes."""
 
   module: Any
@@ -241,7 +243,7 @@ class Network:
   axes: Mapping[str, list]
 
   @classmethod
-  def of(cls, module: Any, *inputs: Any, method: str | None = None) -> 'Network':
+  def of(cls, module: Any, *inputs: Any, method: str | None = None) -> 'ModuleSpec':
     """`inputs` are shapes (of float32) or arrays that the module is initialised with."""
     arrays = [jax.ShapeDtypeStruct(x, np.float32) if isinstance(x, tuple) else x for x in inputs]
     options = {'method': method} if method else {}

@@ -159,10 +159,6 @@ def _first(data: Any, *rest: Any) -> Any:
   return data
 
 
-def _ordered(*args: Any) -> OrderedDict:
-  return OrderedDict(*args)
-
-
 TORCH: dict[tuple[str, str], Any] = {
   ('torch._utils', '_rebuild_tensor'): _Class('_rebuild_tensor', _tensor),
   ('torch._utils', '_rebuild_tensor_v2'): _Class('_rebuild_tensor_v2', _tensor),

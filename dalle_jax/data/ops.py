@@ -104,7 +104,7 @@ def crop(image: Image.Image, size: int, augment: Collection[str], rng: np.random
   return pixels
 
 
-def open_picture(picture: Any, size: int, name: str) -> np.ndarray:
+def open_image(picture: Any, size: int, name: str) -> np.ndarray:
   """uint8[size, size, 3] from a path, bytes, PIL image or array, cropped; `name` is what an error calls it.
 
   Raises FileNotFoundError for a path to nothing, ValueError for what is no picture.
@@ -120,7 +120,7 @@ def open_picture(picture: Any, size: int, name: str) -> np.ndarray:
   return crop(picture, size, (), None)
 
 
-def check_pictures(images: np.ndarray, size: int) -> None:
+def check_images(images: np.ndarray, size: int) -> None:
   """Raises ValueError unless they are uint8[B, size, size, 3]."""
   if not isinstance(images, np.ndarray):
     raise ValueError(f'pictures are a {type(images).__name__}; expected uint8[B, {size}, {size}, 3].')

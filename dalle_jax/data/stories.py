@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+SPLITS = ('train', 'val', 'test')
+
 
 @dataclasses.dataclass(frozen=True)
 class Story:
@@ -184,10 +186,10 @@ class Listed:
     return record if self.labels is None else {**record, 'labels': self.labels[self.shows[index][number]]}
 
 
-def folder(path: str, split: str, expected: str, splits: Sequence[str] = ('train', 'val', 'test')) -> Path:
+def folder(path: str, split: str, expected: str) -> Path:
   """The folder of a data set. Raises FileNotFoundError when it is none, ValueError for an unknown split."""
-  if split not in splits:
-    raise ValueError(f'config.data has the split {split!r}; expected one of {", ".join(splits)}.')
+  if split not in SPLITS:
+    raise ValueError(f'config.data has the split {split!r}; expected one of {", ".join(SPLITS)}.')
   root = Path(os.path.abspath(Path(path).expanduser()))
   if not root.is_dir():
     raise FileNotFoundError(f'config.data.path {path!r} is no folder; expected {expected}.')

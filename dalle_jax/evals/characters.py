@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dalle_jax.evals.fid import Network
+from dalle_jax.evals.fid import FeatureExtractor
 
 
 def f1_by_class(found: np.ndarray, true: np.ndarray) -> np.ndarray:
@@ -46,7 +46,7 @@ class Tally:
   Figures for true frames are the ceiling of those for drawn ones, and say how far the classifier can be trusted.
   """
 
-  def __init__(self, network: Network, names: Sequence[str]):
+  def __init__(self, network: FeatureExtractor, names: Sequence[str]):
     """Raises ValueError when the classifier does not know as many labels as there are names."""
     if network.kind != 'classifier' or network.model.labels != len(names):
       known = getattr(network.model, 'labels', 0)

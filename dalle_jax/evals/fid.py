@@ -52,12 +52,12 @@ def statistics(features: np.ndarray, sha256: str = '') -> Statistics:
   return Statistics(x.mean(0), np.cov(x, rowvar=False).reshape(x.shape[1], x.shape[1]), len(x), sha256)
 
 
-def reference(path: str | Path, network: 'Network', resize: int = 0) -> Statistics:
+def reference(path: str | Path, network: 'FeatureExtractor', resize: int = 0) -> Statistics:
   """Statistics of pictures seen before: a .npz with mu [E] and sigma [E, E].
 
-  The code of that paper and pytorch-fid save such files, of which nothing tells how many pictures there were (count 0);
-  those of `Seen.save` tell, and by what they were seen. Raises FileNotFoundError for a missing file, ValueError for
-  another file and for another network or resize.
+  The paper's own code and pytorch-fid save such files, which do not record the number of images (count is then 0);
+  `FeatureSet.save` also records the number, the network and the resize. Raises FileNotFoundError for a missing file,
+  ValueError for a file of another format and for statistics of another network or resize.
   """
   path = Path(path)
   if not path.is_file():
@@ -72,13 +72,13 @@ def reference(path: str | Path, network: 'Network', resize: int = 0) -> Statisti
   if mean.ndim != 1 or cov.shape != 2 * mean.shape or not finite or not np.allclose(cov, cov.T):
     shapes = f'mu {list(mean.shape)} and sigma {list(cov.shape)}'
     raise ValueError(f'{path} has {shapes}; expected finite numbers [E] and, symmetric, [E, E].')
-  if len(mean) != network.width or told.get('by', seen_by(network, resize)) != seen_by(network, resize):
+  if len(mean) != network.width or told.get('by', extractor_id(network, resize)) != extractor_id(network, resize):
     raise ValueError(f'{path} is of another network or another resize than {network.run}; use the same for both.')
   sha256 = told.get('sha256') or hashlib.sha256(mean.tobytes() + cov.tobytes()).hexdigest()
   return Statistics(mean, cov, told.get('count', 0), sha256)
 
 
-def seen_by(network: 'Network', resize: int) -> str:
+def extractor_id(network: 'FeatureExtractor', resize: int) -> str:
   """What features are of, beside the pictures."""
   return f'{network.kind} {network.sha256} {resize}'
 
@@ -113,16 +113,16 @@ def resized(images: np.ndarray, size: int) -> np.ndarray:
   return np.stack([resize(x) for x in images])
 
 
-class Seen:
+class FeatureSet:
   """Pictures seen through a network, added batch by batch: only features are kept.
 
   `resize` is the side that they are brought to before the network brings them to its own; 0 for none. A trap:
   published StoryDALL-E figures are of pictures resized to 64 x 64 first, which lowers the distance.
   """
 
-  def __init__(self, network: 'Network', resize: int = 0):
+  def __init__(self, network: 'FeatureExtractor', resize: int = 0):
     self.network, self.resize = network, resize
-    self._digest = hashlib.sha256(seen_by(network, resize).encode())
+    self._digest = hashlib.sha256(extractor_id(network, resize).encode())
     self._waiting: list[np.ndarray] = []  # pictures, until there is a batch of them
     self._features: list[np.ndarray] = []
 
@@ -148,11 +148,11 @@ class Seen:
 
   def save(self, path: str | Path, found: Statistics) -> None:
     """Writes its statistics as `reference` reads them."""
-    by = seen_by(self.network, self.resize)
+    by = extractor_id(self.network, self.resize)
     np.savez(path, mu=found.mean, sigma=found.cov, count=found.count, sha256=found.sha256, by=by)
 
 
-def report(drawn: Seen, true: Seen | Statistics) -> dict[str, Any]:
+def report(drawn: FeatureSet, true: FeatureSet | Statistics) -> dict[str, Any]:
   """'fid', and what makes it comparable: network, resize, feature and picture counts, the hash of the reference `true`.
 
   Prints a warning when there are fewer pictures than features. Raises ValueError for less than two pictures.
@@ -175,8 +175,8 @@ KINDS: dict[str, tuple[Any, str]] = {  # objective -> its module, the method tha
 }
 
 
-class Network:
-  """An imported Inception-v3, a trained classifier or a CLIP as one who looks at pictures; `Network.load(run)`.
+class FeatureExtractor:
+  """Image features of an imported Inception-v3, a trained classifier or a CLIP: `FeatureExtractor.load(run)`.
 
   Attributes:
     model, kind: the module, and its objective, one of `KINDS`.
@@ -208,7 +208,7 @@ class Network:
     self._logits = apply('__call__')
 
   @classmethod
-  def load(cls, path: str | Path, mesh: Mesh | None = None) -> 'Network':
+  def load(cls, path: str | Path, mesh: Mesh | None = None) -> 'FeatureExtractor':
     """Loads a run. Raises FileNotFoundError without checkpoints, ValueError for a run of another objective."""
     return cls(checkpoint.load_run(path, mesh=mesh), mesh)
 

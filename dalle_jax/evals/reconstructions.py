@@ -36,7 +36,7 @@ class Reconstructions(Evaluation):
     if distance:
       network, params = lpips.build(**distance.config['model']), distance.network('lpips')
       one = lambda params, pair: network.apply({'params': params}, *(to_float(x)[None] for x in pair))[0]
-      one = jax.default_matmul_precision('highest')(one)  # see fid.Network
+      one = jax.default_matmul_precision('highest')(one)  # see fid.FeatureExtractor
       between = lambda params, *pairs: jax.lax.map(functools.partial(one, params), pairs, batch_size=SEEN)
       self.distance = functools.partial(jax.jit(between, out_shardings=sharding.whole(model.mesh)), params)
 

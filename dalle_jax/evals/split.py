@@ -41,8 +41,8 @@ class Settings:
   sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   resize: int = 0
   save_true: bool = False
-  network: fid.Network | None = None
-  labels: fid.Network | None = None
+  network: fid.FeatureExtractor | None = None
+  labels: fid.FeatureExtractor | None = None
   reference: fid.Statistics | None = None
 
 
@@ -82,7 +82,7 @@ class Evaluation:
     self.model, self.source, self.settings = model, source, settings
     network = settings.network
     kinds = ('drawn', 'true') if settings.save_true or not settings.reference else ('drawn',)
-    self.seen = {k: fid.Seen(network, settings.resize) for k in kinds} if network else {}
+    self.seen = {k: fid.FeatureSet(network, settings.resize) for k in kinds} if network else {}
     names = getattr(source, 'label_names', ())
     self.tally = characters.Tally(settings.labels, names) if names and settings.labels else None
     self.rows: list[dict[str, Any]] = []
@@ -111,7 +111,7 @@ class Evaluation:
           self.write(record, result, out)
         if len([row for _, r in shown for row in r.rows]) < SHOWN:
           shown.append((record, result))
-      self.look(results)
+      self.accumulate(results)
       print(f'{part[-1].index + 1} of {count} records', flush=True)
     if not self.rows:
       raise ValueError(f'none of {count} records is usable; {self.skipped[0]}')
@@ -155,7 +155,7 @@ class Evaluation:
       if self.settings.save_true:
         Image.fromarray(result.true[i]).save(out / 'true' / Path(row['file']).name)
 
-  def look(self, results: Sequence[Result]) -> None:
+  def accumulate(self, results: Sequence[Result]) -> None:
     """Adds rows, features and labels."""
     images = {k: np.concatenate([getattr(r, k) for r in results]) for k in ('drawn', 'true')}
     for name, seen in self.seen.items():

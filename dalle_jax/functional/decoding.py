@@ -4,14 +4,11 @@ Axis legend: B sequences, V vocabulary.
 """
 
 import dataclasses
-import math
-import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 NEVER = -1e30
 
@@ -85,86 +82,6 @@ def first_largest(x: jax.Array) -> jax.Array:
   return index.min(-1)
 
 
-class Int8(struct.PyTreeNode):
-  """Weights as whole numbers with a `scale` for each output, for those who read them by `astype`."""
-
-  values: jax.Array  # int8
-  scale: jax.Array  # float32, one where `values` are many along what is summed over
-
-  def astype(self, dtype: Any) -> jax.Array:
-    return self.values.astype(dtype) * self.scale.astype(dtype)
-
-
-def to_int8(x: jax.Array, axis: int) -> Int8:
-  """Each output's largest weight becomes 127; `axis` is summed over."""
-  scale = jnp.maximum(jnp.abs(x).max(axis, keepdims=True), 1e-12) / 127
-  return Int8(jnp.round(x / scale).astype(jnp.int8), scale.astype(jnp.float32))
-
-
-class ByOutput(struct.PyTreeNode):
-  """Weights [I, O] that lie as [O, I] under the shape of the weights, for products with few rows on a CPU.
-
-  For those who read them by `astype` and multiply by `product`. Plain weights XLA for CPUs (of jaxlib 0.10) reads at
-  half of the rate of memory or less where there are two rows or more, these at nearly all of it.
-  """
-
-  values: jax.Array  # float32
-
-  def astype(self, dtype: Any) -> 'ByOutput':
-    return ByOutput(self.values.astype(dtype))
-
-  @property
-  def T(self) -> 'ByOutput':
-    """Of a head, [O, I] by its shape as well."""
-    return ByOutput(self.values.reshape(self.values.shape[::-1]))
-
-  def product(self, x: jax.Array, axes: int, dtype: Any) -> jax.Array:
-    """As `layers.basic.product`."""
-    inner, outer = math.prod(self.values.shape[:axes]), self.values.shape[axes:]
-    y = jnp.dot(self.values.reshape(-1, inner), x.reshape(-1, inner).T, preferred_element_type=dtype)
-    y = jax.lax.optimization_barrier(y).T  # XLA would change the operands' places, and read by columns again
-    return y.reshape(*x.shape[: x.ndim - axes], *outer)
-
-
-def by_output(x: jax.Array, axes: int) -> ByOutput:
-  """Of weights [L, ...] of L layers, whose next `axes` axes are summed over."""
-  inner = math.prod(x.shape[1 : 1 + axes])
-  return ByOutput(x.reshape(len(x), inner, -1).swapaxes(1, 2).reshape(x.shape))
-
-
-def compute_params(params: Any, dtype: Any, int8: bool = False, few_rows: bool = False) -> Any:
-  """Kernels and heads of a transformer in the type of its computation: the same results, and a step reads half as much.
-
-  With `int8` the blocks and the heads, which every step reads whole, are rounded to eight bits, a quarter of float32.
-  With `few_rows` what every step reads whole is laid out as `ByOutput` where it stays float32: for one CPU. Other
-  parameters (norms, biases, embeddings) are used in float32, and stay so.
-  """
-
-  def cast(path: Any, x: jax.Array) -> Any:
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    if not name.endswith(('kernel', '_head')) or x.dtype != jnp.float32:
-      return x
-    head = name.endswith('_head')
-    if int8 and (head or 'blocks/' in name):
-      return to_int8(x, -1 if head else 1)  # kernels of layers are [L, in, ...]
-    read_whole = 'blocks/' in name or name.endswith(('cross/query_kernel', 'cross/out_kernel'))
-    if few_rows and dtype == jnp.float32 and (head or read_whole):
-      return ByOutput(x) if head else by_output(x, 2 if name.endswith(('/out/kernel', '/out_kernel')) else 1)
-    return x.astype(dtype)
-
-  return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def by_layer(params: Mapping[str, Any], take: Callable[[Any, int], Any] = operator.getitem) -> dict[str, Any]:
-  """Parameters of a transformer whose `blocks` are stacked, [turns, ...], with those of each turn apart in a tuple.
-
-  `take(array, turn)` cuts them out. What reads them for every token need not copy them out of the whole each time.
-  """
-  stacked = params['blocks']['blocks']
-  turns = range(len(jax.tree.leaves(stacked)[0]))
-  return {**params, 'blocks': {'blocks': tuple(jax.tree.map(lambda x, t=t: take(x, t), stacked) for t in turns)}}
-
-
 def generate(
   step: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
   logits: jax.Array,
@@ -182,7 +99,7 @@ def generate(
     step: (token int32[2 * B or B], its index int32[], cache) -> (logits of the next token, cache).
     logits: of token `start`, [B, V]; [2 * B, V] with guidance, as are `step`'s (conditional rows first).
     keys: a key each sequence, [B]; token i is drawn with `fold_in(key, i)`, so a sequence does not depend on its batch.
-    cache: of the tokens before; `cache.longer(n)` has room for n more.
+    cache: of the tokens before; `cache.extend(n)` has room for n more.
     segments: the scan is compiled as this many, each with a longer cache, so that early tokens are cheap; 0: one for
       every 64 tokens, 4 at most.
   """
@@ -205,7 +122,7 @@ def generate(
   bounds = sorted({start + (last - start) * (i + 1) // segments for i in range(segments)} - {start})
   for first, end in zip([start, *bounds], bounds, strict=False):
     turns = jnp.arange(first, end), token_keys[first - start + 1 : end - start + 1]
-    (token, cache), more = jax.lax.scan(body, (token, cache.longer(end - first)), turns)
+    (token, cache), more = jax.lax.scan(body, (token, cache.extend(end - first)), turns)
     tokens.append(more)
   return jnp.concatenate(tokens).T
 

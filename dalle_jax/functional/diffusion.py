@@ -59,7 +59,7 @@ class Diffusion:
     """How many channels a network gives for each of x."""
     return 2 if self.variance == 'learned' else 1
 
-  def added(self) -> np.ndarray:
+  def betas(self) -> np.ndarray:
     """The share of the variance of x that each step makes noise of: float32[T] (DDPM: beta)."""
     if self.schedule == 'linear':
       return np.linspace(1e-4, 0.02, self.steps, dtype=np.float32) * np.float32(1000 / self.steps)
@@ -68,9 +68,9 @@ class Diffusion:
     kept = signal / (signal + noise)
     return np.minimum(1 - kept[1:] / kept[:-1], 0.999).astype(np.float32)
 
-  def kept(self) -> np.ndarray:
+  def alphas_cumprod(self) -> np.ndarray:
     """The share of it that is the start's after each step, falling: float32[T] (DDPM: alpha bar)."""
-    return np.cumprod(1 - self.added(), dtype=np.float64).astype(np.float32)
+    return np.cumprod(1 - self.betas(), dtype=np.float64).astype(np.float32)
 
   def timesteps(self, count: int, name: str = 'steps') -> tuple[int, ...]:
     """`count` of the T steps, evenly, from the last to 0. Raises ValueError, which says `name`, for no 2 to T."""
@@ -79,7 +79,7 @@ class Diffusion:
     return tuple(int(t) for t in np.round(np.arange(count) * (self.steps - 1) / (count - 1))[::-1])
 
 
-def _back(d: Diffusion, later: Sequence[int], earlier: Sequence[int]) -> dict[str, np.ndarray]:
+def _posterior(d: Diffusion, later: Sequence[int], earlier: Sequence[int]) -> dict[str, np.ndarray]:
   """From steps to earlier ones, numbers for each pair, float32 (DDPM, equations 6 and 7); step -1 is the start itself.
 
   The mean is of_start * start + of_x * x; 'small' and 'large' are logarithms of the least and the largest variance; x
@@ -88,7 +88,7 @@ def _back(d: Diffusion, later: Sequence[int], earlier: Sequence[int]) -> dict[st
   In float64 from what is rounded to float32, as in public code: its weights are made for the mean at step 0 being
   0.9995 of the start, as 1 - kept is off by so much there.
   """
-  kept, added = np.append(d.kept(), 1.0).astype(np.float64), d.added().astype(np.float64)
+  kept, added = np.append(d.alphas_cumprod(), 1.0).astype(np.float64), d.betas().astype(np.float64)
   at, to = np.asarray(later), np.asarray(earlier)
   now, then = kept[at], kept[to]
   beta = np.where(at - to == 1, added[at], 1 - now / then)
@@ -106,7 +106,7 @@ def _back(d: Diffusion, later: Sequence[int], earlier: Sequence[int]) -> dict[st
 
 def add_noise(d: Diffusion, start: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
   """x at steps t int32[B], from its start and standard normal noise."""
-  kept = d.kept()
+  kept = d.alphas_cumprod()
   signal, amount = (_rows(np.sqrt(v), t, start) for v in (kept, 1 - kept))
   return signal * start + amount * noise
 
@@ -132,7 +132,7 @@ def guide(d: Diffusion, cond: jax.Array, uncond: jax.Array, scale: float) -> jax
   return found if variance is None else jnp.concatenate([found, variance], -1)
 
 
-def doubled(d: Diffusion, apply: Callable[[jax.Array, jax.Array], jax.Array], scale: float) -> Any:
+def guided(d: Diffusion, apply: Callable[[jax.Array, jax.Array], jax.Array], scale: float) -> Any:
   """A guided `predict` for `draw`, by a network that is given every row twice, with its condition, then without."""
 
   def predict(x: jax.Array, t: jax.Array) -> jax.Array:
@@ -150,7 +150,7 @@ def _start(d: Diffusion, found: jax.Array, x: jax.Array, signal: jax.Array, nois
 
 def step_back(d: Diffusion, out: jax.Array, x: jax.Array, later: int, earlier: int, noise: jax.Array) -> jax.Array:
   """x at step `earlier` (-1: the start) from x at `later`, what the network says of it, and standard normal noise."""
-  numbers = _back(d, [later], [earlier])
+  numbers = _posterior(d, [later], [earlier])
   return _step(d, out, x, {k: v[0] for k, v in numbers.items()}, noise, last=later == 0)
 
 
@@ -163,7 +163,7 @@ def _step(d: Diffusion, out: jax.Array, x: jax.Array, by: dict[str, Any], noise:
   return mean + jnp.where(last, 0.0, spread) * noise
 
 
-def draw(
+def sample(
   d: Diffusion,
   predict: Callable[[jax.Array, jax.Array], jax.Array],
   x: jax.Array,
@@ -187,7 +187,7 @@ def draw(
     out = predict(x, jnp.full(len(x), t, jnp.int32)).astype(jnp.float32)
     return _step(d, out, x, by, normal(i), t == 0), None
 
-  by = jax.tree.map(jnp.asarray, _back(d, steps, [*steps[1:], -1]))
+  by = jax.tree.map(jnp.asarray, _posterior(d, steps, [*steps[1:], -1]))
   turns = jnp.asarray(steps, jnp.int32), jnp.arange(1, len(steps) + 1), by  # 0: where x itself came from
   if last is None:
     return jax.lax.scan(body, x, turns)[0]
@@ -195,7 +195,7 @@ def draw(
   return body(x, jax.tree.map(lambda v: v[-1], turns), last)[0]
 
 
-def noise_of(keys: jax.Array, shape: Sequence[int]) -> jax.Array:
+def initial_noise(keys: jax.Array, shape: Sequence[int]) -> jax.Array:
   """What `draw` begins with: float32[B, *shape], a key each row."""
   return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 0), tuple(shape)))(keys)
 
@@ -214,13 +214,13 @@ def losses(
   out = out.astype(jnp.float32)
   found, variance = _split(d, out)
   axes = tuple(range(1, x.ndim))
-  signal, amount = (_rows(np.sqrt(v), t, start) for v in (d.kept(), 1 - d.kept()))
+  signal, amount = (_rows(np.sqrt(v), t, start) for v in (d.alphas_cumprod(), 1 - d.alphas_cumprod()))
   wanted = {'start': start, 'noise': noise, 'velocity': signal * noise - amount * start}[d.predicts]
   simple = jnp.square(found - wanted).mean(axes)
   if variance is None:
     return simple, jnp.zeros_like(simple)
   every = list(range(d.steps))
-  numbers = _back(d, every, [t - 1 for t in every])
+  numbers = _posterior(d, every, [t - 1 for t in every])
   numbers['small'] = np.append(numbers['small'][1], numbers['small'][1:])  # that of step 0 is none
   by = {k: _rows(v, t, x) for k, v in numbers.items()}
   mean_of = lambda start: by['of_start'] * start + by['of_x'] * x
@@ -229,11 +229,11 @@ def losses(
   share = (variance + 1) / 2
   log = share * by['large'] + (1 - share) * by['small']
   apart = 0.5 * (log - by['small'] - 1 + jnp.exp(by['small'] - log) + jnp.square(true - mean) * jnp.exp(-log))
-  terms = jnp.where((t == 0).reshape(-1, *(1,) * (x.ndim - 1)), _surprise(start, mean, log), apart)
+  terms = jnp.where((t == 0).reshape(-1, *(1,) * (x.ndim - 1)), _discretized_nll(start, mean, log), apart)
   return simple, terms.mean(axes) / math.log(2)
 
 
-def _surprise(start: jax.Array, mean: jax.Array, log: jax.Array) -> jax.Array:
+def _discretized_nll(start: jax.Array, mean: jax.Array, log: jax.Array) -> jax.Array:
   """-log of the chance of pixels, 256 values in [-1, 1], by a normal distribution (DDPM, section 3.3)."""
   below = lambda x: jax.scipy.stats.norm.cdf((x - mean) * jnp.exp(-0.5 * log))
   low, high = below(start - 1 / 255), below(start + 1 / 255)

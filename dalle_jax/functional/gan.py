@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def hinge_discriminator(real: jax.Array, fake: jax.Array) -> jax.Array:
@@ -17,8 +18,8 @@ def hinge_generator(fake: jax.Array) -> jax.Array:
 
 
 def bce(logits: jax.Array, targets: jax.Array | float) -> jax.Array:
-  """Mean binary cross-entropy of logits of any shape with targets in [0, 1], a scalar; it does not saturate."""
-  return (jax.nn.softplus(logits) - logits * targets).mean()
+  """Mean binary cross-entropy of logits of any shape with targets in [0, 1], a scalar."""
+  return optax.sigmoid_binary_cross_entropy(logits, targets).mean()
 
 
 def bce_discriminator(real: jax.Array, fake: jax.Array, wrong: jax.Array) -> jax.Array:

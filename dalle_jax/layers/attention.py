@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dalle_jax.layers import kernels
-from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init, platform, split
+from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init, num_shards, platform
 from dalle_jax.layers.patterns import Pattern
 
 CACHE_AXES = ('batch', 'heads', None, None)
@@ -62,7 +62,7 @@ class KVCache(struct.PyTreeNode):
     pair = tuple(put(whole, new) for whole, new in zip(self.image[layer], (k, v), strict=True))
     return self.replace(image=(*self.image[:layer], pair, *self.image[layer + 1 :]))
 
-  def longer(self, n: int) -> 'KVCache':
+  def extend(self, n: int) -> 'KVCache':
     """With room for n more image tokens."""
     pad = lambda x: constrain(jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0))), CACHE_AXES)
     return self.replace(image=jax.tree.map(pad, self.image))
@@ -72,7 +72,7 @@ class KVCache(struct.PyTreeNode):
     """How often each row had better be there: twice where a GPU has one alone. XLA (of jaxlib 0.10) makes the norms and
     products of a single row of more kernels, which read more."""
     rows = self.text[0][0].shape[0]
-    return 2 if platform() == 'gpu' and rows == split('batch') else 1
+    return 2 if platform() == 'gpu' and rows == num_shards('batch') else 1
 
   def repeat(self, n: int) -> 'KVCache':
     """Every row n times: candidates that share a prefix."""
@@ -80,7 +80,7 @@ class KVCache(struct.PyTreeNode):
 
 
 class Attention(nn.Module):
-  """Multi-head attention of x[B, T, D]; `kernel` as of `layers.kernels.over_stream`."""
+  """Multi-head attention of x[B, T, D]; `kernel` as of `layers.kernels.stream_attention`."""
 
   heads: int
   dtype: jnp.dtype = jnp.float32
@@ -120,10 +120,10 @@ class Attention(nn.Module):
       y = masked(q, k, v, mask, self.kernel)
     elif stream.index is None:
       cache = None if cache is None else cache.append(stream.patterns[0].prefix, k, v)
-      y = by_kind(q, k, v, stream, kind, self.kernel)
+      y = attend_by_kind(q, k, v, stream, kind, self.kernel)
     else:
       cache = cache.write(layer, stream.index, k, v)
-      y = look_back(q, cache.text[layer], cache.image[layer], stream.index, stream.patterns[kind])
+      y = decode_attention(q, cache.text[layer], cache.image[layer], stream.index, stream.patterns[kind])
     out = Einsum(
       (*shape[1:], d), (*axes[1:], 'embed'), bias_axes=(2,), dtype=self.dtype, kernel_init=self.out_init, name='out'
     )
@@ -133,27 +133,29 @@ class Attention(nn.Module):
 def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, kernel: str) -> jax.Array:
   """Attention of x over itself, as far as `mask` goes; softmax in float32."""
   if mask is None:
-    return kernels.fused(q, k, v, kernel)
+    return kernels.fused_attention(q, k, v, kernel)
   mask = jnp.asarray(mask)
   mask = mask[None, None] if mask.ndim == 2 else mask[:, None]  # (B or 1, 1, T, T)
-  return kernels.plain(q, k, v, mask)
+  return kernels.xla_attention(q, k, v, mask)
 
 
-def by_kind(q: jax.Array, k: jax.Array, v: jax.Array, stream: Stream, kind: jax.Array | int, kernel: str) -> jax.Array:
+def attend_by_kind(
+  q: jax.Array, k: jax.Array, v: jax.Array, stream: Stream, kind: jax.Array | int, kernel: str
+) -> jax.Array:
   """Attention of a stream from its first position on, by the pattern `kind`."""
-  ways = [functools.partial(kernels.over_stream, pattern=p, kernel=kernel) for p in stream.patterns]
+  ways = [functools.partial(kernels.stream_attention, pattern=p, kernel=kernel) for p in stream.patterns]
   if isinstance(kind, int):
     return ways[kind](q, k, v)
   # Computed again in the backward pass: else every layer would keep room for the scores of every pattern.
-  return kernels.kept(jax.lax.switch(kind, [jax.checkpoint(way) for way in ways], q, k, v))
+  return kernels.save_for_remat(jax.lax.switch(kind, [jax.checkpoint(way) for way in ways], q, k, v))
 
 
-def look_back(q: jax.Array, text: Pair, image: Pair, index: jax.Array, pattern: Pattern) -> jax.Array:
+def decode_attention(q: jax.Array, text: Pair, image: Pair, index: jax.Array, pattern: Pattern) -> jax.Array:
   """Attention of the image token q[B, 1, H, K] over what it sees: all text, and of the image by `pattern`."""
   length = image[0].shape[2]
   if pattern.kind == 'full':
     return kernels.attend(q, (*text, None), (*image, jnp.arange(length) <= index))
-  seen = pattern.seen()
+  seen = pattern.visible()
   if 4 * seen.shape[1] > length:  # to gather costs more than to read it all
     mask = pattern.mask(pattern.prefix + length)[pattern.prefix :, pattern.prefix :]
     return kernels.attend(q, (*text, None), (*image, jnp.asarray(mask)[index]))

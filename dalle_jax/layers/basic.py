@@ -30,7 +30,7 @@ def mesh_axes(name: str) -> tuple[str, ...]:
   return tuple(a for a in rules.get(name) or () if mesh.shape.get(a, 1) > 1)
 
 
-def split(name: str) -> int:
+def num_shards(name: str) -> int:
   """Into how many parts they split it."""
   return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in mesh_axes(name))
 
@@ -53,11 +53,11 @@ def product(x: jax.Array, kernel: jax.Array, axes: int = 1, dtype: jnp.dtype | N
   """The last `axes` axes of x[..., I] contracted with the first ones of kernel[I, O]: [..., O], as `dtype` if given.
 
   On the CPU as a product of two matrices, and so are its gradients: sums over two axes XLA would first transpose. A
-  kernel that has a `product` of its own (`functional.decoding.ByOutput`) is multiplied by that.
+  kernel that has a `product` of its own (`models.decode_params.ByOutput`) is multiplied by that.
   """
   if hasattr(kernel, 'product'):
     return kernel.product(x, axes, dtype)
-  if platform() != 'cpu' or split('seq') > 1:  # one axis of batch and sequence cannot be split over both
+  if platform() != 'cpu' or num_shards('seq') > 1:  # one axis of batch and sequence cannot be split over both
     return jnp.tensordot(x, kernel, axes, preferred_element_type=dtype)
   inner, (rows, outer) = math.prod(kernel.shape[:axes]), (x.shape[: x.ndim - axes], kernel.shape[axes:])
   y = jnp.dot(x.reshape(-1, inner), kernel.reshape(inner, -1), preferred_element_type=dtype)
@@ -118,7 +118,7 @@ class Conv(nn.Module):
   kernel_size: int | tuple[int, int] = 3
   stride: int = 1
   padding: str | tuple[tuple[int, int], tuple[int, int]] = 'SAME'
-  double: bool = False
+  upsample: bool = False
   use_bias: bool = True
   dtype: jnp.dtype = jnp.float32
   kernel_init: Init = nn.initializers.lecun_normal()
@@ -130,10 +130,10 @@ class Conv(nn.Module):
     kernel = self.param('kernel', boxed(self.kernel_init, (None, None, 'conv_in', 'conv_out')), shape, jnp.float32)
     x = x.astype(self.dtype)
     small = x.shape[1] * x.shape[2] <= 16 and self.stride == 1 and self.padding == 'SAME' and h == w and h % 2
-    if self.double:
+    if self.upsample:
       if (h, w, self.stride, self.padding) != (3, 3, 1, 'SAME'):
         raise ValueError(f'a doubled map is convolved by 3 x 3, stride 1, SAME, not {self}.')
-      y = conv_of_doubled(x, kernel)
+      y = upsampled_conv(x, kernel)
     elif small and platform() == 'cpu':
       y = conv_as_product(x, kernel.astype(self.dtype))
     else:
@@ -152,7 +152,7 @@ def conv(
   return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=names)
 
 
-def conv_of_doubled(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def upsampled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """[B, H, W, C] with each position as 2 x 2, by a kernel of [3, 3, C, O] and 'SAME': [B, 2H, 2W, O].
 
   Of the three rows and columns that a kernel looks at, two are always the same. Their weights are added up, which
@@ -199,10 +199,10 @@ class Embed(nn.Module):
   @nn.compact
   def __call__(self, ids: jax.Array) -> jax.Array:
     table = self.param('embedding', boxed(self.kernel_init, self.axes), (self.vocab, self.features), jnp.float32)
-    return look_up(table, ids).astype(self.dtype)
+    return embedding_lookup(table, ids).astype(self.dtype)
 
 
-def look_up(table: jax.Array, ids: jax.Array) -> jax.Array:
+def embedding_lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
   """Rows [..., D] of table[vocab, D] for ids[...], which must lie in [0, vocab).
 
   Each device gathers whole rows: looked up in parts, they would have to be exchanged for those of its own sequences.
@@ -246,24 +246,24 @@ def _layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float, dty
   return (_normalised(x, eps)[0] * scale + bias).astype(dtype)
 
 
-def _layer_norm_kept(x, scale, bias, eps, dtype):
+def _layer_norm_fwd(x, scale, bias, eps, dtype):
   return _layer_norm(x, scale, bias, eps, dtype), (x, scale)
 
 
-def _layer_norm_gradients(eps, dtype, kept, slope):
+def _layer_norm_bwd(eps, dtype, kept, slope):
   x, scale = kept
   y, factor = _normalised(x, eps)
   slope, rows = slope.astype(jnp.float32), tuple(range(x.ndim - 1))
   of_y = slope * scale
   # What the mean and the variance take away: of_y's part along 1 and along y.
-  of_x = factor * (of_y - of_y.mean(-1, keepdims=True) - y * (along(of_y, y) / x.shape[-1]))
+  of_x = factor * (of_y - of_y.mean(-1, keepdims=True) - y * (inner_product(of_y, y) / x.shape[-1]))
   return of_x.astype(x.dtype), (slope * y).sum(rows), slope.sum(rows)
 
 
-_layer_norm.defvjp(_layer_norm_kept, _layer_norm_gradients)
+_layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
 
 
-def along(x: jax.Array, y: jax.Array) -> jax.Array:
+def inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
   """The products of x and y summed up over the last axis: float32[..., 1].
 
   As a product of vectors, which takes XLA for CPUs (of jaxlib 0.10) a tenth of the time of (x * y).sum(-1).
@@ -320,11 +320,11 @@ def statistics_of(params: Any) -> Any:
   return {name: part for name, part in parts.items() if part} or None
 
 
-def follow(params: Any, statistics: Any, decay: float) -> Any:
+def update_statistics(params: Any, statistics: Any, decay: float) -> Any:
   """`params` with every value that `statistics`, a part of the tree, has, moved towards it: decay, 1 - decay."""
   if not isinstance(statistics, Mapping):
     return decay * params + (1 - decay) * statistics
-  return {**params, **{name: follow(params[name], part, decay) for name, part in statistics.items()}}
+  return {**params, **{name: update_statistics(params[name], part, decay) for name, part in statistics.items()}}
 
 
 class GroupNorm(nn.Module):

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.layers import kernels
-from dalle_jax.layers.basic import Conv, Dense, GroupNorm, Init, constrain, split
+from dalle_jax.layers.basic import Conv, Dense, GroupNorm, Init, constrain, num_shards
 
 SHIFTS = ('add', 'scale')
 RESAMPLES = ('', 'down', 'up')
@@ -43,10 +43,10 @@ class ResBlock(nn.Module):
       raise ValueError(f'ResBlock resample {self.resample!r} is unknown; there are "", down and up.')
     h = jax.nn.swish(GroupNorm(self.groups, self.eps, self.dtype, name='norm1')(x))
     if self.resample == 'down':
-      h, x = halved(h), halved(x)
+      h, x = average_pool(h), average_pool(x)
     up = self.resample == 'up'
-    h = Conv(self.features, double=up, dtype=self.dtype, name='conv1')(h)
-    x = doubled(x) if up else x
+    h = Conv(self.features, upsample=up, dtype=self.dtype, name='conv1')(h)
+    x = upsample_nearest(x) if up else x
     norm = GroupNorm(self.groups, self.eps, self.dtype, name='norm2')
     if time is None:
       h = norm(h)
@@ -98,12 +98,12 @@ class AttnBlock(nn.Module):
     return x + Conv(c, 1, dtype=self.dtype, kernel_init=self.out_init, name='proj_out')(y)
 
 
-def over_devices(x: jax.Array) -> jax.Array:
+def shard_height(x: jax.Array) -> jax.Array:
   """[B, H, W, C] split by pictures, and by rows where channels are not: XLA (jax 0.10) gets both at once wrong."""
-  return constrain(x, ('batch', None if split('conv_out') > 1 else 'height', None, None))
+  return constrain(x, ('batch', None if num_shards('conv_out') > 1 else 'height', None, None))
 
 
-def halved(x: jax.Array) -> jax.Array:
+def average_pool(x: jax.Array) -> jax.Array:
   """[B, H, W, C], height and width even, as means of 2 x 2. Raises ValueError for odd ones."""
   b, h, w, c = x.shape
   if h % 2 or w % 2:
@@ -111,7 +111,7 @@ def halved(x: jax.Array) -> jax.Array:
   return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
-def doubled(x: jax.Array) -> jax.Array:
+def upsample_nearest(x: jax.Array) -> jax.Array:
   """[B, H, W, C], each position as 2 x 2."""
   return x.repeat(2, axis=1).repeat(2, axis=2)
 
@@ -133,7 +133,7 @@ class Upsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    return Conv(x.shape[-1], dtype=self.dtype, double=True, name='conv')(x)
+    return Conv(x.shape[-1], dtype=self.dtype, upsample=True, name='conv')(x)
 
 
 def space_to_depth(x: jax.Array, patch: int) -> jax.Array:

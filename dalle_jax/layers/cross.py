@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dalle_jax.layers import kernels
-from dalle_jax.layers.basic import boxed, constrain, layer_norm, normal_init, product, split
+from dalle_jax.layers.basic import boxed, constrain, layer_norm, normal_init, num_shards, product
 
 AXES = ('batch', 'heads', None, None)  # of keys and values in one layer
 
@@ -44,9 +44,9 @@ class Context(struct.PyTreeNode):
     put = lambda x: constrain(jnp.concatenate([x] * n, axis=-4), ('layers', *AXES)[-x.ndim :])
     return self.replace(k=put(self.k), v=put(self.v))
 
-  def turns(self, turns: int) -> 'Context':
+  def per_step(self, turns: int) -> 'Context':
     """[L, ...] -> [turns, L / turns, ...], for a scan. Raises ValueError when L is not divisible."""
-    each = of_turn(len(self.scale), turns)
+    each = layers_per_step(len(self.scale), turns)
     return jax.tree.map(lambda x: x.reshape(turns, each, *x.shape[1:]), self)
 
   def layers(self) -> 'tuple[Context, ...]':
@@ -54,7 +54,7 @@ class Context(struct.PyTreeNode):
     return tuple(jax.tree.map(operator.itemgetter(i), self) for i in range(len(self.scale)))
 
 
-def of_turn(layers: int, turns: int) -> int:
+def layers_per_step(layers: int, turns: int) -> int:
   """How many layers look in a turn. Raises ValueError when they are not divisible."""
   if layers % turns:
     raise ValueError(
@@ -106,15 +106,15 @@ class CrossAttention(nn.Module):
     return Context(scale, shift, query, query_bias, k, v, out, out_bias)
 
 
-def look(x: jax.Array, context: Context, looking: jax.Array) -> jax.Array:
-  """x[R, T, D] plus what it finds in the source of one layer, at the positions of bool[T] `looking` alone.
+def cross_attend(x: jax.Array, context: Context, attending: jax.Array) -> jax.Array:
+  """x[R, T, D] plus what it finds in the source of one layer, at the positions of bool[T] `attending` alone.
 
   Of B sources each has R / B rows, one after the other: frames of a story, candidates of a frame.
   """
   y = layer_norm(x, context.scale, context.bias, dtype=x.dtype)
   q = product(y, context.query) + context.query_bias
   # Rows of a source are one axis of queries; where the sequence is split over a mesh, it stays an axis of its own.
-  rows = q.shape[2:] if split('seq') == 1 else q.shape[1:]
+  rows = q.shape[2:] if num_shards('seq') == 1 else q.shape[1:]
   found = kernels.attend(q.reshape(len(context.k), -1, *rows), (context.k, context.v, None))
   y = product(found.reshape(q.shape), context.out, 2) + context.out_bias
-  return x + jnp.where(looking[:, None], y, 0)
+  return x + jnp.where(attending[:, None], y, 0)

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dalle_jax.layers.basic import along, mesh_axes, platform, split
+from dalle_jax.layers.basic import inner_product, mesh_axes, num_shards, platform
 from dalle_jax.layers.patterns import Pattern
 
 KERNELS = ('auto', 'xla', 'cudnn', 'splash')
@@ -24,10 +24,10 @@ QUERIES = 256  # of a block of causal attention by XLA, at most
 LANES = 128  # of a TPU: the smallest block of a mask
 NEVER = -1e30
 FLASH, MASKED_FLASH = 8, 9  # from which capability on cuDNN has it, and with gradients through a mask: Ampere, Hopper
-FOUND = 'attention'  # the name by which remat can keep what attention finds
+ATTENTION_OUT = 'attention'  # the name by which remat can keep what attention finds
 
 
-def over_stream(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, kernel: str = 'auto') -> jax.Array:
+def stream_attention(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, kernel: str = 'auto') -> jax.Array:
   """The attention of a stream, from its first position on, by a pattern: [B, S, H, K].
 
   'auto' takes splash on a TPU, cuDNN where it can be, and else XLA. Rows, columns and windows cost less than 'full'
@@ -38,14 +38,14 @@ def over_stream(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, kern
   """
   check(kernel)
   if platform() == 'tpu' and kernel in ('auto', 'splash'):
-    return splash(q, k, v, pattern)
+    return splash_attention(q, k, v, pattern)
   if pattern.kind == 'full' or q.shape[1] <= pattern.prefix:
-    return fused(q, k, v, kernel, is_causal=True)
+    return fused_attention(q, k, v, kernel, is_causal=True)
   if kernel != 'xla' and flash_takes(q, is_causal=True, masked=True):
-    return fused(q, k, v, kernel, is_causal=True, mask=pattern.mask(q.shape[1]))
+    return fused_attention(q, k, v, kernel, is_causal=True, mask=pattern.mask(q.shape[1]))
   if pattern.kind == 'wrapped':
-    return plain(q, k, v, jnp.asarray(pattern.mask(q.shape[1]))[None, None])
-  return in_blocks(q, k, v, pattern)
+    return xla_attention(q, k, v, jnp.asarray(pattern.mask(q.shape[1]))[None, None])
+  return blockwise_attention(q, k, v, pattern)
 
 
 def check(kernel: str) -> None:
@@ -64,7 +64,7 @@ def check(kernel: str) -> None:
 # --- XLA, cuDNN
 
 
-def plain(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
   """By XLA, for a bool[B or 1, H or 1, T, S] mask of any form."""
   return attend(q, (k.swapaxes(1, 2), v.swapaxes(1, 2), mask))
 
@@ -86,11 +86,11 @@ def flash_takes(q: jax.Array, is_causal: bool, masked: bool = False) -> bool:
   able = capability() >= (MASKED_FLASH if masked else FLASH)
   odd = q.shape[1] % 2  # the kernel takes even lengths alone
   numbers = q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-  whole = split('seq') == 1  # cuDNN has no queries of one device over the keys of all
+  whole = num_shards('seq') == 1  # cuDNN has no queries of one device over the keys of all
   return numbers and (is_causal or not odd) and whole and able
 
 
-def fused(
+def fused_attention(
   q: jax.Array, k: jax.Array, v: jax.Array, kernel: str, is_causal: bool = False, mask: np.ndarray | None = None
 ) -> jax.Array:
   """Attention by `kernel`; by cuDNN also of what a mask bool[T, T] leaves of a causal one.
@@ -102,12 +102,13 @@ def fused(
   fits = flash_takes(q, is_causal, mask is not None)
   if kernel == 'cudnn' and not fits:
     raise ValueError(
-      f'attention kernel "cudnn" does not take {q.dtype}{list(q.shape)} with {split("seq")} parts of the sequence; it '
-      'needs bfloat16, heads of at most 128, without a mask even lengths, one part; use model.kernel="auto".'
+      f'attention kernel "cudnn" does not take {q.dtype}{list(q.shape)} over {num_shards("seq")} parts of a sequence; '
+      'it needs bfloat16 or float16, heads of at most 128, even lengths where there is no mask, and the whole '
+      'sequence on one device; use model.kernel="auto".'
     )
   if not fits or kernel == 'xla':
     k, v = (x.swapaxes(1, 2) for x in (k, v))
-    return causal(q, k, v) if is_causal else attend(q, (k, v, None))
+    return causal_attention(q, k, v) if is_causal else attend(q, (k, v, None))
   n, odd = q.shape[1], q.shape[1] % 2
   if mask is not None:
     mask = jnp.pad(jnp.asarray(mask), (0, odd), constant_values=True)[None, None]
@@ -115,14 +116,14 @@ def fused(
   return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=is_causal, implementation='cudnn')[:, :n]
 
 
-def of_flash(primitive: Any, *_: Any, **params: Any) -> bool:
+def is_flash(primitive: Any, *_: Any, **params: Any) -> bool:
   """Whether this is cuDNN's forward pass: a policy of remat, as what it leaves for the backward pass has no name."""
   return primitive.name.startswith('dot_product_attention_fwd')
 
 
-def kept(found: jax.Array) -> jax.Array:
+def save_for_remat(found: jax.Array) -> jax.Array:
   """Marks what attention finds for remat."""
-  return checkpoint_name(found, FOUND)
+  return checkpoint_name(found, ATTENTION_OUT)
 
 
 Parts = tuple[tuple[jax.Array, jax.Array, jax.Array | None], ...]
@@ -160,10 +161,10 @@ def _scores(q: jax.Array, parts: Parts) -> list[jax.Array]:
 
 @jax.custom_vjp
 def _attend(q: jax.Array, parts: Parts) -> jax.Array:
-  return _found(q, parts)[0]
+  return _attend_fwd(q, parts)[0]
 
 
-def _found(q: jax.Array, parts: Parts) -> tuple[jax.Array, tuple[Any, ...]]:
+def _attend_fwd(q: jax.Array, parts: Parts) -> tuple[jax.Array, tuple[Any, ...]]:
   """What q finds, and what the backward pass has: not the scores, but the logarithm of their sum (FlashAttention, Dao
   et al., 2022, section 3.1)."""
   scores = _scores(jnp.moveaxis(q, -2, 1), parts)
@@ -179,14 +180,14 @@ def _found(q: jax.Array, parts: Parts) -> tuple[jax.Array, tuple[Any, ...]]:
   for w, (_, v, _) in zip(weights, parts, strict=True):
     of_q, of_k = _equations(q, v)
     found += _product(f'{of_q[:-1]}n,{of_k}->{of_q}', w, v)
-  found = kept(jnp.moveaxis(found, 1, -2).astype(q.dtype))
-  return found, (q, parts, found, kept(top + jnp.log(total)))
+  found = save_for_remat(jnp.moveaxis(found, 1, -2).astype(q.dtype))
+  return found, (q, parts, found, save_for_remat(top + jnp.log(total)))
 
 
-def _gradients(residuals: tuple[Any, ...], slope: jax.Array) -> tuple[jax.Array, Any]:
+def _attend_bwd(residuals: tuple[Any, ...], slope: jax.Array) -> tuple[jax.Array, Any]:
   q, parts, found, log_total = residuals
   # What the weights lose to their sum is the slope along what was found: no sum over keys is needed.
-  q, slope, lost = (jnp.moveaxis(x, -2, 1) for x in (q, slope, along(slope, found)))
+  q, slope, lost = (jnp.moveaxis(x, -2, 1) for x in (q, slope, inner_product(slope, found)))
   of_q, of_parts = 0.0, []
   for k, v, mask in parts:
     # Scores with the keys first: so two of three gradients are products of what lies as products read it.
@@ -206,10 +207,10 @@ def _gradients(residuals: tuple[Any, ...], slope: jax.Array) -> tuple[jax.Array,
   return jnp.moveaxis(of_q, 1, -2).astype(q.dtype), tuple(of_parts)
 
 
-_attend.defvjp(_found, _gradients)
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
   """Of q[B, T, H, K] over k, v[B, H, T, K] by XLA; by blocks of queries over the keys up to their last, so that half of
   all products are made."""
   return _causal(q * q.shape[-1] ** -0.5, k, v)
@@ -217,7 +218,7 @@ def causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def _blocks(n: int) -> list[tuple[int, int]]:
   """The first query of each block, and the first after it."""
-  count = -(-n // QUERIES) if split('seq') == 1 else 1
+  count = -(-n // QUERIES) if num_shards('seq') == 1 else 1
   bounds = [n * i // count for i in range(count + 1)]
   return list(itertools.pairwise(bounds))
 
@@ -229,21 +230,21 @@ def _up_to(k: jax.Array, v: jax.Array, first: int, end: int) -> Parts:
 
 @jax.custom_vjp
 def _causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  return _causal_found(q, k, v)[0]
+  return _causal_fwd(q, k, v)[0]
 
 
-def _causal_found(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
-  """Of each block as `_found`."""
-  each = [_found(q[:, a:b], _up_to(k, v, a, b)) for a, b in _blocks(q.shape[1])]
+def _causal_fwd(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, tuple[Any, ...]]:
+  """Of each block as `_attend_fwd`."""
+  each = [_attend_fwd(q[:, a:b], _up_to(k, v, a, b)) for a, b in _blocks(q.shape[1])]
   found, log_total = [x for x, _ in each], [rest[-1] for _, rest in each]
   return jnp.concatenate(found, axis=1), (q, k, v, found, log_total)
 
 
-def _causal_gradients(residuals: tuple[Any, ...], slope: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _causal_bwd(residuals: tuple[Any, ...], slope: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   q, k, v, found, log_total = residuals
   blocks = _blocks(q.shape[1])
   each = [
-    _gradients((q[:, a:b], _up_to(k, v, a, b), *own), slope[:, a:b])
+    _attend_bwd((q[:, a:b], _up_to(k, v, a, b), *own), slope[:, a:b])
     for (a, b), *own in zip(blocks, found, log_total, strict=True)
   ]
   # Keys of a block are seen from its queries on. Left to JAX, every sum would be one of arrays padded to the whole.
@@ -256,7 +257,7 @@ def _causal_gradients(residuals: tuple[Any, ...], slope: jax.Array) -> tuple[jax
   return jnp.concatenate([of_q for of_q, _ in each], axis=1), of_k, of_v
 
 
-_causal.defvjp(_causal_found, _causal_gradients)
+_causal.defvjp(_causal_fwd, _causal_bwd)
 
 
 # --- Blocks of a picture
@@ -273,7 +274,7 @@ def _block_mask(pattern: Pattern, rows: int, reach: int) -> np.ndarray:
   return np.stack([mask[r, :, r : r + reach + 1].reshape(w, -1) for r in range(rows)])
 
 
-def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern) -> jax.Array:
+def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern) -> jax.Array:
   """The patterns 'row', 'column' and 'conv': each row (column) of image tokens over the text and the rows it sees."""
   n, prefix, w = q.shape[1], pattern.prefix, pattern.grid[1]
   rows = -(-(n - prefix) // w)
@@ -297,7 +298,7 @@ def in_blocks(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern) -> jax
   found = attend(image, (*of_text, None), (with_rows_above(blocks(k)), with_rows_above(blocks(v)), mask))
   found = found.swapaxes(1, 2) if pattern.kind == 'column' else found
   found = found.reshape(len(q), rows * w, *q.shape[2:])[:, : n - prefix]
-  return jnp.concatenate([causal(text, *of_text), found], axis=1)
+  return jnp.concatenate([causal_attention(text, *of_text), found], axis=1)
 
 
 # --- TPU
@@ -324,16 +325,16 @@ def _tiles(pattern: Pattern, n: int, length: int) -> splash_attention_mask.Mask:
   return splash_attention_mask.NumpyMask(mask)
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, interpret: bool = False) -> jax.Array:
+def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, interpret: bool = False) -> jax.Array:
   """By blocks of the mask: one that nothing in it is seen of is not computed. Split over heads, batch and sequence."""
   n, heads = q.shape[1], q.shape[2]
   mesh = jax.sharding.get_abstract_mesh()
   # Of the batch and the heads an axis that does not divide stays whole; the sequence is made longer.
   batch, of_heads = (
-    mesh_axes(name) if size % split(name) == 0 else () for name, size in (('batch', len(q)), ('heads', heads))
+    mesh_axes(name) if size % num_shards(name) == 0 else () for name, size in (('batch', len(q)), ('heads', heads))
   )
   seq = mesh_axes('seq')
-  head_parts, parts = split('heads') if of_heads else 1, split('seq')
+  head_parts, parts = num_shards('heads') if of_heads else 1, num_shards('seq')
   unit = LANES * parts
   length = -(-n // unit) * unit
   block = next(b for b in (512, 384, 256, LANES) if length // parts % b == 0) if pattern.kind == 'full' else LANES
@@ -345,7 +346,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, interpret
     head_shards=head_parts,
     q_seq_shards=parts,
     interpret=interpret,
-    residual_checkpoint_name=FOUND,
+    residual_checkpoint_name=ATTENTION_OUT,
   )
   order = _order(pattern, n)
 

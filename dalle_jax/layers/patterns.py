@@ -39,9 +39,9 @@ class Pattern:
     """Which keys each of the first n positions sees, bool[n, n]; beyond the picture all before. Read only."""
     return _mask(self, n)
 
-  def seen(self) -> np.ndarray:
+  def visible(self) -> np.ndarray:
     """Which image tokens each image token sees, int32[h * w, most], filled up with -1."""
-    return _seen(self)
+    return _visible(self)
 
 
 @functools.lru_cache(maxsize=64)
@@ -71,7 +71,7 @@ def _mask(pattern: Pattern, n: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=32)
-def _seen(pattern: Pattern) -> np.ndarray:
+def _visible(pattern: Pattern) -> np.ndarray:
   n = pattern.grid[0] * pattern.grid[1]
   mask = _mask(dataclasses.replace(pattern, prefix=0), n)
   table = np.full((n, mask.sum(1).max()), -1, np.int32)

@@ -14,8 +14,8 @@ import numpy as np
 
 from dalle_jax.layers import kernels
 from dalle_jax.layers.attention import Attention, KVCache, Stream
-from dalle_jax.layers.basic import Dense, LayerNorm, constrain, normal_init, recomputed, split
-from dalle_jax.layers.cross import Context, look, of_turn
+from dalle_jax.layers.basic import Dense, LayerNorm, constrain, normal_init, num_shards, recomputed
+from dalle_jax.layers.cross import Context, cross_attend, layers_per_step
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -78,7 +78,7 @@ class Block(nn.Module):
     cache: KVCache | None = None,
     layer: int = 0,
     context: Context | None = None,
-    looking: jax.Array | None = None,
+    attending: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
     x = constrain(x, ('batch', 'seq', 'embed'))
     d = x.shape[-1]
@@ -100,7 +100,7 @@ class Block(nn.Module):
 
     x = around(x, 'norm_1', attend)
     if context is not None:
-      x = look(x, context, looking)
+      x = cross_attend(x, context, attending)
     return around(x, 'norm_2', mlp), caches[0]
 
 
@@ -121,7 +121,7 @@ class Period(nn.Module):
     turn: tuple[jax.Array | None, Context | tuple[Context, ...] | None],
     mask: jax.Array | None,
     stream: Stream | None,
-    looking: jax.Array | None,
+    attending: jax.Array | None,
     cache: KVCache | None = None,
     first: int = 0,
   ) -> tuple[jax.Array, KVCache | None]:
@@ -132,7 +132,7 @@ class Period(nn.Module):
     for i, kind in enumerate(self.kinds):
       block = Block(*self.block, name=f'block_{i}')
       source = sources[i // every] if sources and (i + 1) % every == 0 else None
-      x, cache = block(x, mask, stream, kinds[i] if kind < 0 else kind, cache, first + i, source, looking)
+      x, cache = block(x, mask, stream, kinds[i] if kind < 0 else kind, cache, first + i, source, attending)
     return x, cache
 
 
@@ -140,7 +140,7 @@ class Stack(nn.Module):
   """`depth` blocks over [B, S, D], scanned over turns of `period` blocks: parameters are [depth / period, ...].
 
   With a cache turns are compiled one after the other, as every token would copy what a loop reads of its layer: best
-  with parameters as of `functional.decoding.by_layer`.
+  with parameters as of `models.decode_params.by_layer`.
 
   Attributes:
     remat: what the backward pass computes again: 'none', 'full' (all but the inputs of each turn), 'dots' (all but
@@ -152,7 +152,7 @@ class Stack(nn.Module):
     norms: where the LayerNorms are, see `residual`.
     mlp: the width of the MLP; 0: four times that of x.
     eps: of the LayerNorms.
-    kernel: of attention, see `layers.kernels.over_stream`.
+    kernel: of attention, see `layers.kernels.stream_attention`.
   """
 
   depth: int
@@ -176,7 +176,7 @@ class Stack(nn.Module):
     kinds: Sequence[int] | None = None,
     cache: KVCache | None = None,
     context: Context | tuple[Context, ...] | None = None,
-    looking: jax.Array | np.ndarray | None = None,
+    attending: jax.Array | np.ndarray | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
     """Runs all blocks.
 
@@ -187,7 +187,7 @@ class Stack(nn.Module):
       kinds: all 0 by default.
       cache: of keys and values, for a stream.
       context: of a source that every (depth / L)-th layer looks at; with a cache one for each of them.
-      looking: bool[T], the positions of x that look.
+      attending: bool[T], the positions of x that look.
 
     Raises ValueError when heads, period, activation, remat or norms do not fit.
     """
@@ -205,8 +205,8 @@ class Stack(nn.Module):
     body: type[nn.Module] = Period
     if self.remat != 'none':
       keep = jax.checkpoint_policies
-      both, found = keep.save_from_both_policies, keep.save_only_these_names(kernels.FOUND)
-      dots = both(keep.dots_with_no_batch_dims_saveable, both(found, kernels.of_flash))
+      both, found = keep.save_from_both_policies, keep.save_only_these_names(kernels.ATTENTION_OUT)
+      dots = both(keep.dots_with_no_batch_dims_saveable, both(found, kernels.is_flash))
       policy = dots if self.remat == 'dots' else None
       # Forward and backward pass are loops of their own, which XLA does not merge; turns outside of a loop it would.
       looped = turns >= 2 * self.unroll and turns % self.unroll == 0
@@ -225,20 +225,20 @@ class Stack(nn.Module):
     static = tuple(int(kind) if (which[:, i] == kind).all() else -1 for i, kind in enumerate(which[0]))
     block = (self.depth, self.heads, self.activation, self.dtype, self.norms, self.mlp, self.eps, self.kernel)
     array = lambda x: None if x is None else jnp.asarray(x)
-    mask, looking, n = array(mask), array(looking), x.shape[1]
+    mask, attending, n = array(mask), array(attending), x.shape[1]
     if cache is not None:
       looks = () if context is None else cast(tuple, context)
-      params, each = self.variables['params']['blocks'], of_turn(len(looks), turns)
+      params, each = self.variables['params']['blocks'], layers_per_step(len(looks), turns)
       for t in range(turns):
         own = params[t] if isinstance(params, tuple) else jax.tree.map(operator.itemgetter(t), params)
         turn = None, looks[t * each : (t + 1) * each]
         period = Period(block, tuple(int(kind) for kind in which[t]), parent=None)
-        x, cache = period.apply({'params': own}, x, turn, mask, stream, looking, cache, t * self.period)
+        x, cache = period.apply({'params': own}, x, turn, mask, stream, attending, cache, t * self.period)
       return x, cache
-    sources = None if context is None else cast(Context, context).turns(turns)
-    if stream is not None and (short := -n % split('seq')):
+    sources = None if context is None else cast(Context, context).per_step(turns)
+    if stream is not None and (short := -n % num_shards('seq')):
       # Split over devices, the stream is made as long as they need; nothing sees what comes after it.
       x = jnp.pad(x, ((0, 0), (0, short), (0, 0)))
-      looking = None if looking is None else jnp.pad(looking, (0, short))
-    x, _ = scan(block, static, name='blocks')(x, (jnp.asarray(which), sources), mask, stream, looking)
+      attending = None if attending is None else jnp.pad(attending, (0, short))
+    x, _ = scan(block, static, name='blocks')(x, (jnp.asarray(which), sources), mask, stream, attending)
     return x[:, :n], None

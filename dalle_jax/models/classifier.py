@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layers import variants
 from dalle_jax.layers.basic import Dense
+from dalle_jax.models import variants
 from dalle_jax.models.clip import ImageTower
 
 VARIANTS = {

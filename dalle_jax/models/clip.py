@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.layers import variants
 from dalle_jax.layers.basic import Conv, Dense, Embed, LayerNorm, boxed, normal_init
 from dalle_jax.layers.transformer import Stack
+from dalle_jax.models import variants
 
 MAX_SCALE = 100.0  # of the logits (section 2.5)
 

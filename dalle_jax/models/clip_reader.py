@@ -28,7 +28,7 @@ class Caption(struct.PyTreeNode):
 
   embed: jax.Array
   hidden: jax.Array
-  seen: jax.Array
+  mask: jax.Array
 
   @classmethod
   def blank(cls, sizes: Mapping[str, int], rows: int = 1) -> 'Caption':
@@ -70,7 +70,7 @@ class ClipReader:
     return dict(embed_dim=m.embed_dim, text_width=m.text_width, text_length=m.text_length)
 
   @property
-  def empty(self) -> np.ndarray:
+  def empty_ids(self) -> np.ndarray:
     """The ids of '', int32[N]: what stands for no caption."""
     n = self.model.text_length
     ids = np.arange(self.vocab, self.vocab + n) if self.pad < 0 else np.full(n, self.pad)
@@ -78,7 +78,7 @@ class ClipReader:
     ids[: len(around)] = around
     return ids.astype(np.int32)
 
-  def seen(self, ids: jax.Array) -> jax.Array:
+  def token_mask(self, ids: jax.Array) -> jax.Array:
     """Which of int32[B, N] are no padding; where that is the end of text, the first one counts."""
     if self.pad < 0:
       return ids < self.vocab
@@ -87,12 +87,12 @@ class ClipReader:
     ends = ids == self.end
     return jnp.cumsum(ends, 1) - ends == 0
 
-  def read(self, params: Any, ids: jax.Array) -> Caption:
+  def encode_text(self, params: Any, ids: jax.Array) -> Caption:
     """Captions int32[B, N]; not differentiated, as CLIP is frozen."""
     embed, hidden = self.model.apply({'params': params}, ids, method='text_features')
-    return jax.lax.stop_gradient(Caption(self.scaled(embed), hidden, self.seen(ids)))
+    return jax.lax.stop_gradient(Caption(self.scaled(embed), hidden, self.token_mask(ids)))
 
-  def look(self, params: Any, images: jax.Array) -> jax.Array:
+  def encode_image(self, params: Any, images: jax.Array) -> jax.Array:
     """Square pictures float32[B, H, W, 3] in [-1, 1], of any size -> float32[B, E]; not differentiated.
 
     Raises ValueError for a CLIP without a tower for pictures.

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.layers import variants
 from dalle_jax.layers.attention import KVCache, Stream
-from dalle_jax.layers.basic import LayerNorm, boxed, constrain, look_up, normal_init, product
+from dalle_jax.layers.basic import LayerNorm, boxed, constrain, embedding_lookup, normal_init, product
 from dalle_jax.layers.cross import Context
 from dalle_jax.layers.patterns import Pattern, layer_kinds
 from dalle_jax.layers.transformer import Stack
+from dalle_jax.models import variants
 from dalle_jax.models.image_tokenizer import ImageTokenizer
 
 VARIANTS = {
@@ -241,7 +241,7 @@ class DALLE(nn.Module):
   def embed_caption(self, text: jax.Array) -> jax.Array:
     """The mean of the word embeddings of int32[B, T], paddings left out: float32[B, D]; zeros for an empty text."""
     words = (text < self.words if self.pad < 0 else text != self.pad)[..., None]
-    x = look_up(self.text_embed, text)
+    x = embedding_lookup(self.text_embed, text)
     return jnp.where(words, x, 0).sum(1) / jnp.maximum(words.sum(1), 1)
 
   def _check(self, text: jax.Array, image: jax.Array, lengths: range | tuple[int, ...]) -> None:
@@ -262,19 +262,19 @@ class DALLE(nn.Module):
   ) -> tuple[jax.Array, KVCache | None]:
     """The blocks over the stream from its start, x[B, n, D]."""
     patterns, kinds = self._patterns(first)
-    looking = np.arange(x.shape[1]) >= first + self.prefix - 1  # what predicts image tokens
-    return self.blocks(x, None, Stream(patterns), kinds, cache, context, looking)
+    attending = np.arange(x.shape[1]) >= first + self.prefix - 1  # what predicts image tokens
+    return self.blocks(x, None, Stream(patterns), kinds, cache, context, attending)
 
   def _embed_text(self, text: jax.Array) -> jax.Array:
     """int32[B, T] -> [B, P, D]."""
-    x = look_up(self.text_embed, text)
+    x = embedding_lookup(self.text_embed, text)
     if LAYOUTS[self.layout].start:
       x = jnp.concatenate([jnp.broadcast_to(self.start, (len(x), 1, self.d_model)), x], 1)
     return (x + self.text_positions).astype(self.dtype)
 
   def _embed_image(self, tokens: jax.Array, first: jax.Array | int) -> jax.Array:
     """int32[B, n], image tokens first, first + 1, ... -> [B, n, D]."""
-    x = look_up(self.image_embed, tokens)
+    x = embedding_lookup(self.image_embed, tokens)
     i = first + jnp.arange(tokens.shape[1])
     if self.image_positions == 'axial':
       where = jnp.take(self.row_positions, i // self.grid[1], axis=0)

@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layers import variants
 from dalle_jax.layers.basic import Conv
-from dalle_jax.layers.convnet import doubled
+from dalle_jax.layers.convnet import upsample_nearest
+from dalle_jax.models import variants
 
 GROUPS = 4
 FACTOR = 2 ** (GROUPS - 1)
@@ -104,7 +104,7 @@ class DVAE(nn.Module):
     """int32[B, h, w] -> float32[B, H, W, 6], location and log scale of each pixel."""
     x = self.decoder_in(jax.nn.one_hot(codes, self.num_codes, dtype=self.dtype))
     for i, group in enumerate(self.decoder):
-      x = x if i == 0 else doubled(x)
+      x = x if i == 0 else upsample_nearest(x)
       for block in group:
         x = block(x)
     return self.decoder_out(jax.nn.relu(x)).astype(jnp.float32)

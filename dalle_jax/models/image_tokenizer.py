@@ -7,7 +7,7 @@ import jax
 
 from dalle_jax.models import dvae, vqgan
 
-ROOMS = {'vqgan': vqgan, 'dvae': dvae}
+TOKENIZERS = {'vqgan': vqgan, 'dvae': dvae}
 
 
 class ImageTokenizer(Protocol):
@@ -29,6 +29,6 @@ class ImageTokenizer(Protocol):
 def of_run(config: Mapping[str, Any]) -> ImageTokenizer:
   """The network of a run from its config; of one without an objective, a VQGAN. Raises ValueError for another run."""
   kind = config.get('objective', 'vqgan')
-  if kind not in ROOMS:
-    raise ValueError(f'config.frozen.vqgan is a run of {kind!r}; expected an image tokenizer: {", ".join(ROOMS)}.')
-  return ROOMS[kind].build(**config['model'])
+  if kind not in TOKENIZERS:
+    raise ValueError(f'config.frozen.vqgan is a run of {kind!r}; expected an image tokenizer: {", ".join(TOKENIZERS)}.')
+  return TOKENIZERS[kind].build(**config['model'])

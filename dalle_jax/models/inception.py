@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layers import variants
 from dalle_jax.layers.basic import BatchNorm, Conv
+from dalle_jax.models import variants
 
 VARIANTS = {'test': dict(shrink=16), 'fid': dict()}
 SIDE = 299  # pixels, to which pictures are brought

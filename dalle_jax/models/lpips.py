@@ -1,21 +1,14 @@
-"""LPIPS: how far two pictures are apart in the features of VGG16 (Zhang et al., 2018, the 'lin' variant).
+"""LPIPS: perceptual distance of two images in the features of VGG16 (Zhang et al., 2018, the 'lin' variant).
 
-The weights are not trained here: `load` reads a file of this module's own names, such as 'conv_0_0/kernel'.
+The weights are not trained here: `python -m dalle_jax.convert --from lpips` imports the published ones.
 """
-
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-import safetensors.numpy
-from flax import traverse_util
 
-from dalle_jax.layers import variants
 from dalle_jax.layers.basic import Conv
+from dalle_jax.models import variants
 
 VARIANTS = {'test': dict(widths=(4, 4), depths=(1, 1)), 'vgg16': dict()}
 # Mean and deviation of ImageNet for pictures in [-1, 1], as the published code rounds them.
@@ -68,33 +61,3 @@ class LPIPS(nn.Module):
 def build(variant: str, **overrides) -> LPIPS:
   """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
   return variants.build(LPIPS, VARIANTS, variant, overrides)
-
-
-def load(model: LPIPS, path: str | Path) -> Mapping[str, Any]:
-  """The parameters of `model` from a .safetensors or .npz file with names joined by '/'.
-
-  Raises FileNotFoundError for a missing file, ValueError for another kind or for names and shapes that do not fit.
-  """
-  path = Path(path).expanduser()
-  if not path.is_file():
-    raise FileNotFoundError(f'LPIPS weights {path} do not exist; set loss.lpips_path="" to train with L1 + L2 instead.')
-  if path.suffix not in ('.safetensors', '.npz'):
-    raise ValueError(f'LPIPS weights {path} are neither .safetensors nor .npz.')
-  try:
-    if path.suffix == '.safetensors':
-      flat = safetensors.numpy.load_file(path)
-    else:
-      with np.load(path) as file:
-        flat = dict(file)
-  except Exception as e:  # each library has its own for a damaged file
-    raise ValueError(f'LPIPS weights {path} cannot be read: {" ".join(str(e).split())}') from e
-  picture = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-  create = lambda *x: nn.unbox(model.init(*x)['params'])  # inside: there may be a mesh
-  shapes = jax.eval_shape(create, jax.random.key(0), picture, picture)
-  expected = {k: v.shape for k, v in traverse_util.flatten_dict(shapes, sep='/').items()}
-  if wrong := [k for k in sorted({*expected, *flat}) if k not in flat or expected.get(k) != flat[k].shape]:
-    raise ValueError(
-      f'LPIPS weights {path}: {len(wrong)} arrays do not fit, the first is {wrong[0]}: expected '
-      f'{expected.get(wrong[0], "none")}, found {flat[wrong[0]].shape if wrong[0] in flat else "none"}.'
-    )
-  return traverse_util.unflatten_dict({k: v.astype(np.float32) for k, v in flat.items()}, sep='/')

@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layers import variants
 from dalle_jax.layers.basic import BatchNorm, Conv, GroupNorm
+from dalle_jax.models import variants
 
 VARIANTS = {'test': dict(width=8, layers=1), 'base': dict()}
 

@@ -13,11 +13,10 @@ import numpy as np
 
 from dalle_jax.functional import diffusion
 from dalle_jax.functional.diffusion import Diffusion
-from dalle_jax.layers import variants
 from dalle_jax.layers.basic import Dense, LayerNorm, boxed, constrain, normal_init
 from dalle_jax.layers.timesteps import TimeEmbed
 from dalle_jax.layers.transformer import Stack
-from dalle_jax.models import clip_reader
+from dalle_jax.models import clip_reader, variants
 from dalle_jax.models.clip_reader import Caption, ClipReader
 
 VARIANTS = {
@@ -77,7 +76,7 @@ class Prior(nn.Module):
 
     Raises ValueError for captions of another length.
     """
-    b, n = caption.seen.shape
+    b, n = caption.mask.shape
     if n != self.text_length:
       raise ValueError(f'the prior reads {self.text_length} text tokens, not {n}; it was made for another CLIP.')
     one = lambda x: x[:, None].astype(self.dtype)
@@ -89,7 +88,7 @@ class Prior(nn.Module):
       one(self.image_in(noisy)),
     ]
     x = jnp.concatenate([*x, query], 1) + self.positions.astype(self.dtype)
-    seen = jnp.pad(caption.seen, ((0, 0), (0, ADDED)), constant_values=True)
+    seen = jnp.pad(caption.mask, ((0, 0), (0, ADDED)), constant_values=True)
     mask = np.tri(n + ADDED, dtype=bool) & seen[:, None]  # (B, S, S)
     x, _ = self.blocks(constrain(x, ('batch', 'seq', 'embed')), mask)
     return self.out(self.norm_out(x[:, -1]))
@@ -106,7 +105,7 @@ class Prior(nn.Module):
     return normal * self.std + self.mean
 
 
-def guess(
+def sample(
   model: Prior,
   apply: Callable[..., jax.Array],
   caption: Caption,
@@ -117,13 +116,13 @@ def guess(
 ) -> jax.Array:
   """CLIP's embeddings of pictures that captions may be of, float32[B, E], from noise by keys[B].
 
-  `apply` is the model's with its parameters; guidance and `empty` as of `models.unclip.paint`.
+  `apply` is the model's with its parameters; guidance and `empty` as of `models.unclip.sample`.
   """
   d, both = model.diffusion, jax.tree.map(lambda *rows: jnp.concatenate(rows), caption, empty)
   predict = lambda x, t: apply(x, t, caption)
   if guidance != 1:
-    predict = diffusion.doubled(d, lambda x, t: apply(x, t, both), guidance)
-  x = diffusion.draw(d, predict, diffusion.noise_of(keys, (model.embed_dim,)), keys, steps)
+    predict = diffusion.guided(d, lambda x, t: apply(x, t, both), guidance)
+  x = diffusion.sample(d, predict, diffusion.initial_noise(keys, (model.embed_dim,)), keys, steps)
   return apply(x, method='embedding')
 
 

@@ -10,14 +10,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layers import variants
 from dalle_jax.layers.basic import Dense, Embed, LayerNorm, boxed, normal_init
 from dalle_jax.layers.transformer import Stack
+from dalle_jax.models import variants
 
 VARIANTS = {
   'test': dict(vocab_size=40, length=8, width=16, layers=2, heads=2),
   'base': dict(),
-  'large': dict(width=1024, layers=24, heads=16),
 }
 
 

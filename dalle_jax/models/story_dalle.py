@@ -18,12 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dalle_jax.layers import variants
 from dalle_jax.layers.attention import Attention, KVCache
 from dalle_jax.layers.basic import Dense, LayerNorm, boxed, normal_init, sinusoid
 from dalle_jax.layers.cross import Context, CrossAttention
 from dalle_jax.layers.transformer import Block
-from dalle_jax.models import clip, dalle
+from dalle_jax.models import clip, dalle, variants
 
 VARIANTS = dalle.VARIANTS  # of the DALL-E; the fields of what is added come beside them
 PROMPT_DROPOUT = 0.2
@@ -141,8 +140,8 @@ class StoryCache(struct.PyTreeNode):
   kv: KVCache
   context: tuple[Context, ...] | None  # of each block that looks
 
-  def longer(self, n: int) -> 'StoryCache':
-    return self.replace(kv=self.kv.longer(n))
+  def extend(self, n: int) -> 'StoryCache':
+    return self.replace(kv=self.kv.extend(n))
 
   @property
   def copies(self) -> int:
@@ -202,11 +201,11 @@ class StoryDALLE(nn.Module):
       read: int32[B, T, N], the captions as they go in; `text` by default.
       rng: for the dropout of the prompt; None in evaluation.
     """
-    extra, context = self.look(text, source, sentences, rng)
+    extra, context = self.conditioning(text, source, sentences, rng)
     rows = lambda x: x.reshape(-1, x.shape[-1])
     return self.dalle(rows(text if read is None else read), rows(image), extra, context)
 
-  def look(
+  def conditioning(
     self, text: jax.Array, source: jax.Array, sentences: jax.Array | None = None, rng: jax.Array | None = None
   ) -> tuple[jax.Array, Context | None]:
     """What goes before each caption, [R, E, D], and keys and values of each source, the same for all its frames."""
@@ -241,7 +240,7 @@ def sampler(
 
   With guidance a second half of rows follows, which differ in the caption alone. Arguments as of `StoryDALLE.look`.
   """
-  extra, context = model.apply({'params': params}, text, source, sentences, method='look')
+  extra, context = model.apply({'params': params}, text, source, sentences, method='conditioning')
 
   def apply(*args, method: str):
     if method == 'prefill':

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dalle_jax.layers import variants
 from dalle_jax.layers.basic import BatchNorm, Conv, Dense, constrain, normal_init
 from dalle_jax.layers.contextual import contextual_attention
-from dalle_jax.models.told import CaptionEncoder, Tower
+from dalle_jax.models import variants
+from dalle_jax.models.caption_encoder import CaptionEncoder, Tower
 
 VARIANTS = {
   'test': dict(
@@ -39,7 +39,7 @@ VARIANTS = {
 INIT = normal_init(0.02)
 
 
-class Drawn(struct.PyTreeNode):
+class Generated(struct.PyTreeNode):
   """What the generator draws, and what the discriminators are told of it.
 
   Attributes:
@@ -84,11 +84,11 @@ class ConvNorm(nn.Module):
 
   features: int
   dtype: jnp.dtype
-  double: bool = False
+  upsample: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    x = Conv(self.features, double=self.double, use_bias=False, dtype=self.dtype, kernel_init=INIT, name='conv')(x)
+    x = Conv(self.features, upsample=self.upsample, use_bias=False, dtype=self.dtype, kernel_init=INIT, name='conv')(x)
     return BatchNorm(dtype=self.dtype, name='norm')(x, train)
 
 
@@ -96,7 +96,7 @@ class StoryGANc(nn.Module):
   """The generator.
 
   Attributes:
-    text_vocab, text_length, pad: of the captions; see `layers.variants.text_sizes`.
+    text_vocab, text_length, pad: of the captions; see `models.variants.text_sizes`.
     captions: where their vectors come from: 'own', an encoder that learns with the generator, or a frozen 'clip' or
       'roberta'.
     caption_dim: S of frozen encoders; 0 with 'own', where it is `width`.
@@ -141,7 +141,7 @@ class StoryGANc(nn.Module):
   @nn.compact
   def __call__(
     self, texts: jax.Array, source: jax.Array, eps: jax.Array, noise: jax.Array, train: bool = False
-  ) -> Drawn:
+  ) -> Generated:
     """Draws the frames of B stories.
 
     Args:
@@ -180,13 +180,13 @@ class StoryGANc(nn.Module):
     z = jnp.concatenate([motion, spread, gist, dense(self.code, 'caption')(vectors)], -1).reshape(b * t, -1)
 
     # The picture, and on the way what the source has for it.
-    block = lambda features, name, double=False: ConvNorm(features, self.dtype, double, name=name)
+    block = lambda features, name, upsample=False: ConvNorm(features, self.dtype, upsample, name=name)
     x = dense(self.start**2 * self.channels[0], 'first')(z).reshape(b * t, self.start, self.start, -1)
     x = jax.nn.relu(BatchNorm(dtype=self.dtype, name='first_norm')(x, train))
     for i, features in enumerate(self.channels):
       x = constrain(x, ('batch', None, None, None))
       if i:
-        x = jax.nn.relu(block(features, f'up_{i}', double=True)(x, train))
+        x = jax.nn.relu(block(features, f'up_{i}', upsample=True)(x, train))
       if i == self.join:
         side = self.start * 2**i
         found = dense(side**2 * self.map_width, 'map')(z).reshape(b * t, side, side, -1)
@@ -198,7 +198,7 @@ class StoryGANc(nn.Module):
           y = jax.nn.relu(block(features, f'block_{k}_in')(x, train))
           x = x + block(features, f'block_{k}_out')(y, train)
     x = jnp.tanh(Conv(3, dtype=self.dtype, kernel_init=INIT, name='pixels')(x).astype(jnp.float32))
-    return Drawn(x.reshape(b, t, *x.shape[1:]), vectors.astype(jnp.float32), mu, kl)
+    return Generated(x.reshape(b, t, *x.shape[1:]), vectors.astype(jnp.float32), mu, kl)
 
 
 class SourceEncoder(nn.Module):
@@ -216,7 +216,7 @@ class SourceEncoder(nn.Module):
     return Conv(self.width, dtype=self.dtype, kernel_init=INIT, name='out')(x)
 
 
-class Judge(nn.Module):
+class Discriminator(nn.Module):
   """Four strided convolutions, then what they saw is compared with a description.
 
   Attributes:
@@ -252,17 +252,17 @@ class Judge(nn.Module):
     return x.reshape(-1, frames, *x.shape[1:]).mean(1)
 
   def __call__(self, x: jax.Array, about: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array | None]:
-    """Logits float32[R] as of `fits` and, if there are labels, float32[R, labels] as of `labels_of`."""
+    """Logits float32[R] as of `fits` and, if there are labels, float32[R, labels] as of `label_logits`."""
     features = self.features(x, train)
-    return self.fits(features, about), self.labels_of(features) if self.labels else None
+    return self.match_logits(features, about), self.label_logits(features) if self.labels else None
 
-  def fits(self, features: jax.Array, about: jax.Array) -> jax.Array:
+  def match_logits(self, features: jax.Array, about: jax.Array) -> jax.Array:
     """Whether features [R, h, w, C] are of something real that fits the description [R, D]: logits float32[R]."""
     tiled = jnp.broadcast_to(leaky(self.condition(about))[:, None, None], features.shape)
     x = leaky(self.meet(jnp.concatenate([features, tiled], -1)))
     return self.logit(x.reshape(len(x), -1).astype(jnp.float32))[:, 0]
 
-  def labels_of(self, features: jax.Array) -> jax.Array:
+  def label_logits(self, features: jax.Array) -> jax.Array:
     """A logit for each label, float32[R, labels]."""
     return self.label_head(features.reshape(len(features), -1).astype(jnp.float32))
 
@@ -273,10 +273,10 @@ def with_neighbours(x: jax.Array, frames: int) -> jax.Array:
   return jnp.concatenate([y[:, i : i + frames] for i in range(3)], -1).reshape(*x.shape[:-1], -1)
 
 
-def judges(model: StoryGANc) -> tuple[Judge, Judge]:
+def discriminators(model: StoryGANc) -> tuple[Discriminator, Discriminator]:
   """The discriminators of pictures and of stories that go with a generator."""
-  image = Judge(model.disc_width, labels=model.labels, dtype=model.dtype)
-  return image, Judge(max(1, model.disc_width // 2), over_time=True, dtype=model.dtype)
+  image = Discriminator(model.disc_width, labels=model.labels, dtype=model.dtype)
+  return image, Discriminator(max(1, model.disc_width // 2), over_time=True, dtype=model.dtype)
 
 
 def build(variant: str, **overrides) -> StoryGANc:

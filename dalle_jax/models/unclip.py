@@ -12,9 +12,8 @@ import jax.numpy as jnp
 
 from dalle_jax.functional import diffusion
 from dalle_jax.functional.diffusion import Diffusion
-from dalle_jax.layers import variants
 from dalle_jax.layers.basic import Dense, LayerNorm, boxed
-from dalle_jax.models import clip_reader
+from dalle_jax.models import clip_reader, variants
 from dalle_jax.models.clip_reader import Caption, ClipReader
 from dalle_jax.models.unet import UNet
 
@@ -102,11 +101,11 @@ class UnCLIP(nn.Module):
     embed = embed if known is None else jnp.where(known[:, None], embed, self.no_image)
     added = self.image_tokens(embed).reshape(len(embed), self.extra_tokens, self.context_dim)
     tokens = jnp.concatenate([added, self.text_norm(self.text_in(caption.hidden))], 1)
-    seen = jnp.pad(caption.seen, ((0, 0), (self.extra_tokens, 0)), constant_values=True)
+    seen = jnp.pad(caption.mask, ((0, 0), (self.extra_tokens, 0)), constant_values=True)
     return tokens, self.image_time(embed) + self.caption_time(caption.embed), seen
 
 
-def paint(
+def sample(
   model: UnCLIP,
   apply: Callable[..., jax.Array],
   embed: jax.Array,
@@ -126,9 +125,9 @@ def paint(
   both = jax.tree.map(lambda *rows: jnp.concatenate(rows), caption, empty)
   predict = lambda x, t: apply(x, t, embed, caption)
   if guidance != 1:
-    predict = diffusion.doubled(d, lambda x, t: apply(x, t, twice, both, known), guidance)
-  noise = diffusion.noise_of(keys, (model.image_size, model.image_size, 3))
-  return jnp.clip(diffusion.draw(d, predict, noise, keys, steps), -1, 1)
+    predict = diffusion.guided(d, lambda x, t: apply(x, t, twice, both, known), guidance)
+  noise = diffusion.initial_noise(keys, (model.image_size, model.image_size, 3))
+  return jnp.clip(diffusion.sample(d, predict, noise, keys, steps), -1, 1)
 
 
 def build(variant: str, **overrides) -> UnCLIP:

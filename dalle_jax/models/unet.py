@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.layers.basic import Conv, GroupNorm, boxed
-from dalle_jax.layers.convnet import AttnBlock, ResBlock, depth_to_space, over_devices, space_to_depth
+from dalle_jax.layers.convnet import AttnBlock, ResBlock, depth_to_space, shard_height, space_to_depth
 from dalle_jax.layers.timesteps import TimeEmbed
 
 REMATS = ('none', 'full')
@@ -73,7 +73,7 @@ class UNet(nn.Module):
 
     def block(x: jax.Array, features: int, name: str, resample: str = '') -> jax.Array:
       x = res(features, **norms, resample=resample, shift=self.shift, name=name)(x, time)
-      return over_devices(x)
+      return shard_height(x)
 
     def attend(x: jax.Array, name: str) -> jax.Array:
       return look(**norms, head_dim=self.head_dim, name=name)(x, context, seen)

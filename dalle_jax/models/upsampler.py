@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dalle_jax.functional import diffusion
 from dalle_jax.functional.diffusion import Diffusion
-from dalle_jax.layers import variants
+from dalle_jax.models import variants
 from dalle_jax.models.unet import UNet
 
 VARIANTS = {
@@ -64,7 +64,7 @@ class Upsampler(nn.Module):
     return unet(jnp.concatenate([noisy, wide], -1), t)
 
 
-def widen(
+def sample(
   model: Upsampler,
   apply: Callable[..., jax.Array],
   low: jax.Array,
@@ -79,8 +79,8 @@ def widen(
   """
   d, size = model.diffusion, model.image_size
   at = lambda apply: lambda x, t: apply(x, t, low)
-  x = diffusion.noise_of(keys, (size, size, 3))
-  return jnp.clip(diffusion.draw(d, at(apply), x, keys, steps, None if last is None else at(last)), -1, 1)
+  x = diffusion.initial_noise(keys, (size, size, 3))
+  return jnp.clip(diffusion.sample(d, at(apply), x, keys, steps, None if last is None else at(last)), -1, 1)
 
 
 def build(variant: str, **overrides) -> Upsampler:

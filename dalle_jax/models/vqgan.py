@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
 
-from dalle_jax.layers import variants
 from dalle_jax.layers.basic import Conv, GroupNorm
 from dalle_jax.layers.convnet import (
   AttnBlock,
@@ -14,10 +13,11 @@ from dalle_jax.layers.convnet import (
   ResBlock,
   Upsample,
   depth_to_space,
-  over_devices,
+  shard_height,
   space_to_depth,
 )
 from dalle_jax.layers.quantize import GumbelQuantizer, NearestQuantizer, Quantized
+from dalle_jax.models import variants
 
 VARIANTS = {
   'test': dict(
@@ -75,7 +75,7 @@ class Encoder(nn.Module):
           x = AttnBlock(self.dtype, self.norm_groups, name=f'down_{level}_attn_{i}')(x)
       if level + 1 < len(self.ch_mult):
         x = Downsample(self.dtype, name=f'down_{level}_downsample')(x)
-      x = over_devices(x)
+      x = shard_height(x)
     x = middle(x, self.dtype, self.norm_groups)
     x = jax.nn.swish(GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(x))
     return Conv(self.z_channels, dtype=self.dtype, name='conv_out')(x)
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
           x = AttnBlock(self.dtype, self.norm_groups, name=f'up_{level}_attn_{i}')(x)
       if level:
         x = Upsample(self.dtype, name=f'up_{level}_upsample')(x)
-      x = over_devices(x)
+      x = shard_height(x)
     return jax.nn.swish(GroupNorm(self.norm_groups, dtype=self.dtype, name='norm_out')(x))
 
 

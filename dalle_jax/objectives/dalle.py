@@ -10,8 +10,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.functional import corruption, decoding, losses
 from dalle_jax.functional.pixels import to_float, to_uint8
-from dalle_jax.layers import variants
-from dalle_jax.models import dalle, image_tokenizer
+from dalle_jax.models import dalle, decode_params, image_tokenizer, variants
 
 DEFAULTS = dict(
   text_weight=0.125,  # of the text loss
@@ -67,7 +66,7 @@ class DALLEObjective:
     true = self._tokens(ctx, batch)
     keys = jax.random.split(ctx.rng, len(true))
     sampling = decoding.Sampling(guidance=self.c.guidance)
-    apply = functools.partial(self.model.apply, {'params': decoding.by_layer(params['dalle'])})
+    apply = functools.partial(self.model.apply, {'params': decode_params.by_layer(params['dalle'])})
     drawn = decoding.sample(
       apply, batch['text'], true[:, :0], keys, empty=self.model.padding, length=true.shape[1], n=1, sampling=sampling
     )

@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.functional import corruption, diffusion
 from dalle_jax.functional.pixels import to_float
-from dalle_jax.layers import variants
-from dalle_jax.models import prior
+from dalle_jax.models import prior, variants
 from dalle_jax.models.clip_reader import Caption, ClipReader
 
 DEFAULTS = dict(
@@ -44,14 +43,14 @@ class PriorObjective:
     drop, when, noise_key = jax.random.split(ctx.rng, 3)
     text, clip = batch['clip_text'], ctx.frozen['clip']
     if ctx.train and self.c.caption_dropout:
-      text, _ = corruption.drop_captions(drop, text, self.c.caption_dropout, self.reader.empty)
+      text, _ = corruption.drop_captions(drop, text, self.c.caption_dropout, self.reader.empty_ids)
     apply = lambda *args, **options: self.model.apply({'params': params['prior']}, *args, **options)
-    embed = self.reader.look(clip, to_float(batch['image']))
+    embed = self.reader.encode_image(clip, to_float(batch['image']))
     start, d = apply(embed, method='normal'), self.model.diffusion
     t = jax.random.randint(when, (len(text),), 0, d.steps)
     noise = jax.random.normal(noise_key, start.shape)
     x = diffusion.add_noise(d, start, t, noise)
-    out = apply(x, t, self.reader.read(clip, text))
+    out = apply(x, t, self.reader.encode_text(clip, text))
     loss = diffusion.losses(d, out, start, x, t, noise)[0].mean()
     unit = lambda x: x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
     cosine = (unit(out) * unit(start)).sum(-1).mean()

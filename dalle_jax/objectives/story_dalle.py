@@ -13,8 +13,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.functional import corruption, decoding, losses
 from dalle_jax.functional.pixels import boards, to_float, to_uint8
-from dalle_jax.layers import variants
-from dalle_jax.models import clip, dalle, image_tokenizer, story_dalle
+from dalle_jax.models import clip, dalle, decode_params, image_tokenizer, story_dalle, variants
 from dalle_jax.objectives.dalle import text_and_image
 
 DEFAULTS = dict(
@@ -82,7 +81,7 @@ class StoryDALLEObjective:
     """The frames of each story as the VQGAN knows them above those drawn, the source first: uint8[B, 2 H, F W, 3]."""
     tokens, text = self._tokens(ctx, batch), batch['text']
     b, t, n = text.shape
-    params = {**params, 'dalle': decoding.by_layer(params['dalle'])}
+    params = {**params, 'dalle': decode_params.by_layer(params['dalle'])}
     apply = story_dalle.sampler(self.model, params, text, tokens[:, 0], self._sentences(ctx, batch))
     drawn = decoding.sample(
       apply,

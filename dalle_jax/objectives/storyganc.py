@@ -13,9 +13,8 @@ from ml_collections import ConfigDict
 
 from dalle_jax.functional import gan
 from dalle_jax.functional.pixels import boards, to_float, to_uint8
-from dalle_jax.layers import variants
-from dalle_jax.layers.basic import follow, statistics_of
-from dalle_jax.models import storyganc, told
+from dalle_jax.layers.basic import statistics_of, update_statistics
+from dalle_jax.models import caption_encoder, storyganc, variants
 
 Metrics = dict[str, jax.Array]
 DEFAULTS = dict(
@@ -40,9 +39,11 @@ class StoryGANcObjective:
   source before the frames and told the mean caption and the code. Described wrongly is the next story of the batch.
   """
 
-  def __init__(self, model: storyganc.StoryGANc, tower: told.Tower | None, c: ConfigDict, frozen: Sequence[str] = ()):
+  def __init__(
+    self, model: storyganc.StoryGANc, tower: caption_encoder.Tower | None, c: ConfigDict, frozen: Sequence[str] = ()
+  ):
     self.model, self.tower, self.c, self.frozen_players = model, tower, c, frozen
-    self.image_judge, self.story_judge = storyganc.judges(model)
+    self.image_judge, self.story_judge = storyganc.discriminators(model)
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
     """Raises ValueError for what are no stories of pictures, and for a mesh on which gradients would be wrong."""
@@ -92,7 +93,7 @@ class StoryGANcObjective:
     for name, judge, true_ones, fake_ones, about, about_other in judged:
       player, weight = f'{name}_discriminator', c[f'{name}_weight']
       look = lambda p, x, judge=judge: self._features(judge, p, x, ctx.train)
-      ask = lambda p, *args, judge=judge, method='fits': judge.apply({'params': p}, *args, method=method)
+      ask = lambda p, *args, judge=judge, method='match_logits': judge.apply({'params': p}, *args, method=method)
 
       # The generator, with the discriminator held fixed
       features, _ = look(stop(params[player]), fake_ones)
@@ -100,7 +101,7 @@ class StoryGANcObjective:
       total += weight * fool
       metrics[f'{name}_generator_loss'] = fool
       if labels is not None and name == 'image':
-        said = ask(stop(params[player]), features, method='labels_of')
+        said = ask(stop(params[player]), features, method='label_logits')
         metrics['generator_label_loss'] = gan.bce(said, labels)
         total += c.label_weight * metrics['generator_label_loss']
 
@@ -119,7 +120,7 @@ class StoryGANcObjective:
       for kind, values, right in zip(('real', 'fake', 'wrong'), logits, (1, -1, -1), strict=True):
         metrics[f'{name}_accuracy_{kind}'] = (values * right > 0).mean()
       if labels is not None and name == 'image':
-        said = ask(params[player], of_true, method='labels_of')
+        said = ask(params[player], of_true, method='label_logits')
         metrics['label_loss'] = gan.bce(said, labels)
         total += c.label_weight * metrics['label_loss']
       seen[player] = jax.tree.map(lambda a, b: (a + b) / 2, real_statistics, fake_statistics)
@@ -128,7 +129,7 @@ class StoryGANcObjective:
   def after_update(self, params: Any, mutable: Any) -> Any:
     """Running statistics of batch normalisation: of the last micro batch, of the players that learn."""
     moving = {player: seen for player, seen in mutable.items() if player not in self.frozen_players}
-    return follow(params, moving, self.c.norm_decay)
+    return update_statistics(params, moving, self.c.norm_decay)
 
   def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     """The true frames of each story above those drawn, the source first: uint8[B, 2 H, F W, 3]."""
@@ -151,7 +152,7 @@ class StoryGANcObjective:
     )
     return drawn, {'generator': extra.get('statistics', {})}
 
-  def _features(self, judge: storyganc.Judge, params: Any, x: jax.Array, train: bool) -> tuple[jax.Array, Any]:
+  def _features(self, judge: storyganc.Discriminator, params: Any, x: jax.Array, train: bool) -> tuple[jax.Array, Any]:
     features, extra = judge.apply({'params': params}, x, train, method='features', mutable=['statistics'])
     return features, extra.get('statistics', {})
 

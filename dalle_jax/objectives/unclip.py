@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.functional import corruption, diffusion
 from dalle_jax.functional.pixels import resized, to_float, to_uint8
-from dalle_jax.layers import variants
-from dalle_jax.models import unclip
+from dalle_jax.models import unclip, variants
 from dalle_jax.models.clip_reader import Caption, ClipReader
 from dalle_jax.objectives.prior import with_clip
 
@@ -49,9 +48,12 @@ class UnCLIPObjective:
     text, images, d = batch['clip_text'], to_float(batch['image']), self.model.diffusion
     known = jnp.ones(len(text), bool)
     if ctx.train:
-      text, _ = corruption.drop_captions(drop, text, self.c.caption_dropout, self.reader.empty)
+      text, _ = corruption.drop_captions(drop, text, self.c.caption_dropout, self.reader.empty_ids)
       known = jax.random.bernoulli(hide, 1 - self.c.image_dropout, known.shape)
-    embed, caption = self.reader.look(ctx.frozen['clip'], images), self.reader.read(ctx.frozen['clip'], text)
+    embed, caption = (
+      self.reader.encode_image(ctx.frozen['clip'], images),
+      self.reader.encode_text(ctx.frozen['clip'], text),
+    )
     start = resized(images, self.model.image_size)
     t = jax.random.randint(when, (len(text),), 0, d.steps)
     noise = jax.random.normal(noise_key, start.shape)
@@ -64,11 +66,11 @@ class UnCLIPObjective:
     """Each picture beside one drawn from CLIP's embedding of it and its caption: uint8[B, H, 2 * W, 3]."""
     images, frozen = to_float(batch['image']), ctx.frozen['clip']
     keys = jax.random.split(ctx.rng, len(images))
-    caption, embed = self.reader.read(frozen, batch['clip_text']), self.reader.look(frozen, images)
-    empty = self.reader.read(frozen, jnp.broadcast_to(self.reader.empty, batch['clip_text'].shape))
+    caption, embed = self.reader.encode_text(frozen, batch['clip_text']), self.reader.encode_image(frozen, images)
+    empty = self.reader.encode_text(frozen, jnp.broadcast_to(self.reader.empty_ids, batch['clip_text'].shape))
     apply = lambda *args: self.model.apply({'params': params['unclip']}, *args)
     steps = self.model.diffusion.timesteps(self.c.sampling_steps)
-    drawn = unclip.paint(self.model, apply, embed, caption, empty, keys, steps, self.c.guidance)
+    drawn = unclip.sample(self.model, apply, embed, caption, empty, keys, steps, self.c.guidance)
     return jnp.concatenate([to_uint8(x) for x in (resized(images, self.model.image_size), drawn)], 2)
 
 
@@ -80,6 +82,6 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> UnCLIP
   c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
   variants.check_ranges('config.loss', c, ['image_dropout', 'caption_dropout'])
   model, reader = with_clip(unclip.of_run, config, frozen_configs)
-  variants.check_pictures(model.image_size, config.data)
+  variants.check_image_size(model.image_size, config.data)
   model.diffusion.timesteps(c.sampling_steps, 'config.loss.sampling_steps')
   return UnCLIPObjective(model, reader, c)

@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.functional import corruption, diffusion
 from dalle_jax.functional.pixels import resized, to_float, to_uint8
-from dalle_jax.layers import variants
-from dalle_jax.models import upsampler
+from dalle_jax.models import upsampler, variants
 
 DEFAULTS = dict(
   blur=0.6,  # the largest deviation, in small pixels, by which small pictures are blurred in training
@@ -65,7 +64,7 @@ class UpsamplerObjective:
     start, low = self._both(batch)
     keys, steps = jax.random.split(ctx.rng, len(start)), self.model.diffusion.timesteps(self.c.sampling_steps)
     apply = lambda *args: self.model.apply({'params': params['upsampler']}, *args)
-    drawn = upsampler.widen(self.model, apply, low, keys, steps)
+    drawn = upsampler.sample(self.model, apply, low, keys, steps)
     shown = start, jax.image.resize(low, start.shape, 'cubic'), drawn
     return jnp.concatenate([to_uint8(x) for x in shown], 2)
 
@@ -94,7 +93,7 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> Upsamp
   if model.image_size % model.low_size or factor < 2:
     raise ValueError(f'the upsampler makes {model.image_size} of {model.low_size} pixels; expected a multiple.')
   variants.check_ranges('config.loss', c, sizes=['blur', 'noise', 'crop'])
-  variants.check_pictures(model.image_size, config.data)
+  variants.check_image_size(model.image_size, config.data)
   model.diffusion.timesteps(c.sampling_steps, 'config.loss.sampling_steps')
   if c.crop % factor or not 0 <= c.crop <= model.image_size:
     raise ValueError(f'config.loss.crop is {c.crop}; expected a multiple of {factor}, at most {model.image_size}.')

@@ -10,15 +10,14 @@ from ml_collections import ConfigDict
 
 from dalle_jax.functional import gan
 from dalle_jax.functional.pixels import to_float, to_uint8
-from dalle_jax.layers import quantize, variants
-from dalle_jax.models import lpips, patchgan, vqgan
+from dalle_jax.layers import quantize
+from dalle_jax.models import lpips, patchgan, variants, vqgan
 
 Metrics = dict[str, jax.Array]
 DEFAULTS = dict(
   l1_weight=1.0,
   l2_weight=0.0,
-  lpips_weight=1.0,  # without config.frozen.lpips and lpips_path there is no such loss
-  lpips_path='',  # see models/lpips.py
+  lpips_weight=1.0,  # needs config.frozen.lpips; without it there is no perceptual loss
   beta=0.25,  # commitment; the codebook loss has weight 1
   ema_decay=0.0,  # 0.0: the codebook follows the gradient; else moving averages of this decay
   usage_decay=0.99,  # without ema_decay: of the usage that tells dead codes
@@ -37,16 +36,12 @@ DEFAULTS = dict(
 
 
 class VQGANObjective:
-  """The players are 'vqgan' and, with a discriminator, 'discriminator'. Batches: image uint8[B, H, W, 3].
-
-  `frozen` holds what the loop adds to `ctx.frozen` beside the frozen runs: {'lpips': parameters} or nothing.
-  """
+  """The players are 'vqgan' and, with a discriminator, 'discriminator'. Batches: image uint8[B, H, W, 3]."""
 
   def __init__(self, model: vqgan.VQGAN, c: ConfigDict, steps: int, perceptual: lpips.LPIPS | None = None):
     self.model, self.c, self.steps, self.perceptual = model, c, steps, perceptual
     self.disc = patchgan.build(c.disc_variant, dtype=model.dtype, **c.disc) if c.disc_weight else None
     self.disc_start = c.disc_start if c.disc_start > 1 else c.disc_start * steps
-    self.frozen: dict[str, Any] = {}
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
     images = jnp.zeros((1, *batch['image'].shape[1:]))
@@ -155,22 +150,17 @@ class VQGANObjective:
 def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> VQGANObjective:
   """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields).
 
-  LPIPS weights come from the frozen run 'lpips' or the file `loss.lpips_path`; without them the loss is that of pixels.
-  Raises ValueError for an unknown field and what `lpips.load` raises.
+  The perceptual loss needs the frozen run 'lpips'; without it the loss is that of pixels. Raises ValueError for an
+  unknown field.
   """
   defaults = {**DEFAULTS, 'data_init': not config.init.path}
   c = ConfigDict({**defaults, **variants.fields('config.loss', defaults, config.loss)})
   model = vqgan.build(**config.model)
   model.grid(config.data.image_size)
-  given = c.lpips_weight and (c.lpips_path or 'lpips' in frozen_configs)
-  if not given:
+  perceptual = None
+  if c.lpips_weight and 'lpips' in frozen_configs:
+    perceptual = lpips.build(**{**frozen_configs['lpips']['model'], 'dtype': model.dtype})
+  else:
     weights = ' + '.join(f'{w} {name}' for name, w in (('L1', c.l1_weight), ('L2', c.l2_weight)) if w)
     print(f'VQGAN: no LPIPS weights (config.frozen.lpips), so the loss is that of pixels, {weights}', flush=True)
-  fields = (
-    frozen_configs.get('lpips', {}).get('model', {'variant': 'vgg16'}) if not c.lpips_path else {'variant': 'vgg16'}
-  )
-  perceptual = lpips.build(**{**fields, 'dtype': model.dtype}) if given else None
-  objective = VQGANObjective(model, c, config.train.steps, perceptual)
-  if given and c.lpips_path:
-    objective.frozen['lpips'] = lpips.load(perceptual, c.lpips_path)
-  return objective
+  return VQGANObjective(model, c, config.train.steps, perceptual)

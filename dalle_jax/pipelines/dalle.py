@@ -13,11 +13,11 @@ from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import dalle, image_tokenizer
 from dalle_jax.pipelines.generator import TokenGenerator, request_keys
 from dalle_jax.pipelines.image_tokenizer import decode_codes
-from dalle_jax.pipelines.pictures import Painter, Sample, check_prompts
+from dalle_jax.pipelines.images import ImageGenerator, Sample, check_prompts
 from dalle_jax.training import checkpoint
 
 
-class DallE(TokenGenerator, Painter):
+class DallE(TokenGenerator, ImageGenerator):
   """A trained DALL-E with its VQGAN, its tokenizer and, if wanted, a CLIP that ranks what it draws."""
 
   OBJECTIVE = 'dalle'
@@ -63,7 +63,7 @@ class DallE(TokenGenerator, Painter):
     rows = {'text': text, 'image': np.tile(given, (len(prompts), 1))}
     call = lambda batch, seed: self._draw(self.params, batch, seed, sampling=sampling)
     asked = dict(n=n, seed=seed, first=first, batch_size=batch_size)
-    return self._ranked(prompts, self._paint([p.encode() for p in prompts], rows, call, **asked))
+    return self._ranked(prompts, self._generate([p.encode() for p in prompts], rows, call, **asked))
 
   # --- On the host
 
@@ -74,7 +74,7 @@ class DallE(TokenGenerator, Painter):
       return np.zeros((1, 0), np.int32)
     if init_image is None or not 0 < keep_rows < h:
       raise ValueError(f'keep_rows is {keep_rows}; with an init_image it must be 1 to {h - 1} rows of {h}, else 0.')
-    return self.encode(ops.open_picture(init_image, self.image_size, 'init_image')[None])[:, : keep_rows * w]
+    return self.encode(ops.open_image(init_image, self.image_size, 'init_image')[None])[:, : keep_rows * w]
 
 
 def draw(

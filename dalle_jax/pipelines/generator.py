@@ -13,8 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dalle_jax.data.bpe import text_encoder
-from dalle_jax.functional import decoding
-from dalle_jax.models import dalle
+from dalle_jax.models import dalle, decode_params
 from dalle_jax.pipelines.image_tokenizer import ImageTokenizer
 from dalle_jax.pipelines.rerank import Reranker
 from dalle_jax.training import checkpoint, sharding
@@ -123,8 +122,8 @@ class TokenGenerator(Generator):
     """Keeps the parameters of 'dalle' and other players as drawing reads them."""
     few_rows = self.mesh is None and jax.default_backend() == 'cpu'
     for player in ('dalle', *players):
-      self.params[player] = decoding.compute_params(self.params[player], dtype, self.int8, few_rows)
-    self.params['dalle'] = decoding.by_layer(self.params['dalle'])
+      self.params[player] = decode_params.compute_params(self.params[player], dtype, self.int8, few_rows)
+    self.params['dalle'] = decode_params.by_layer(self.params['dalle'])
 
 
 def check_numbers(n: int, batch_size: int, seed: int) -> None:

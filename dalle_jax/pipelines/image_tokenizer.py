@@ -54,8 +54,8 @@ class ImageTokenizer:
     Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when a run is of another kind.
     """
     run = checkpoint.load_run(path, mesh=mesh, rules=rules, step=step)
-    if run.config.get('objective') not in image_tokenizer.ROOMS:
-      kinds = ', '.join(image_tokenizer.ROOMS)
+    if run.config.get('objective') not in image_tokenizer.TOKENIZERS:
+      kinds = ', '.join(image_tokenizer.TOKENIZERS)
       raise ValueError(f'{path} is a run of {run.config.get("objective")!r}; expected an image tokenizer: {kinds}.')
     return cls(run, image_size, mesh, rules)
 
@@ -65,8 +65,8 @@ class ImageTokenizer:
     Instead of an array a list of pictures of any size and kind (paths, bytes, PIL images, arrays), which are cropped.
     """
     if isinstance(images, (list, tuple)) and images:
-      images = np.stack([ops.open_picture(x, self.image_size, f'picture {i}') for i, x in enumerate(images)])
-    ops.check_pictures(images, self.image_size)
+      images = np.stack([ops.open_image(x, self.image_size, f'picture {i}') for i, x in enumerate(images)])
+    ops.check_images(images, self.image_size)
     with sharding.within(self.mesh, self.rules):
       return in_batches(lambda x: self._encode(self.params, x), images, batch_size)
 

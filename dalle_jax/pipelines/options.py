@@ -58,6 +58,6 @@ def sampling(values: flags.FlagValues, model: Any) -> dict[str, Any]:
   return {name: values[name].value for name in names}
 
 
-def told(values: flags.FlagValues, model: Any) -> dict[str, Any]:
+def sampling_arguments(values: flags.FlagValues, model: Any) -> dict[str, Any]:
   """What to write down beside pictures of how they were drawn."""
   return sampling(values, model) | {name: values[name].value for name in changed(values, *PARTS)}

@@ -34,7 +34,7 @@ class StorySample:
   scores: np.ndarray | None
 
 
-class StoryTeller(Generator):
+class StoryGenerator(Generator):
   """One that continues stories, of `model.frames` frames after the source at most.
 
   `tower_words` are those of a frozen text encoder that reads the captions, if there is one.
@@ -64,7 +64,7 @@ class StoryTeller(Generator):
       raise ValueError('there is no source frame; give the picture that the story goes on from.')
     if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
       raise ValueError('captions must be a list of strings, one a frame, e.g. ["pip goes home", "pip sleeps"].')
-    picture = ops.open_picture(source, self.image_size, 'the source frame')
+    picture = ops.open_image(source, self.image_size, 'the source frame')
     return self.continue_stories(
       picture[None], [captions], n, seed, vectors=None if vectors is None else np.asarray(vectors)[None], **options
     )[0]
@@ -97,7 +97,7 @@ class StoryTeller(Generator):
     check_numbers(n, batch_size, seed)
     sampling = Sampling(temperature, top_k, top_p, guidance)
     self._check(sampling)
-    ops.check_pictures(sources, self.image_size)
+    ops.check_images(sources, self.image_size)
     batch = self._batch(sources, captions, None if vectors is None else np.asarray(vectors))
     count, t = batch['name'].shape
     frames = np.zeros((count, t, n, *sources.shape[1:]), np.uint8)

@@ -12,11 +12,11 @@ from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import clip, story_dalle
 from dalle_jax.pipelines.generator import TokenGenerator, request_keys
 from dalle_jax.pipelines.image_tokenizer import decode_codes
-from dalle_jax.pipelines.stories import StoryTeller
+from dalle_jax.pipelines.stories import StoryGenerator
 from dalle_jax.training import checkpoint
 
 
-class StoryDallE(StoryTeller, TokenGenerator):
+class StoryDallE(StoryGenerator, TokenGenerator):
   """A trained StoryDALL-E with its VQGAN, its tokenizer and, if wanted, a CLIP that ranks what it draws."""
 
   OBJECTIVE = 'story_dalle'

@@ -11,11 +11,11 @@ from dalle_jax.functional.decoding import Sampling
 from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.models import storyganc
 from dalle_jax.pipelines.generator import request_keys
-from dalle_jax.pipelines.stories import StoryTeller
+from dalle_jax.pipelines.stories import StoryGenerator
 from dalle_jax.training import checkpoint
 
 
-class StoryGANc(StoryTeller):
+class StoryGANc(StoryGenerator):
   """The generator of a trained StoryGANc with its tokenizer and, if wanted, a CLIP that ranks what it draws.
 
   `temperature` is the standard deviation of its noise; there is nothing for top_k, top_p and guidance to act on.

@@ -11,20 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.data import ops
-from dalle_jax.functional.decoding import Sampling, compute_params
+from dalle_jax.functional.decoding import Sampling
 from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.models import prior, unclip, upsampler
 from dalle_jax.models.clip import normalize
 from dalle_jax.models.clip_reader import Caption
+from dalle_jax.models.decode_params import compute_params
 from dalle_jax.pipelines.generator import request_keys
-from dalle_jax.pipelines.pictures import Painter, Sample, check_prompts
+from dalle_jax.pipelines.images import ImageGenerator, Sample, check_prompts
 from dalle_jax.training import checkpoint
 
 UPSAMPLERS = ('upsampler', *(f'upsampler_{i}' for i in range(2, 10)))
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawing:
+class SamplingPlan:
   """How to draw.
 
   Attributes:
@@ -41,7 +42,7 @@ class Drawing:
   priors: int = 2
 
 
-class UnCLIP(Painter):
+class UnCLIP(ImageGenerator):
   """A trained decoder with its CLIP, its prior, its upsamplers, and, if wanted, another CLIP that ranks what it draws.
 
   Frozen runs are 'clip', 'prior' (not needed for variations), and of UPSAMPLERS any, each of which takes up where the
@@ -75,7 +76,7 @@ class UnCLIP(Painter):
     self._guess = self._jit(self._guess_embeds, static_argnames=('steps', 'guidance', 'priors'))
     self._draw = self._jit(self._draw_pictures, static_argnames=('steps', 'guidance'))
     self._widen = self._jit(self._widen_pictures, static_argnames=('name', 'steps'))
-    self._look = self._jit(lambda params, images: self.reader.look(params['clip'], to_float(images)))
+    self._look = self._jit(lambda params, images: self.reader.encode_image(params['clip'], to_float(images)))
 
   @classmethod
   def load(
@@ -118,7 +119,7 @@ class UnCLIP(Painter):
 
     Args:
       temperature, top_k, top_p: of models of tokens; they must be left as they are.
-      guidance: of the decoder, and of the prior where `prior_guidance` is None; the others see `Drawing`.
+      guidance: of the decoder, and of the prior where `prior_guidance` is None; the others see `SamplingPlan`.
       first: the number of the first picture, of all prompts or of each; the others follow it.
       batch_size: pictures at once.
 
@@ -130,12 +131,12 @@ class UnCLIP(Painter):
       raise ValueError(f'unCLIP has no tokens, so no {", ".join(changed)}; leave it out.')
     if self.guess is None:
       raise ValueError('this unCLIP has no prior, so it draws nothing from captions; give one, or a picture to vary.')
-    how = Drawing(
+    how = SamplingPlan(
       guidance, guidance if prior_guidance is None else prior_guidance, steps, prior_steps, upsampler_steps, priors
     )
     rows = {'text': np.stack([self._text(p) for p in prompts])}
     asked = dict(n=n, seed=seed, first=first, batch_size=batch_size)
-    return self._ranked(prompts, self._paint([p.encode() for p in prompts], rows, self._call(how), **asked))
+    return self._ranked(prompts, self._generate([p.encode() for p in prompts], rows, self._call(how), **asked))
 
   def variations(
     self,
@@ -156,15 +157,15 @@ class UnCLIP(Painter):
     size, several = self.reader.model.side, isinstance(images, (list, tuple)) or np.ndim(images) == 4
     if not several or not len(images):
       raise ValueError('images must be a list of pictures, one or more.')
-    given = np.stack([ops.open_picture(x, size, f'picture {i}') for i, x in enumerate(images)])
+    given = np.stack([ops.open_image(x, size, f'picture {i}') for i, x in enumerate(images)])
     embeds = np.asarray(self._look(self.params, given))
-    how = Drawing(guidance, steps=steps, upsampler_steps=upsampler_steps)
-    rows = {'text': np.tile(self.reader.empty, (len(given), 1)), 'embed': embeds}
+    how = SamplingPlan(guidance, steps=steps, upsampler_steps=upsampler_steps)
+    rows = {'text': np.tile(self.reader.empty_ids, (len(given), 1)), 'embed': embeds}
     asked = dict(n=n, seed=seed, first=first, batch_size=batch_size)
-    drawn = self._paint([x.tobytes() for x in given], rows, self._call(how), **asked)
+    drawn = self._generate([x.tobytes() for x in given], rows, self._call(how), **asked)
     return [Sample('', pictures, numbers) for pictures, _, numbers in drawn]
 
-  def _call(self, how: Drawing) -> Any:
+  def _call(self, how: SamplingPlan) -> Any:
     """Raises ValueError for numbers of steps that training does not have."""
     self.model.diffusion.timesteps(how.steps, 'steps')
     for module in self.upsamplers.values():
@@ -202,7 +203,7 @@ class UnCLIP(Painter):
     captions, empties = (jax.tree.map(several, c) for c in (caption, empty))
     apply = functools.partial(self.guess.apply, {'params': params['prior']})
     among = self.guess.diffusion.timesteps(steps)
-    embeds = self.reader.scaled(prior.guess(self.guess, apply, captions, empties, keys, among, guidance))
+    embeds = self.reader.scaled(prior.sample(self.guess, apply, captions, empties, keys, among, guidance))
     embeds = embeds.reshape(priors, len(caption.embed), -1)
     best = jnp.einsum('pbe,be->pb', normalize(embeds), caption.embed).argmax(0)
     return jnp.take_along_axis(embeds, best[None, :, None], 0)[0]
@@ -214,7 +215,7 @@ class UnCLIP(Painter):
     caption, empty = self._captions(params['clip'], batch)
     apply = functools.partial(self.model.apply, {'params': params['unclip']})
     keys, among = stage_keys(batch, seed, 0), self.model.diffusion.timesteps(steps)
-    return unclip.paint(self.model, apply, embeds, caption, empty, keys, among, guidance)
+    return unclip.sample(self.model, apply, embeds, caption, empty, keys, among, guidance)
 
   def _widen_pictures(
     self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, images: jax.Array, *, name: str, steps: int
@@ -223,14 +224,14 @@ class UnCLIP(Painter):
     module, place = self.upsamplers[name], list(self.upsamplers).index(name)
     of = {player: functools.partial(module.apply, {'params': own}) for player, own in params.items()}
     keys, among = stage_keys(batch, seed, 2**20 + place), module.diffusion.timesteps(steps)
-    return upsampler.widen(module, of['upsampler'], images, keys, among, of.get('last'))
+    return upsampler.sample(module, of['upsampler'], images, keys, among, of.get('last'))
 
   def _captions(self, params: Any, batch: dict[str, jax.Array]) -> tuple[Caption, Caption]:
     """What CLIP reads in the captions, and in ''; a row for each picture."""
     count, n = batch['number'].shape
     rows = lambda caption, times: jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), caption)
-    empty = self.reader.read(params, jnp.asarray(self.reader.empty)[None])
-    return rows(self.reader.read(params, batch['text']), n), rows(empty, count * n)
+    empty = self.reader.encode_text(params, jnp.asarray(self.reader.empty_ids)[None])
+    return rows(self.reader.encode_text(params, batch['text']), n), rows(empty, count * n)
 
 
 def stage_keys(batch: dict[str, jax.Array], seed: jax.Array, stage: int) -> jax.Array:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -143,7 +144,7 @@ def steps(run_dir: str | Path) -> list[int]:
   return sorted((int(n) for n in names if n.isdigit()), reverse=True)
 
 
-def kept(run_dir: str | Path) -> str:
+def describe_newest(run_dir: str | Path) -> str:
   """Of what a run goes on, for messages."""
   found = steps(run_dir)
   return f'the checkpoint of step {found[0]} is kept' if found else 'there is no checkpoint yet'
@@ -275,7 +276,8 @@ def load_run(
         where = NamedSharding(mesh, spec if name in meta['axes'] else PartitionSpec())
       return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=where)
 
-    return _restore(source, {key: nest({k: place(k, v) for k, v in flat.items()})}, saved, partial=True)[key], meta
+    target = {key: traverse_util.unflatten_dict({k: place(k, v) for k, v in flat.items()}, sep='/')}
+    return _restore(source, target, saved, partial=True)[key], meta
 
   if step is not None:
     params, meta = read(run_dir / 'checkpoints' / str(step))
@@ -283,18 +285,6 @@ def load_run(
     step, (params, meta) = _newest_whole(run_dir, read)
   frozen = {k: str(run_dir / v) for k, v in meta['frozen'].items()}
   return Run(meta['config'], params, meta['tokenizer'], step, str(path), frozen, meta['axes'])
-
-
-def nest(flat: Mapping[str, Any]) -> dict:
-  """{'a/b': x} -> {'a': {'b': x}}."""
-  tree: dict = {}
-  for name, leaf in flat.items():
-    *parents, last = name.split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[last] = leaf
-  return tree
 
 
 def strict_merge(params: Params, loaded: Params, new: str = '') -> Params:

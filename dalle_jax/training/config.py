@@ -11,8 +11,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-# Fields of the model, the objective, a source: who reads them knows them, and refuses what it does not know.
-OPEN = r'(model|loss|frozen|data\.source_args|train\.xla_options)\.\w+'
+# Fields that the config need not have: the model, objective, source or optimiser that reads them refuses unknown names.
+OPEN = r'(model|loss|frozen|data\.source_args|train\.xla_options|loss\.disc|optim\.groups\.\w+)\.\w+'
 
 
 def parse(argv: Sequence[str], flag_values: flags.FlagValues | None = None) -> ConfigDict:
@@ -21,18 +21,22 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues | None = None) -> C
   Raises ValueError for a field that the config does not have (naming close ones) or a value of the wrong type, and
   FileNotFoundError when the file cannot be read.
   """
-  _check_fields(argv)
+  config = _load(argv)
+  for name in (a.lstrip('-').removeprefix('config.').split('=')[0] for a in argv if re.match('--?config[.]', a)):
+    _make_room(config, name)
+  i, flag, _ = _config_file(argv)
+  overrides = [*argv[: i if flag else i - 1], *argv[i + 1 :]]
   values = flags.FlagValues() if flag_values is None else flag_values
-  holder = config_flags.DEFINE_config_file(
-    'config', flag_values=values, sys_argv=list(argv), lock_config=False, accept_new_attributes=True
+  config_flags.DEFINE_config_dict(
+    'config', config, flag_values=values, sys_argv=overrides, lock_config=False, accept_new_attributes=True
   )
   try:
-    rest = values(list(argv))[1:]
+    rest = values(overrides)[1:]
   except flags.Error as e:
     raise ValueError(' '.join(str(e).split())) from e
   if rest:
     raise ValueError(f'arguments {rest} are not understood; overrides look like --config.optim.lr=3e-4.')
-  return holder.value
+  return config
 
 
 def with_stage(argv: Sequence[str], stage: str) -> list[str]:
@@ -53,34 +57,47 @@ def _config_file(argv: Sequence[str]) -> tuple[int, str, str]:
   raise ValueError('give a config: --config configs/NAME.py (ls configs shows them).')
 
 
-def _check_fields(argv: Sequence[str]) -> None:
-  # ml_collections would end with a traceback, so look first, in a parse of the file alone.
-  alone = [argv[0], '--config', _config_file(argv)[2]]
-  values = flags.FlagValues()
-  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=alone)
+def _load(argv: Sequence[str]) -> ConfigDict:
+  """The config as its file gives it, without overrides."""
+  alone, values = [argv[0], '--config', _config_file(argv)[2]], flags.FlagValues()
+  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=alone, lock_config=False)
   try:
     values(alone)
   except flags.Error as e:  # holds the traceback of the file as text, whose last line says what is wrong
     raise ValueError(str(e).strip().splitlines()[-1].strip().removeprefix('ValueError: ')) from e
   try:
-    known = list(flat(holder.value, parents=True))
+    flat(holder.value)  # a file that is missing raises only when the value is read
   except OSError as e:
     raise FileNotFoundError(f'the config cannot be read: {str(e).splitlines()[-1].strip()}') from e
-  for name in (a.lstrip('-').removeprefix('config.').split('=')[0] for a in argv if re.match('--?config[.]', a)):
-    if name not in known and not re.fullmatch(OPEN, name):
-      leaf = name.rpartition('.')[2]
-      close = [k for k in known if k.rpartition('.')[2] == leaf]
-      close += difflib.get_close_matches(name, known, 3) + difflib.get_close_matches(leaf, known, 3)
-      hint = f'close: {", ".join(dict.fromkeys(close))}' if close else f'there are {", ".join(holder.value)}'
-      raise ValueError(f'the config has no field {name!r}; {hint}.')
+  return holder.value
 
 
-def by_name(room: str, name: str, field: str) -> ModuleType:
-  """dalle_jax/ROOM/NAME.py, which `field` asks for. Raises ValueError that lists the files when there is none."""
-  known = sorted(p.stem for p in (Path(__file__).parents[1] / room).glob('*.py') if p.stem != '__init__')
+def _make_room(config: ConfigDict, name: str) -> None:
+  """Creates the parents of an open field. Raises ValueError for one that the config does not have and cannot take."""
+  known = list(flat(config, parents=True))
+  if name in known:
+    return
+  if not re.fullmatch(OPEN, name):
+    leaf = name.rpartition('.')[2]
+    close = [k for k in known if k.rpartition('.')[2] == leaf]
+    close += difflib.get_close_matches(name, known, 3) + difflib.get_close_matches(leaf, known, 3)
+    hint = f'close: {", ".join(dict.fromkeys(close))}' if close else f'there are {", ".join(config)}'
+    raise ValueError(f'the config has no field {name!r}; {hint}.')
+  for parent in name.split('.')[:-1]:
+    if parent not in config:
+      config[parent] = ConfigDict()
+    config = config[parent]
+
+
+def module_named(package: str, name: str, field: str) -> ModuleType:
+  """The module dalle_jax/PACKAGE/NAME.py that config field `field` names.
+
+  Raises ValueError, listing the modules that exist, when there is none.
+  """
+  known = sorted(p.stem for p in (Path(__file__).parents[1] / package).glob('*.py') if p.stem != '__init__')
   if name not in known:
-    raise ValueError(f'{field} {name!r} is unknown; dalle_jax/{room} has {", ".join(known)}.')
-  return importlib.import_module(f'dalle_jax.{room}.{name}')
+    raise ValueError(f'{field} {name!r} is unknown; dalle_jax/{package} has {", ".join(known)}.')
+  return importlib.import_module(f'dalle_jax.{package}.{name}')
 
 
 def to_json(config: Any) -> Any:

@@ -1,8 +1,9 @@
 """Several processes as one run: how they find each other, agree where to stop, and end together.
 
-`jax.distributed` has a store of names and values on process 0. Two names matter here: 'stop', by which one process asks
-all to stop at the same step, and 'failed', by which one that ends early tells the others why. One that is killed tells
-nothing; the others notice by a broken connection, or by its silence.
+`jax.distributed` has a key-value store on process 0. Its keys here: 'stop', by which one process asks all to stop at
+the same step; 'at/I', the step that process I had then reached; 'written', for waiting on the first process; and
+'failed', by which a process that ends early tells the others why. A killed process says nothing; the others notice a
+broken connection, or its silence.
 """
 
 import atexit

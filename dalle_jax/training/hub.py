@@ -21,7 +21,7 @@ def local(path: str | Path) -> Path:
     import huggingface_hub
   except ImportError:
     raise FileNotFoundError(
-      f'there is no directory {name}; if it is a repository of Hugging Face: pip install "dalle_jax[hf]".'
+      f'there is no directory {name}; if it is a repository of Hugging Face: pip install -e ".[hf]".'
     ) from None
   try:
     return Path(huggingface_hub.snapshot_download(name)) / inside.lstrip('/')

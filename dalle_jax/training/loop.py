@@ -1,9 +1,6 @@
 """The training loop: one for every objective, read from top to bottom.
 
-An objective may have, beside `init` and `loss`: `after_update(params, mutable) -> params`, run inside the step after
-the optimiser; `tokens(batch) -> int` and `flops(batch) -> float` of a global batch, for speed and utilisation;
-`adopt(params, config, rng) -> params`, which makes the parameters of another run fit (train.py calls it); and
-`rows_apart = True`, if the loss is a mean over rows that do not know each other, and it has no state of its own.
+What an objective must and may have is listed at `state.Objective`.
 """
 
 import contextlib
@@ -20,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dalle_jax.training import checkpoint, distributed, errors, optim, sharding
@@ -105,8 +102,7 @@ def train(
   for name in ('steps', 'accum', 'log_every'):
     if c[name] < 1:
       raise ValueError(f'train.{name} is {c[name]}; expected 1 or more.')
-  own = jax.device_put(getattr(objective, 'frozen', {}), NamedSharding(mesh, PartitionSpec()))
-  frozen = {**(frozen or {}), **own}
+  frozen = frozen or {}
   say = lambda text: print(text, flush=True) if jax.process_index() == 0 else None
   started = time.monotonic()
   # --- Shapes and sizes -----------------------------------------------------------------------------------------------
@@ -137,8 +133,8 @@ def train(
     say(f'{name}: {count(tree):,} parameters (frozen network)')
   if device.platform == 'cpu' and count(params) > LARGE_ON_CPU and not c.allow_cpu:
     raise ValueError(
-      f'{count(params):,} parameters would train on the CPU; install jax for your accelerator (pip install '
-      f'"dalle_jax[cuda]" or "[tpu]"), or pass --config.train.allow_cpu=True if you mean it.'
+      f'{count(params):,} parameters would train on the CPU; install jax for your accelerator '
+      f"(pip install -e '.[cuda]' or '.[tpu]'), or pass --config.train.allow_cpu=True if you mean it."
     )
   # --- Resume, or start -----------------------------------------------------------------------------------------------
   found = checkpoint.resume(run_dir, target)  # 1. this run's newest whole checkpoint
@@ -157,7 +153,7 @@ def train(
   if start >= c.steps and not missed:
     say(f'{run_dir} is complete: {start} of {c.steps} steps; raise train.steps to go on.')
     return state
-  distributed.keeps(lambda: checkpoint.kept(run_dir))
+  distributed.keeps(lambda: checkpoint.describe_newest(run_dir))
   say(f'resuming at step {start}' if start else f'starting in {run_dir}')
   if start:
     stream = batches(start)
@@ -173,7 +169,7 @@ def train(
     mesh=mesh,
     shardings=shardings,
     group=group,
-    xla_options=c.get('xla_options'),
+    xla_options=c.xla_options,
   )
   saves = checkpoint.manager(run_dir, c.keep)
   writer, progress = metrics_lib.Writer(run_dir, start), metrics_lib.Progress(start, c.steps)
@@ -257,7 +253,7 @@ def train(
       checkpoint.finish(saves)
   except Diverged as e:
     checkpoint.finish(saves)
-    where = checkpoint.kept(run_dir)
+    where = checkpoint.describe_newest(run_dir)
     raise Diverged(f'{e}; stopped, {where}. Lower optim.lr, or set optim.clip and optim.warmup.') from None
   except (Exception, KeyboardInterrupt) as e:
     if distributed.joined():  # to close what is open waits for the others, and they wait for this process

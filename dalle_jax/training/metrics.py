@@ -98,15 +98,10 @@ class Progress:
   def log(self, step: int, values: Mapping[str, float]) -> None:
     text = '  '.join(f'{k} {v:,.0f}' if abs(v) >= 1e4 else f'{k} {v:.4g}' for k, v in values.items() if k != 'seconds')
     left = (time.monotonic() - self.begun) / max(step - self.start, 1) * (self.total - step)
-    self.say(f'step {step}/{self.total}  {text}' + (f'  {duration(left)} left' if self.plain else ''))
+    self.say(f'step {step}/{self.total}  {text}' + (f'  {tqdm.tqdm.format_interval(left)} left' if self.plain else ''))
 
   def close(self) -> None:
     self.bar.close()
-
-
-def duration(seconds: float) -> str:
-  minutes, rest = divmod(math.ceil(seconds), 60)
-  return f'{minutes // 60}:{minutes % 60:02d}:{rest:02d}'
 
 
 class Diverged(Exception):

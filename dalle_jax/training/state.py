@@ -37,7 +37,18 @@ class Context(struct.PyTreeNode):
 
 
 class Objective(Protocol):
-  """What is minimised. Optional beside these: after_update, sample, tokens, flops, frozen (see the loop)."""
+  """What is minimised. It must have `init` and `loss`, and may have
+
+    after_update(params, mutable) -> params: run inside the step, after the optimiser.
+    sample(params, ctx, batch) -> uint8[B, H, W, 3]: images for the log.
+    tokens(batch) -> int, flops(batch) -> float: of a global batch, for speed and utilisation.
+    adopt(params, config, rng) -> params: makes the parameters of another run fit (`config.init`; train.py calls it).
+    rows_apart = True: the loss is a mean over independent rows and there is no mutable state, so that gradient
+      accumulation may sum per replica and reduce once.
+
+  Its module has `from_config(config, frozen_configs)` and may have READS, the names of the frozen networks that a step
+  needs (all by default; others are only kept for sampling).
+  """
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Params, Any]: ...
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.training import host, optim, sharding
@@ -96,10 +97,10 @@ def make_step(
     average = state.ema
     if ema:
       decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))  # short memory while the model moves fast
-      average = jax.tree.map(lambda a, p: a * decay + p * (1 - decay), average, params)
+      average = optax.incremental_update(params, average, 1 - decay)
     for player, schedule in optimizer.schedules.items():
       suffix = f'/{player}' if len(optimizer.schedules) > 1 else ''
-      metrics[f'grad_norm{suffix}'] = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads[player])))
+      metrics[f'grad_norm{suffix}'] = optax.global_norm(grads[player])
       metrics[f'lr{suffix}'] = jnp.asarray(schedule(state.step), jnp.float32)
     finite = jnp.isfinite(jnp.stack([jnp.asarray(m, jnp.float32) for m in metrics.values()])).all()
     return TrainState(state.step + 1, params, opt_state, average, mutable), metrics, finite

@@ -17,7 +17,6 @@ from dalle_jax.convert.sources.clip import MEAN, STD
 from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional import decoding, diffusion, gan, losses
 from dalle_jax.functional.pixels import to_float
-from dalle_jax.layers import variants
 from dalle_jax.layers.cross import CrossAttention
 from dalle_jax.layers.patterns import Pattern
 from dalle_jax.models import (
@@ -32,6 +31,7 @@ from dalle_jax.models import (
   story_dalle,
   unclip,
   upsampler,
+  variants,
   vqgan,
 )  # fmt: skip
 
@@ -176,7 +176,7 @@ def storydalle(folder, arrays):
     params = {'dalle': run.network('dalle'), 'story': run.network('story')}
 
     def parts(params, text, source, sentences, model=model, base=base):
-      extra, _ = model.apply({'params': params}, text, source, sentences, method='look')
+      extra, _ = model.apply({'params': params}, text, source, sentences, method='conditioning')
       seen = base.apply({'params': params['dalle']}, source, method='embed_source')
       return extra, seen
 
@@ -384,7 +384,7 @@ def unclip_diffusers(folder, arrays):
   first, last = (of(parts['upsampler'], name) for name in ('upsampler', 'last'))
   prompts = json.loads((folder / 'prompts.json').read_text())
   ids = texts(words, prompts)
-  caption, empty = (reader.read(clip_params, jnp.asarray(x)) for x in (ids, np.tile(reader.empty, (2, 1))))
+  caption, empty = (reader.encode_text(clip_params, jnp.asarray(x)) for x in (ids, np.tile(reader.empty_ids, (2, 1))))
   predict = jax.jit(lambda x, t, c: guess.apply({'params': guess_params}, x, jnp.full(len(x), t), c))
   paint = jax.jit(lambda x, t, e, c, k: model.apply({'params': params}, x, jnp.full(len(x), t), e, c, k))
   sharpen = jax.jit(lambda p, x, t, low: up.apply({'params': p}, x, jnp.full(len(x), t), low))
@@ -422,7 +422,7 @@ def unclip_diffusers(folder, arrays):
   noises = {k: arrays[f'in_step_noise_{k}'] for k in ('prior', 'decoder', 'sr')}
   found = {
     'out_input_ids': ids,
-    'out_attention_mask': np.asarray(caption.seen).astype(np.int64),
+    'out_attention_mask': np.asarray(caption.mask).astype(np.int64),
     'out_text_embeds': caption.embed,
     'out_text_hidden': caption.hidden,
     'out_prior': out,
@@ -446,7 +446,7 @@ def unclip_diffusers(folder, arrays):
   sharp = finish(small)
   found |= {'out_pipe_prior': drawn, 'out_pipe_decoder': nchw(small), 'out_pipe_sr': nchw(sharp)}
   pixels = nhwc(arrays['in_pixel_values']) * np.array(STD) * 2 + np.array(MEAN) * 2 - 1
-  embeds = reader.look(clip_params, pixels)
+  embeds = reader.encode_image(clip_params, pixels)
   varied = finish(down(model.diffusion, paint_guided(embeds, empty, 3.0), picture, noise, int(counts[1])))
   return found | {'out_pipe_image': unit(sharp), 'out_var_image_embeds': embeds, 'out_var_image': unit(varied)}
 

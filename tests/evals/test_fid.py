@@ -77,7 +77,7 @@ def make_network(seed):
   model = classifier.build('test', labels=3)
   params = runs.parameters(model.init, np.zeros((1, 16, 16, 3), np.float32), seed=seed)['params']
   config = {'objective': 'classifier', 'model': {'variant': 'test', 'labels': 3}, 'data': {'image_size': 16}}
-  return fid.Network(Run(config, {'classifier': params}, None, 5, 'runs/classifier'))
+  return fid.FeatureExtractor(Run(config, {'classifier': params}, None, 5, 'runs/classifier'))
 
 
 def test_a_network_looks_at_pictures_of_any_size_and_number(network):
@@ -88,14 +88,14 @@ def test_a_network_looks_at_pictures_of_any_size_and_number(network):
   larger = images.repeat(2, 1).repeat(2, 2)
   assert network.features(larger).shape == features.shape
   with pytest.raises(ValueError, match="runs/x is a run of 'dalle'; looking at pictures needs one of inception, "):
-    fid.Network(Run({'objective': 'dalle'}, {}, None, 1, 'runs/x'))
+    fid.FeatureExtractor(Run({'objective': 'dalle'}, {}, None, 1, 'runs/x'))
 
 
 def test_the_hash_is_of_pictures_resize_and_network_not_of_batches(network, capsys):
   images = RNG.integers(0, 256, (9, 16, 16, 3), np.uint8)
 
   def seen(network, resize, *parts):
-    s = fid.Seen(network, resize)
+    s = fid.FeatureSet(network, resize)
     for part in parts:
       s.add(part)
     return s
@@ -111,7 +111,7 @@ def test_the_hash_is_of_pictures_resize_and_network_not_of_batches(network, caps
 
 
 def test_saved_statistics_are_read_and_others_refused(network, tmp_path):
-  seen = fid.Seen(network)
+  seen = fid.FeatureSet(network)
   seen.add(RNG.integers(0, 256, (3, 16, 16, 3), np.uint8))
   expected = seen.statistics()
   seen.save(tmp_path / 'true.npz', expected)

@@ -15,19 +15,19 @@ NOISE = jax.random.normal(jax.random.key(1), X.shape)
 @pytest.mark.parametrize('schedule', diffusion.SCHEDULES)
 def test_ever_less_is_kept(schedule):
   d = Diffusion(schedule=schedule)
-  kept = d.kept()
+  kept = d.alphas_cumprod()
   assert kept.dtype == np.float32 and (np.diff(kept) < 0).all() and kept[0] > 0.999 and kept[-1] < 1e-4
-  np.testing.assert_allclose(np.cumprod(1 - d.added(), dtype=np.float64), kept, rtol=1e-6)
+  np.testing.assert_allclose(np.cumprod(1 - d.betas(), dtype=np.float64), kept, rtol=1e-6)
 
 
 def test_the_schedules_by_hand():
-  assert Diffusion(schedule='linear').added()[[0, -1]].tolist() == pytest.approx([1e-4, 0.02])
-  assert Diffusion(250, 'linear').added()[0] == pytest.approx(4e-4)
+  assert Diffusion(schedule='linear').betas()[[0, -1]].tolist() == pytest.approx([1e-4, 0.02])
+  assert Diffusion(250, 'linear').betas()[0] == pytest.approx(4e-4)
   share = lambda u: np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
-  np.testing.assert_allclose(Diffusion().kept()[499], share(0.5) / share(0), rtol=1e-5)
-  assert Diffusion().added()[-1] == np.float32(0.999)
+  np.testing.assert_allclose(Diffusion().alphas_cumprod()[499], share(0.5) / share(0), rtol=1e-5)
+  assert Diffusion().betas()[-1] == np.float32(0.999)
   # Of signal and noise, but at the last step, where what is added is cut.
-  ratio = lambda d: np.sqrt(d.kept()[:-1] / (1 - d.kept()[:-1]))
+  ratio = lambda d: np.sqrt(d.alphas_cumprod()[:-1] / (1 - d.alphas_cumprod()[:-1]))
   np.testing.assert_allclose(ratio(Diffusion(shift=0.25)), 0.25 * ratio(Diffusion()), rtol=1e-3)
 
 
@@ -43,7 +43,7 @@ def test_steps_are_spread_evenly_from_the_last_to_the_first():
 def test_a_step_back_from_the_true_start_is_as_if_less_noise_had_been_added(later, earlier):
   """Mean and variance over the noise in x, of which a step keeps a part and adds another, in closed form."""
   d = Diffusion(predicts='start', clip=100.0)
-  kept, start = d.kept().astype(np.float64), jnp.full((1, 1), 2.0)
+  kept, start = d.alphas_cumprod().astype(np.float64), jnp.full((1, 1), 2.0)
   at = lambda x, noise: float(diffusion.step_back(d, start, jnp.full((1, 1), x), later, earlier, noise)[0, 0])
   zero, slope, spread = at(0.0, 0.0), at(1.0, 0.0) - at(0.0, 0.0), at(0.0, 1.0) - at(0.0, 0.0)
   mean = zero + slope * 2.0 * np.sqrt(kept[later])
@@ -56,15 +56,15 @@ def test_a_network_that_knows_the_start_is_led_there():
   d = Diffusion(predicts='start')
   start = jnp.clip(X, -1, 1)
   keys = jax.random.split(jax.random.key(2), 3)
-  x = diffusion.draw(d, lambda x, t: start, diffusion.noise_of(keys, X.shape[1:]), keys, d.timesteps(10))
+  x = diffusion.sample(d, lambda x, t: start, diffusion.initial_noise(keys, X.shape[1:]), keys, d.timesteps(10))
   np.testing.assert_allclose(x, start, atol=1e-3)
   d = Diffusion(variance='learned')
 
   def knows_the_noise(x, t):
-    kept = jnp.asarray(d.kept())[t][:, None, None, None]
+    kept = jnp.asarray(d.alphas_cumprod())[t][:, None, None, None]
     return jnp.concatenate([(x - jnp.sqrt(kept) * start) / jnp.sqrt(1 - kept), jnp.zeros_like(x)], -1)
 
-  x = diffusion.draw(d, knows_the_noise, diffusion.noise_of(keys, X.shape[1:]), keys, d.timesteps(10))
+  x = diffusion.sample(d, knows_the_noise, diffusion.initial_noise(keys, X.shape[1:]), keys, d.timesteps(10))
   np.testing.assert_allclose(x, start, atol=2e-3)
 
 
@@ -74,9 +74,9 @@ def network(x, t):
 
 def test_drawing_is_step_after_step_and_the_last_may_be_anothers():
   d, keys = Diffusion(variance='learned'), jax.random.split(jax.random.key(2), 3)
-  steps, x = d.timesteps(4), diffusion.noise_of(keys, X.shape[1:])
+  steps, x = d.timesteps(4), diffusion.initial_noise(keys, X.shape[1:])
   other = lambda x, t: network(x, t) * 0.5
-  drawn = jax.jit(lambda x: diffusion.draw(d, network, x, keys, steps, other))(x)
+  drawn = jax.jit(lambda x: diffusion.sample(d, network, x, keys, steps, other))(x)
   normal = lambda i: jnp.stack([jax.random.normal(jax.random.fold_in(key, i), X.shape[1:]) for key in keys])
   for i, (t, then) in enumerate(zip(steps, [*steps[1:], -1], strict=True)):
     out = (other if t == 0 else network)(x, jnp.full(3, t))
@@ -86,7 +86,7 @@ def test_drawing_is_step_after_step_and_the_last_may_be_anothers():
 
 def test_rows_do_not_know_of_each_other():
   d, keys = Diffusion(variance='learned'), jax.random.split(jax.random.key(2), 3)
-  draw = lambda keys: diffusion.draw(d, network, diffusion.noise_of(keys, X.shape[1:]), keys, d.timesteps(5))
+  draw = lambda keys: diffusion.sample(d, network, diffusion.initial_noise(keys, X.shape[1:]), keys, d.timesteps(5))
   np.testing.assert_allclose(draw(keys)[1:2], draw(keys[1:2]), atol=1e-6)
   assert not np.allclose(draw(keys)[0], draw(keys)[1])
 
@@ -119,7 +119,7 @@ def test_losses_of_what_is_right_and_who_learns_from_them():
   slope = jax.jit(jax.grad(lambda out: losses(d, out, start, x, t, NOISE)[1].sum()))(wrong + 0.5)
   np.testing.assert_array_equal(slope[..., :2], 0)
   assert (jnp.abs(slope[1:, ..., 2:]) > 0).any() and bool(jnp.isfinite(slope).all())
-  kept = d.kept()[t][:, None, None, None]
+  kept = d.alphas_cumprod()[t][:, None, None, None]
   velocity = np.sqrt(kept) * NOISE - np.sqrt(1 - kept) * start
   both = Diffusion(variance='learned', predicts='velocity')
   simple, bound = losses(both, right.at[..., :2].set(velocity), start, x, t, NOISE)

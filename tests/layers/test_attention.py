@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.layers.attention import Attention, KVCache, Stream, look_back
+from dalle_jax.layers.attention import Attention, KVCache, Stream, decode_attention
 from dalle_jax.layers.patterns import KINDS, Pattern
 from tests import runs
 
@@ -38,7 +38,7 @@ def test_cache_is_written_where_told_and_repeated_by_row():
     np.testing.assert_array_equal(cache.text[i][0].swapaxes(1, 2), by_position[:, :3])
     np.testing.assert_array_equal(cache.image[i][0].swapaxes(1, 2), by_position[:, 3:])
   token = jnp.full((2, 1, 2, 2), 0.5)
-  new = cache.longer(2).write(1, 3, token, -token)
+  new = cache.extend(2).write(1, 3, token, -token)
   np.testing.assert_array_equal(new.image[1][0][:, :, :2], cache.image[1][0])
   assert not new.image[1][0][:, :, 2].any() and not new.image[0][0][:, :, 2:].any()
   assert (new.image[1][0][:, :, 3] == 0.5).all() and (new.image[1][1][:, :, 3] == -0.5).all()
@@ -55,6 +55,6 @@ def test_a_token_sees_of_the_cache_what_it_sees_in_the_stream(kind, size):
   mask = pattern.mask(3 + size * size)
   expected = jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask)[None, None])
   cache = KVCache().append(3, k, v)
-  run = jax.jit(lambda i: look_back(q[:, 3 + i][:, None], cache.text[0], cache.image[0], i, pattern))
+  run = jax.jit(lambda i: decode_attention(q[:, 3 + i][:, None], cache.text[0], cache.image[0], i, pattern))
   for i in (0, 1, size, size * size - 1):
     np.testing.assert_allclose(run(i)[:, 0], expected[:, 3 + i], atol=1e-5)

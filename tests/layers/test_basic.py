@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.layers.basic import BatchNorm, Einsum, follow, layer_norm, product
+from dalle_jax.layers.basic import BatchNorm, Einsum, layer_norm, product, update_statistics
 
 
 @pytest.mark.parametrize(('shapes', 'axes', 'eqn'), [
@@ -50,7 +50,7 @@ def test_batch_norm_goes_by_the_batch_in_training_and_by_what_followed_it_afterw
   np.testing.assert_allclose(y.mean((0, 1, 2)), 0, atol=1e-5)
   np.testing.assert_allclose(y.var((0, 1, 2)), 1, rtol=1e-4)
   np.testing.assert_allclose(norm.apply({'params': params}, x), x, rtol=1e-6)
-  followed = follow({'a': params, 'b': 0}, {'a': seen['statistics']}, 0.75)
+  followed = update_statistics({'a': params, 'b': 0}, {'a': seen['statistics']}, 0.75)
   np.testing.assert_allclose(followed['a']['mean'], 0.25 * x.mean((0, 1, 2)), rtol=1e-5)
   np.testing.assert_allclose(followed['a']['var'], 0.75 + 0.25 * x.var((0, 1, 2)), rtol=1e-4)
   loss = lambda p, train: jnp.sin(norm.apply({'params': p}, x, train)).sum()

@@ -73,10 +73,10 @@ def test_space_to_depth_moves_squares_and_back():
 
 @pytest.mark.parametrize('shape', [(3, 1, 1, 5), (3, 2, 4, 5), (2, 5, 3, 5)])
 def test_convolution_of_a_doubled_map(shape):
-  x, conv = jax.random.normal(jax.random.key(0), shape), basic.Conv(7, double=True)
+  x, conv = jax.random.normal(jax.random.key(0), shape), basic.Conv(7, upsample=True)
   params = jax.tree.map(lambda p: jax.random.normal(jax.random.key(1), p.shape), init(conv, x))
   fused = lambda x, params: conv.apply({'params': params}, x)
-  plain = lambda x, params: basic.Conv(7).apply({'params': params}, convnet.doubled(x))
+  plain = lambda x, params: basic.Conv(7).apply({'params': params}, convnet.upsample_nearest(x))
   given = jax.random.normal(jax.random.key(2), plain(x, params).shape)
   np.testing.assert_allclose(fused(x, params), plain(x, params), atol=1e-4)
   grads = lambda f: jax.jit(jax.grad(lambda *a: (f(*a) * given).sum(), (0, 1)))(x, params)
@@ -85,7 +85,7 @@ def test_convolution_of_a_doubled_map(shape):
 
 def test_convolutions_that_do_not_double():
   with pytest.raises(ValueError, match='3 x 3, stride 1, SAME'):
-    init(basic.Conv(7, 5, double=True))
+    init(basic.Conv(7, 5, upsample=True))
 
 
 @pytest.mark.parametrize('kernel', [1, 3, 5])

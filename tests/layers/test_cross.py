@@ -1,4 +1,4 @@
-"""Retro-fitted cross-attention: nothing at the start, then every looking position and no other; cached as taught."""
+"""Retro-fitted cross-attention: nothing at the start, then every attending position and no other; cached as taught."""
 
 import functools
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.layers.cross import CrossAttention, look
+from dalle_jax.layers.cross import CrossAttention, cross_attend
 from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import dalle
 from tests import runs
@@ -67,7 +67,7 @@ def test_cached_logits_are_the_teacher_forced_ones(fields, extra):
   def cached():
     first, cache = apply(TEXT, IMAGE[:, :3], extra, each, method='prefill')
     step = lambda cache, i: apply(IMAGE[:, i], i, cache, each, method='step')[::-1]
-    return first, jax.lax.scan(step, cache.longer(12), jnp.arange(3, 15))[1]
+    return first, jax.lax.scan(step, cache.extend(12), jnp.arange(3, 15))[1]
 
   first, rest = cached()
   np.testing.assert_allclose(first, expected[:, 3], atol=1e-4)
@@ -83,7 +83,7 @@ def test_the_last_layer_of_each_stretch_looks_and_no_other(layers, period, sprea
   params = runs.parameters(stack.init, x)
   context = cross.apply(runs.larger(start(cross)), SOURCE)
   run = jax.jit(lambda **kwargs: stack.apply(params, x, **kwargs)[0])
-  moved = np.abs(np.subtract(run(context=context, looking=np.arange(6) == 2), run())).max((0, 2)) > 1e-5
+  moved = np.abs(np.subtract(run(context=context, attending=np.arange(6) == 2), run())).max((0, 2)) > 1e-5
   assert moved[2] and moved.all() == spreads and (spreads or moved.sum() == 1)
 
 
@@ -102,7 +102,7 @@ def test_look_is_attention():
   weights = jax.nn.softmax(jnp.einsum('bthk,bhck->bhtc', q, context.k) / np.sqrt(8), -1)
   found = jnp.einsum('bhtc,bhck,hkd->btd', weights, context.v, context.out) + context.out_bias
   where = np.array([False, True, True])
-  np.testing.assert_allclose(look(x, context, where), x + found * where[:, None], atol=1e-4)
+  np.testing.assert_allclose(cross_attend(x, context, where), x + found * where[:, None], atol=1e-4)
 
 
 def test_every_parameter_gets_a_gradient():
@@ -119,7 +119,7 @@ def test_rows_of_a_source_share_it():
   params = runs.larger(start(cross))
   shared = cross.apply(params, SOURCE).layers()[0]
   each = cross.apply(params, jnp.repeat(SOURCE, 3, axis=0)).layers()[0]
-  np.testing.assert_allclose(look(x, shared, where), look(x, each, where), atol=1e-5)
+  np.testing.assert_allclose(cross_attend(x, shared, where), cross_attend(x, each, where), atol=1e-5)
 
 
 def test_frames_of_one_story_get_the_gradients_of_float32():
@@ -134,7 +134,7 @@ def test_frames_of_one_story_get_the_gradients_of_float32():
   def gradients(dtype):
     def loss(params, x):
       context = CrossAttention(1, 4, dtype).apply(params, source.astype(dtype)).layers()[0]
-      return (look(x.astype(dtype), context, where).astype(jnp.float32) * goal).sum()
+      return (cross_attend(x.astype(dtype), context, where).astype(jnp.float32) * goal).sum()
 
     return jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(loss, (0, 1)))(params, x))
 

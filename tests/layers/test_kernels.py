@@ -32,20 +32,20 @@ def both(run, pattern, n, **kwargs):
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('n', [3, 4, 9, 14, 15])  # the text alone, a token, parts of rows, all but the last token, all
 def test_a_stream_is_attended_by_the_mask_of_its_pattern(kind, n):
-  ours, expected = both(kernels.over_stream, Pattern(kind, 3, (4, 3), 3), n)
+  ours, expected = both(kernels.stream_attention, Pattern(kind, 3, (4, 3), 3), n)
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), ours, expected)
 
 
 def test_long_streams_are_attended_in_blocks_of_queries(monkeypatch):
   monkeypatch.setattr(kernels, 'QUERIES', 5)
   for n in (8, 15):
-    ours, expected = both(kernels.over_stream, Pattern('full', 3, (4, 3)), n)
+    ours, expected = both(kernels.stream_attention, Pattern('full', 3, (4, 3)), n)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), ours, expected)
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_splash_equals_the_mask(kind):
-  run = functools.partial(kernels.splash, interpret=True)
+  run = functools.partial(kernels.splash_attention, interpret=True)
   ours, expected = both(run, Pattern(kind, 5, (13, 10), 3), 134, batch=1, heads=1)
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-4), ours, expected)
 
@@ -54,7 +54,7 @@ def test_splash_is_split_over_batch_heads_and_sequence():
   pattern = Pattern('column', 5, (14, 10), 3)
   q, k, v = qkv(144)
   with sharding.use(dict(data=2, tensor=2, sequence=2), common.RULES):
-    drawn = jax.jit(functools.partial(kernels.splash, pattern=pattern, interpret=True))(q, k, v)
+    drawn = jax.jit(functools.partial(kernels.splash_attention, pattern=pattern, interpret=True))(q, k, v)
   np.testing.assert_allclose(drawn, by_mask(q, k, v, pattern), atol=2e-5)
 
 
@@ -63,7 +63,7 @@ def test_sparse_patterns_cost_less():
   shape = jax.ShapeDtypeStruct((1, 1280, 2, 64), jnp.float32)
 
   def flops(kind):
-    run = functools.partial(kernels.over_stream, pattern=Pattern(kind, 257, (32, 32)))
+    run = functools.partial(kernels.stream_attention, pattern=Pattern(kind, 257, (32, 32)))
     return jax.jit(run).lower(shape, shape, shape).cost_analysis()['flops']
 
   full = flops('full')
@@ -72,16 +72,16 @@ def test_sparse_patterns_cost_less():
 
 def test_the_flash_kernel_gets_even_lengths_and_its_absence_is_one_line(monkeypatch):
   q, k, v = qkv(5, dtype=jnp.bfloat16)
-  plain = kernels.fused(q, k, v, 'auto', is_causal=True)
+  plain = kernels.fused_attention(q, k, v, 'auto', is_causal=True)
   for pattern in (Pattern('full', 2, (2, 2)), Pattern('row', 2, (2, 2))):
     with pytest.raises(ValueError, match='kernel "cudnn" is for NVIDIA GPUs'):
-      kernels.over_stream(q, k, v, pattern, 'cudnn')
+      kernels.stream_attention(q, k, v, pattern, 'cudnn')
   with pytest.raises(ValueError, match="kernel 'flash' is unknown"):
-    kernels.fused(q, k, v, 'flash')
+    kernels.fused_attention(q, k, v, 'flash')
   with pytest.raises(ValueError, match="kernel 'flash' is unknown"):
-    kernels.over_stream(q, k, v, Pattern('row', 2, (2, 2)), 'flash')
+    kernels.stream_attention(q, k, v, Pattern('row', 2, (2, 2)), 'flash')
   with pytest.raises(ValueError, match='kernel "splash" is for TPUs, this is cpu'):
-    kernels.over_stream(q, k, v, Pattern('full', 2, (2, 2)), 'splash')
+    kernels.stream_attention(q, k, v, Pattern('full', 2, (2, 2)), 'splash')
   asked, own = [], jax.nn.dot_product_attention
 
   def fake(q, k, v, mask, is_causal, implementation):
@@ -90,15 +90,15 @@ def test_the_flash_kernel_gets_even_lengths_and_its_absence_is_one_line(monkeypa
 
   monkeypatch.setattr(kernels, 'capability', lambda: 9)
   monkeypatch.setattr(jax.nn, 'dot_product_attention', fake)
-  found = kernels.fused(q, k, v, 'auto', is_causal=True)
+  found = kernels.fused_attention(q, k, v, 'auto', is_causal=True)
   np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (found, plain)), atol=2e-2)
-  kernels.fused(q, k, v, 'auto')  # without a mask the padding would be seen
-  kernels.fused(q, k, v, 'xla', is_causal=True)
-  kernels.fused(*(x.astype(jnp.float32) for x in (q, k, v)), 'auto', is_causal=True)
+  kernels.fused_attention(q, k, v, 'auto')  # without a mask the padding would be seen
+  kernels.fused_attention(q, k, v, 'xla', is_causal=True)
+  kernels.fused_attention(*(x.astype(jnp.float32) for x in (q, k, v)), 'auto', is_causal=True)
   with sharding.use(dict(data=4, sequence=2), common.RULES):  # it does not take queries apart from their keys
-    kernels.fused(q, k, v, 'auto', is_causal=True)
-    with pytest.raises(ValueError, match=r'"cudnn" does not take bfloat16\[2, 5, 2, 8\] with 2 parts of the sequence'):
-      kernels.fused(q, k, v, 'cudnn', is_causal=True)
+    kernels.fused_attention(q, k, v, 'auto', is_causal=True)
+    with pytest.raises(ValueError, match=r'"cudnn" does not take bfloat16\[2, 5, 2, 8\] over 2 parts of a sequence'):
+      kernels.fused_attention(q, k, v, 'cudnn', is_causal=True)
   assert asked == [(6, False, 'cudnn')]
 
 
@@ -112,7 +112,7 @@ def test_patterns_are_masks_of_the_flash_kernel(kind, monkeypatch):
 
   monkeypatch.setattr(jax.nn, 'dot_product_attention', fake)
   q, k, v = qkv(19, dtype=jnp.bfloat16)
-  attend = lambda kernel='auto': np.asarray(kernels.over_stream(q, k, v, pattern, kernel), np.float32)
+  attend = lambda kernel='auto': np.asarray(kernels.stream_attention(q, k, v, pattern, kernel), np.float32)
   expected = attend()
   monkeypatch.setattr(kernels, 'capability', lambda: kernels.FLASH)  # it has no gradients through a mask
   np.testing.assert_array_equal(attend(), expected)

@@ -31,7 +31,7 @@ def test_masks_are_these(kind):
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_token_sees_what_its_row_of_the_mask_says(kind):
   pattern = Pattern(kind, 2, (2, 3), 3)
-  for row, seen in zip(drawn(MASKS[kind])[2:, 2:], pattern.seen(), strict=True):
+  for row, seen in zip(drawn(MASKS[kind])[2:, 2:], pattern.visible(), strict=True):
     assert seen[seen >= 0].tolist() == np.flatnonzero(row).tolist()
 
 

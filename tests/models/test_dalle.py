@@ -10,7 +10,7 @@ import pytest
 from dalle_jax.functional import decoding
 from dalle_jax.layers import attention
 from dalle_jax.layers.patterns import KINDS
-from dalle_jax.models import dalle
+from dalle_jax.models import dalle, decode_params
 from tests import runs
 
 TEXT = jax.random.randint(jax.random.key(0), (2, 6), 0, 40)
@@ -39,15 +39,15 @@ LAYOUTS = (  # of public models, with masks that tell where they take the image 
 def test_cached_logits_are_the_teacher_forced_ones(fields):
   model = dalle.build('test', **fields)
   _, expected = jax.jit(bind(model, init(model)))(TEXT, IMAGE)
-  apply = bind(model, decoding.by_layer(init(model)))
+  apply = bind(model, decode_params.by_layer(init(model)))
   step = jax.jit(lambda token, i, cache: apply(token, i, cache, method='step'))
   prefill = jax.jit(lambda image: apply(TEXT, image, method='prefill'))
   for start in (0, 5):  # image rows may be given
     logits, cache = prefill(IMAGE[:, :start])
     np.testing.assert_allclose(logits, expected[:, start], atol=1e-4)
-    cache = cache.longer(8)
+    cache = cache.extend(8)
     for i in range(start, 15):
-      cache = cache.longer(7 - start) if i == start + 8 else cache
+      cache = cache.extend(7 - start) if i == start + 8 else cache
       logits, cache = step(IMAGE[:, i], jnp.int32(i), cache)
       np.testing.assert_allclose(logits, expected[:, i + 1], atol=1e-4, err_msg=f'token {i + 1}')
 

@@ -6,9 +6,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-import safetensors.numpy
-from flax import traverse_util
 
 from dalle_jax.models import lpips
 
@@ -50,26 +47,3 @@ def test_vgg16_has_its_layers():
   assert sum(v.size for k, v in p.items() if k.startswith('lin')) == 1472
   convs = {k: v for k, v in p.items() if k.startswith('conv')}
   assert len(convs) == 13 and sum(x.size for x in jax.tree.leaves(convs)) == 14_714_688
-
-
-@pytest.mark.parametrize('suffix', ['npz', 'safetensors'])
-def test_weights_from_a_file(tmp_path, suffix):
-  flat = {k: np.asarray(v) for k, v in traverse_util.flatten_dict(params(), sep='/').items()}
-  path = tmp_path / f'lpips.{suffix}'
-  write = lambda arrays: np.savez(path, **arrays) if suffix == 'npz' else safetensors.numpy.save_file(arrays, path)
-  write(flat)
-  jax.tree.map(np.testing.assert_array_equal, lpips.load(MODEL, path), params())
-  write({**flat, 'lin_0': np.zeros(5, np.float32)})
-  with pytest.raises(ValueError, match=r'1 arrays do not fit, the first is lin_0: expected \(4,\), found \(5,\)'):
-    lpips.load(MODEL, path)
-  write({k: v for k, v in flat.items() if k != 'lin_1'} | {'more': flat['lin_0']})
-  with pytest.raises(ValueError, match=r'2 arrays do not fit, the first is lin_1: expected \(4,\), found none'):
-    lpips.load(MODEL, path)
-
-
-def test_errors(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r'LPIPS weights .*lpips.npz do not exist; set loss.lpips_path=""'):
-    lpips.load(MODEL, tmp_path / 'lpips.npz')
-  (tmp_path / 'lpips.pth').write_bytes(b'')
-  with pytest.raises(ValueError, match='neither'):
-    lpips.load(MODEL, tmp_path / 'lpips.pth')

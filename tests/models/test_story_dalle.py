@@ -61,7 +61,7 @@ def test_retrofitting_is_a_strict_merge_that_gives_the_pretrained_logits():
   expected = jax.jit(base.apply)({'params': pretrained['dalle']}, *rows)
   for a, b in zip(jax.jit(model.apply)({'params': merged}, TEXT, IMAGE, SOURCE), expected, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)  # two programs may round differently
-  context = jax.jit(lambda p: model.apply({'params': p}, TEXT, SOURCE, method='look')[1])(merged)
+  context = jax.jit(lambda p: model.apply({'params': p}, TEXT, SOURCE, method='conditioning')[1])(merged)
   assert not context.out.any() and not context.out_bias.any()  # what is added is zero to the bit
   with pytest.raises(ValueError, match='missing story/cross'):
     checkpoint.strict_merge(fresh, pretrained)
@@ -85,7 +85,7 @@ def test_cached_logits_are_the_teacher_forced_ones(fields):
       logits, cache = apply(image[:, i], i, cache, method='step')
       return cache, logits
 
-    return first, jax.lax.scan(step, cache.longer(I - 1), jnp.arange(I - 1))[1]
+    return first, jax.lax.scan(step, cache.extend(I - 1), jnp.arange(I - 1))[1]
 
   first, rest = cached()
   np.testing.assert_allclose(first, expected[:, 0], atol=2e-4)
@@ -113,13 +113,13 @@ def test_permuting_stories_permutes_outputs():
 def test_the_story_token_knows_all_captions_and_their_order():
   """(Released: causal, without positions.)"""
   model, params, _ = built()
-  look = jax.jit(lambda text: model.apply({'params': params}, text, SOURCE, method='look')[0])
+  look = jax.jit(lambda text: model.apply({'params': params}, text, SOURCE, method='conditioning')[0])
   token = lambda text: look(text).reshape(B, T, -1)
   third = TEXT.at[0, 2].set((TEXT[0, 2] + 1) % 34)
   assert changed(token(TEXT), token(third))[0].all() and not changed(token(TEXT), token(third))[1:].any()
   swapped = token(TEXT[:, [0, 2, 1, 3]])
   assert changed(token(TEXT), swapped).all()
-  # Words, not padding: a caption that is longer by padding alone is the same caption.
+  # SpecialIds, not padding: a caption that is longer by padding alone is the same caption.
   np.testing.assert_allclose(sinusoid(jnp.arange(5), 8)[3, [0, 4]], [np.sin(3), np.cos(3)], atol=1e-6)
   first = forward()(text=third)
   assert changed(first[1], forward()()[1])[0, 0].all()  # caption 3 is felt in every image token of frame 1
@@ -160,7 +160,7 @@ def test_sampling_is_the_model_and_guidance_keeps_the_source():
 
 def test_prompt_dropout_acts_in_training_alone():
   model, params, sentences = built(prompt=3, sentences='data', sentence_dim=5)
-  look = jax.jit(lambda rng: model.apply({'params': params}, TEXT, SOURCE, sentences, rng, method='look')[0])
+  look = jax.jit(lambda rng: model.apply({'params': params}, TEXT, SOURCE, sentences, rng, method='conditioning')[0])
   np.testing.assert_array_equal(look(None), look(None))
   assert changed(look(jax.random.key(0)), look(jax.random.key(1)))[:, :3].any()
 

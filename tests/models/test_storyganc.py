@@ -86,7 +86,7 @@ def test_over_time_is_a_3d_convolution():
 
 @pytest.mark.parametrize('frames', [2, 3, 4, 5])
 def test_the_story_discriminator_takes_two_to_five_frames_and_sees_their_order(frames):
-  _, judge = storyganc.judges(MODEL)
+  _, judge = storyganc.discriminators(MODEL)
   story = jnp.asarray(RNG.normal(size=(2, frames, 16, 16, 3)), jnp.float32)
   told = jnp.asarray(RNG.normal(size=(2, 7)), jnp.float32)
   params = runs.parameters(judge.init, story, told, scale=0.1)

@@ -33,7 +33,7 @@ def test_the_prior_reads_its_caption_and_no_padding():
   run = made(model, EMBED, T, CAPTION)
   out = run(EMBED, T, CAPTION)
   assert out.shape == (B, 16) and out.dtype == jnp.float32
-  np.testing.assert_allclose(run(EMBED, T, change(CAPTION, ~CAPTION.seen)), out, atol=1e-5)
+  np.testing.assert_allclose(run(EMBED, T, change(CAPTION, ~CAPTION.mask)), out, atol=1e-5)
   for other in (
     change(CAPTION, jnp.arange(6)[None] == 3), CAPTION.replace(embed=CAPTION.embed + 1),
   ):  # fmt: skip
@@ -61,7 +61,7 @@ def test_the_decoder_reads_both_and_neither_padding_nor_what_it_is_not_told():
   run = made(model, PICTURE, T, EMBED, CAPTION, known)
   out = run(PICTURE, T, EMBED, CAPTION, known)
   assert out.shape == (B, 16, 16, 6) and out.dtype == jnp.float32
-  np.testing.assert_allclose(run(PICTURE, T, EMBED, change(CAPTION, ~CAPTION.seen), known), out, atol=1e-5)
+  np.testing.assert_allclose(run(PICTURE, T, EMBED, change(CAPTION, ~CAPTION.mask), known), out, atol=1e-5)
   moved = jnp.abs(run(PICTURE, T, EMBED + 1, CAPTION, known) - out).max((1, 2, 3))
   assert moved[0] > 1e-3 and moved[1] == 0
   for other in (change(CAPTION, jnp.arange(6)[None] == 3), CAPTION.replace(embed=CAPTION.embed + 1)):
@@ -122,7 +122,7 @@ def reader(raw=False, **special):
 def test_embeddings_have_entries_of_about_one_or_are_as_projected():
   ids, images = jnp.arange(16).reshape(2, 8), jax.random.uniform(jax.random.key(0), (2, 24, 24, 3), minval=-1)
   (unit, params), (raw, _) = reader(), reader(raw=True)
-  of = jax.jit(lambda r: (r.read(params, ids), r.look(params, images)), static_argnums=0)
+  of = jax.jit(lambda r: (r.encode_text(params, ids), r.encode_image(params, images)), static_argnums=0)
   (caption, seen), (plain, seen_plain) = of(unit), of(raw)
   for scaled, projected in ((caption.embed, plain.embed), (seen, seen_plain)):
     np.testing.assert_allclose(jnp.linalg.norm(scaled, axis=-1), 4.0, rtol=1e-4)

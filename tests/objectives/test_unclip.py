@@ -19,7 +19,7 @@ BATCH = {
   'image': np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8),
   'clip_text': np.random.default_rng(1).integers(0, 32, (16, 8)).astype(np.int32),
 }
-ROOMS = {'prior': prior, 'unclip': unclip, 'upsampler': upsampler}
+TOKENIZERS = {'prior': prior, 'unclip': unclip, 'upsampler': upsampler}
 
 
 def config(name, **loss):
@@ -31,7 +31,7 @@ def config(name, **loss):
 
 
 def build(name, **loss):
-  return ROOMS[name].from_config(config(name, **loss), {} if name == 'upsampler' else {'clip': CLIP})
+  return TOKENIZERS[name].from_config(config(name, **loss), {} if name == 'upsampler' else {'clip': CLIP})
 
 
 def frozen():
@@ -39,7 +39,7 @@ def frozen():
   return {'clip': runs.parameters(model.init, jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8), jnp.int32))['params']}
 
 
-@pytest.mark.parametrize('name', ROOMS)
+@pytest.mark.parametrize('name', TOKENIZERS)
 def test_it_learns(name):
   count = 30 if name == 'prior' else 16
   _, metrics, _ = steps.take(build(name), config(name), BATCH, count=count, frozen=frozen())
@@ -52,7 +52,7 @@ def test_it_learns(name):
     assert float(metrics[0].get('error', metrics[0]['loss'])) == pytest.approx(1.0, abs=0.1)  # it says nothing yet
 
 
-@pytest.mark.parametrize('name', ROOMS)
+@pytest.mark.parametrize('name', TOKENIZERS)
 def test_pictures_for_the_log(name):
   objective = build(name, **({} if name == 'prior' else {'sampling_steps': 3}))
   assert hasattr(objective, 'sample') == (name != 'prior')
@@ -70,7 +70,7 @@ def test_pictures_for_the_log(name):
 def test_the_prior_counts_means_and_deviations_of_embeddings():
   objective, nets = build('prior'), frozen()
   states, _, _ = steps.take(objective, config('prior'), BATCH, count=3, frozen=nets, accum=2)
-  embed = np.asarray(objective.reader.look(nets['clip'], jnp.asarray(BATCH['image']) / 127.5 - 1))
+  embed = np.asarray(objective.reader.encode_image(nets['clip'], jnp.asarray(BATCH['image']) / 127.5 - 1))
   found = states[-1].params['prior']
   mean = 6 * embed.mean(0) / 7  # six halves of the batch, and one of mean 0 and variance 1
   np.testing.assert_allclose(found['mean'], mean, atol=1e-4)
@@ -126,7 +126,7 @@ def test_errors():
     c = config(name)
     c.data.image_size = 8
     with pytest.raises(ValueError, match=f'draws {pixels} pixels a side, the data has 8'):
-      ROOMS[name].from_config(c, {'clip': CLIP})
+      TOKENIZERS[name].from_config(c, {'clip': CLIP})
   for name, loss, message in (
     ('unclip', dict(sampling_steps=1), 'config.loss.sampling_steps is 1; expected 2 to 1000'),
     ('unclip', dict(image_dropout=1.5), 'config.loss.image_dropout is 1.5; expected a fraction'),

@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -30,7 +29,7 @@ def config(root, stage):
 
   def vqgan(c):
     c.objective, c.model = 'vqgan', dict(variant='test', image_size=24, patch=3)  # 4 x 4 codes of 16
-    c.loss = dict(lpips_path=str(root / 'vgg.npz'))
+    c.frozen = dict(lpips=str(root / 'lpips'))
 
   def clip(c):
     c.objective, c.model = 'clip', dict(variant='test')
@@ -48,11 +47,9 @@ def config(root, stage):
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
   path = tmp_path_factory.mktemp('runs')
-  network, picture = lpips.build('test'), jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
-  weights = sharding.flatten(nn.unbox(jax.eval_shape(network.init, jax.random.key(0), picture, picture)['params']))
-  np.savez(path / 'vgg.npz', **{k: np.full(v.shape, 0.01, np.float32) for k, v in weights.items()})
-  with pytest.MonkeyPatch.context() as patch, runs.one_device():
-    patch.setitem(lpips.VARIANTS, 'vgg16', lpips.VARIANTS['test'])
+  picture = np.zeros((1, 16, 16, 3), np.float32)
+  runs.write(path / 'lpips', 'lpips', lpips.build('test'), {'model': {'variant': 'test'}}, picture, picture)
+  with runs.one_device():
     for stage in ('vqgan', 'clip'):
       train.run(config(path, stage))
   train.run(config(path, 'dalle'))
@@ -79,7 +76,7 @@ def test_the_run_holds_all_that_a_user_needs(root):
   last = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
   expected = {'loss', 'text_loss', 'image_loss', 'grad_norm', 'lr', 'val_loss', 'tokens_per_second', 'seconds'}
   assert expected <= set(last) and last['step'] == 2
-  assert metrics.read(root / 'vqgan' / 'metrics.jsonl')[0]['lpips'] > 0  # from a file of weights
+  assert metrics.read(root / 'vqgan' / 'metrics.jsonl')[0]['lpips'] != 0  # by the frozen network
   # Eight pairs, one a device, of 48 x 24 pixels in three columns.
   assert Image.open(run / 'pictures' / 'samples_0000002.png').size == (3 * (48 + 2) + 2, 3 * (24 + 2) + 2)
   assert checkpoint.load_run(run).tokenizer == checkpoint.load_run(root / 'clip').tokenizer

@@ -35,6 +35,13 @@ def test_parse_overrides_and_stages(recipe, form):
   argv += ['--config.model.num_codes=7', '--config.loss.kind=a']
   new = config_lib.parse(argv)  # what the model, the objective and the players will check
   assert (new.model.num_codes, new.loss.kind) == (7, 'a')
+  argv += [
+    '--config.optim.groups.dalle.frozen=True',
+    '--config.optim.groups.dalle.lr=2.0',
+    '--config.loss.disc.width=8',
+  ]
+  new = config_lib.parse(argv)  # fields two levels below what the config has
+  assert new.optim.groups.dalle.to_dict() == {'frozen': True, 'lr': 2.0} and new.loss.disc.width == 8
   one = config_lib.parse(config_lib.with_stage(argv, 'one'))
   assert (one.train.steps, one.data.image_size, one.run_dir, one.optim.lr) == (3, 16, 'runs/y/one', 0.5)
   assert one.stages == ()
@@ -46,6 +53,7 @@ def test_parse_overrides_and_stages(recipe, form):
     ('--config.optim.lrr=1', r"no field 'optim.lrr'; close: .*optim.lr"),
     ('--config.steps=1', r"no field 'steps'; close: train.steps"),
     ('--config.qqq=1', r"no field 'qqq'; there are data, encode"),
+    ('--config.optim.groups.dalle=1', r"no field 'optim.groups.dalle'; close: optim.groups"),
     ('--config.optim.lr=fast', "could not convert string to float: 'fast'"),
     ('--config.train.steps=1.5', 'invalid literal for int'),
     ('--conf=1', "Unknown command line flag 'conf'"),

@@ -249,7 +249,7 @@ def test_a_killed_process_ends_the_others_after_some_silence(tmp_path):
   first, second = ends(toys(tmp_path, 'KILL:1:7', '--silence=3'))
   assert (first[0], second[0]) == (75, -9), first[3] + second[3]
   assert first[2].startswith('error: process 0 of 2: the others are gone')
-  assert f'{checkpoint.kept(tmp_path)}. Start all' in first[2]
+  assert f'{checkpoint.describe_newest(tmp_path)}. Start all' in first[2]
   assert time.monotonic() - begun < 45
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dalle_jax.convert import files
-from dalle_jax.convert.engine import Imported, Network, Row, conv, convert, dense, linear, named, norm, row, stacked
+from dalle_jax.convert.engine import Imported, ModuleSpec, Row, conv, convert, dense, linear, named, norm, row, stacked
 from dalle_jax.models import clip
 
 EXPECTED = 'a folder of a CLIP of transformers with config.json, model.safetensors, vocab.json and merges.txt'
@@ -156,7 +156,7 @@ def read(path: Path, **options: Any) -> Imported:
   mean, std = pixels(folder / 'preprocessor_config.json')
   size = model['image_size']
   module = clip.build(**model, vocab_size=words, text_length=length)
-  ours = Network.of(module, (1, size, size, 3), jax.ShapeDtypeStruct((1, length), jnp.int32))
+  ours = ModuleSpec.of(module, (1, size, size, 3), jax.ShapeDtypeStruct((1, length), jnp.int32))
   table = [row('logit_scale', 'logit_scale'), *image_rows(model['layers'], mean, std), *text_rows(model['text_layers'])]
   params = convert(str(weights), table, files.state_dict(weights), ours.shapes, [r'.*position_ids'])
   return imported(model, words, length, folder, named('clip', params), named('clip', ours.axes))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_jax.convert import files
-from dalle_jax.convert.engine import Imported, Network, conv, convert, named, row, same
+from dalle_jax.convert.engine import Imported, ModuleSpec, conv, convert, named, row, same
 from dalle_jax.models import inception
 
 EXPECTED = 'pt_inception-2015-12-05-6726825d.pth'
@@ -33,7 +33,7 @@ def read(path: Path, **options: Any) -> Imported:
       f'{file} has {head.shape[0]} classes, as that of torchvision; FIDs see through {EXPECTED}, which has {CLASSES}.'
     )
   model = dict(variant='fid', shrink=max(1, 32 // first.shape[0]) if first is not None else 1)
-  ours = Network.of(inception.build(**model), (1, 299, 299, 3))
+  ours = ModuleSpec.of(inception.build(**model), (1, 299, 299, 3))
   table = []
   for name in ours.shapes:
     layer, kind, leaf = name.rsplit('/', 2)

@@ -17,7 +17,7 @@ import numpy as np
 from dalle_jax.convert import files
 from dalle_jax.convert.engine import (
   Imported,
-  Network,
+  ModuleSpec,
   Row,
   conv2d,
   convert,
@@ -118,9 +118,9 @@ def of_clip(path: Path, pictures: Path | None) -> Imported:
   module = clip.build(**model, vocab_size=words, text_length=length)
   if pictures:
     size = model['image_size']
-    ours = Network.of(module, (1, size, size, 3), text)
+    ours = ModuleSpec.of(module, (1, size, size, 3), text)
   else:
-    ours = Network.of(module, text, method='encode_text')
+    ours = ModuleSpec.of(module, text, method='encode_text')
   shapes = {k: v for k, v in ours.shapes.items() if k != 'logit_scale'}
   params = convert(weights, table, theirs, shapes, [r'.*position_ids'])
   params['logit_scale'] = np.zeros((), np.float32)  # there is none, and nothing reads it
@@ -176,7 +176,7 @@ def of_upsampler(path: Path) -> Imported:
   _only(file, config, in_channels=6, out_channels=3)
   module = upsampler.build(**fields)
   picture = lambda size: (1, size, size, 3)
-  ours = Network.of(module, picture(size), _steps(), picture(fields['low_size']))
+  ours = ModuleSpec.of(module, picture(size), _steps(), picture(fields['low_size']))
   table = within('unet', unet_rows(fields, ()))
   params = named('upsampler', convert(weights, table, theirs, ours.shapes))
   params |= named('last', convert(last_weights, table, last, ours.shapes))
@@ -303,14 +303,14 @@ def _steps() -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct((1,), jnp.int32)
 
 
-def _network(module: Any, reader: ClipReader, *inputs: tuple[int, ...]) -> Network:
+def _network(module: Any, reader: ClipReader, *inputs: tuple[int, ...]) -> ModuleSpec:
   """Of a module that takes what is noisy, its step, maybe an embedding, and a caption."""
   noisy, *more = inputs
-  return Network.of(module, noisy, _steps(), *more, Caption.blank(reader.sizes))
+  return ModuleSpec.of(module, noisy, _steps(), *more, Caption.blank(reader.sizes))
 
 
 def _imported(
-  kind: str, fields: dict[str, Any], params: dict[str, np.ndarray], ours: Network, image_size: int
+  kind: str, fields: dict[str, Any], params: dict[str, np.ndarray], ours: ModuleSpec, image_size: int
 ) -> Imported:
   settings = {'objective': kind, 'model': fields, 'data': {'image_size': image_size}, 'tokenizer': {}}
   return Imported(settings, named(kind, params), named(kind, ours.axes))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_jax.convert import files
-from dalle_jax.convert.engine import Imported, Network, conv2d, convert, named, row
+from dalle_jax.convert.engine import Imported, ModuleSpec, conv2d, convert, named, row
 from dalle_jax.models import lpips
 
 EXPECTED = 'a folder with vgg16.pth (torchvision) and vgg.pth (the linear maps of LPIPS)'
@@ -36,7 +36,7 @@ def of_tensors(source: str, theirs: Mapping[str, Any], convolution: str) -> Impo
     first = theirs.get(f'{names[0]}.weight')
     widths.append(first.shape[0] if first is not None else 1)
   model = dict(variant='vgg16', widths=tuple(widths), depths=DEPTHS)
-  ours = Network.of(lpips.build(**model), (1, 32, 32, 3), (1, 32, 32, 3))
+  ours = ModuleSpec.of(lpips.build(**model), (1, 32, 32, 3), (1, 32, 32, 3))
   params = convert(source, table, theirs, ours.shapes, IGNORED)
   return Imported({'objective': 'lpips', 'model': model}, named('lpips', params), named('lpips', ours.axes))
 

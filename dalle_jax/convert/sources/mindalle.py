@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from tokenizers import CharBPETokenizer
 
 from dalle_jax.convert import files
-from dalle_jax.convert.engine import Imported, Network, Row, convert, dense, named, norm, row, stacked
+from dalle_jax.convert.engine import Imported, ModuleSpec, Row, convert, dense, named, norm, row, stacked
 from dalle_jax.convert.sources import taming
 from dalle_jax.models import dalle
 
@@ -62,10 +62,10 @@ def model_fields(path: Path, stage2: Mapping[str, Any]) -> tuple[dict[str, Any],
   return model, lengths
 
 
-def network(model: Mapping[str, Any], words: int, pad: int, codes: int, lengths: Mapping[str, int]) -> Network:
+def network(model: Mapping[str, Any], words: int, pad: int, codes: int, lengths: Mapping[str, int]) -> ModuleSpec:
   side, text = math.isqrt(lengths['ctx_len_img']), lengths['ctx_len_txt']
   module = dalle.build(**model, text_vocab=words, text_length=text, image_vocab=codes, grid=(side, side), pad=pad)
-  return Network.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (text, side * side)))
+  return ModuleSpec.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (text, side * side)))
 
 
 def tokenizer(folder: Path, new: tuple[str, ...] = ()) -> CharBPETokenizer:

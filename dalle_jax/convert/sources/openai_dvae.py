@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_jax.convert import files, torch_file
-from dalle_jax.convert.engine import Imported, Network, Row, conv, convert, named, row
+from dalle_jax.convert.engine import Imported, ModuleSpec, Row, conv, convert, named, row
 from dalle_jax.models import dvae
 
 EXPECTED = 'a folder with encoder.pkl and decoder.pkl of DALL-E'
@@ -51,7 +51,7 @@ def read(path: Path, **options: Any) -> Imported:
     decoder_input=sizes['decoder']['n_init'],
     num_codes=sizes['encoder']['vocab_size'],
   )
-  ours = Network.of(dvae.build(**model), (1, 16, 16, 3))
+  ours = ModuleSpec.of(dvae.build(**model), (1, 16, 16, 3))
   params: dict[str, Any] = {}
   for side in ('encoder', 'decoder'):
     shapes = {k: v for k, v in ours.shapes.items() if k.startswith(side)}

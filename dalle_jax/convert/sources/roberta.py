@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from dalle_jax.convert import files
-from dalle_jax.convert.engine import Imported, Network, Row, convert, dense, named, norm, row, stacked
+from dalle_jax.convert.engine import Imported, ModuleSpec, Row, convert, dense, named, norm, row, stacked
 from dalle_jax.convert.sources.clip import ACTIVATIONS
 from dalle_jax.models import roberta
 
@@ -85,7 +85,7 @@ def read(path: Path, **options: Any) -> Imported:
     activation=ACTIVATIONS[activation],
     eps=float(config.get('layer_norm_eps', 1e-12)),
   )
-  ours = Network.of(roberta.build(**model), jax.ShapeDtypeStruct((1, length), jnp.int32))
+  ours = ModuleSpec.of(roberta.build(**model), jax.ShapeDtypeStruct((1, length), jnp.int32))
   theirs = files.state_dict(weights)
   theirs = {k.removeprefix('roberta.'): v for k, v in theirs.items()}
   params = convert(str(weights), rows(model['layers']), theirs, ours.shapes, IGNORED)

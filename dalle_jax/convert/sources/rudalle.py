@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from dalle_jax.convert import files
-from dalle_jax.convert.engine import Imported, Network, Row, convert, dense, linear, named, norm, part, row, stacked
+from dalle_jax.convert.engine import Imported, ModuleSpec, Row, convert, dense, linear, named, norm, part, row, stacked
 from dalle_jax.models import dalle
 
 EXPECTED = 'a state_dict of ru-DALLE (pytorch_model*.bin)'
@@ -102,7 +102,7 @@ def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Im
   )
   start = version == 'v2'
   module = dalle.build(**model, text_vocab=words, text_length=text, image_vocab=codes, grid=(side, side))
-  ours = Network.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (text, side * side)))
+  ours = ModuleSpec.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (text, side * side)))
   params = convert(str(weights), rows(depth, words, sandwich, start), theirs, ours.shapes, IGNORED)
   file = weights.parent / 'bpe.model'
   tokenizer = youtokentome(file) if file.is_file() else None

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.convert import files
-from dalle_jax.convert.engine import Imported, Network, Row, convert, dense, linear, named, row, stacked
+from dalle_jax.convert.engine import Imported, ModuleSpec, Row, convert, dense, linear, named, row, stacked
 from dalle_jax.convert.sources import mindalle, taming
 from dalle_jax.models import story_dalle
 
@@ -104,7 +104,7 @@ def read(path: Path, *, config: str = '', cross: str = '', **options: Any) -> Im
   tokens = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   image = tokens(1, 1, side[0] * side[1])
   sentences = jax.ShapeDtypeStruct((1, 1, additions['sentence_dim']), jnp.float32)
-  whole = Network.of(module, tokens(1, 1, text), image, tokens(1, image.shape[2]), sentences)
+  whole = ModuleSpec.of(module, tokens(1, 1, text), image, tokens(1, image.shape[2]), sentences)
   shapes = {k.removeprefix('story/'): v for k, v in whole.shapes.items() if k.startswith('story/')}
   extra = {k: v for k, v in theirs.items() if not k.startswith(('stage1.', 'stage2.', 'cross_attention_layers.'))}
   table = [*dense('encoder/linear', 'story_linear'), *mindalle.block('encoder/block', 'story_block')]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_jax.convert import files
-from dalle_jax.convert.engine import Imported, Network, Row, conv, conv2d, convert, named, row
+from dalle_jax.convert.engine import Imported, ModuleSpec, Row, conv, conv2d, convert, named, row
 from dalle_jax.convert.sources import lpips
 from dalle_jax.models import patchgan, vqgan
 
@@ -71,9 +71,9 @@ def fields(path: Path, sizes: Mapping[str, Any], embed_dim: int, n_embed: int, g
   )
 
 
-def network(model: Mapping[str, Any]) -> Network:
+def network(model: Mapping[str, Any]) -> ModuleSpec:
   module = vqgan.build(**model)
-  return Network.of(module, (1, module.image_size, module.image_size, 3))
+  return ModuleSpec.of(module, (1, module.image_size, module.image_size, 3))
 
 
 def tokenizer(source: str, model: Mapping[str, Any], theirs: Mapping[str, Any], ignore: Sequence[str] = ()) -> Imported:
@@ -88,7 +88,7 @@ def tokenizer(source: str, model: Mapping[str, Any], theirs: Mapping[str, Any], 
 def discriminator(source: str, theirs: Mapping[str, Any], layers: int, width: int) -> tuple[dict, dict, Mapping]:
   """The fields of our PatchGAN, its parameters and their axes."""
   sizes: dict[str, Any] = dict(variant='base', width=width, layers=layers, norm='fixed_batch')
-  ours = Network.of(patchgan.build(**sizes), (1, 64, 64, 3))
+  ours = ModuleSpec.of(patchgan.build(**sizes), (1, 64, 64, 3))
   table = [*conv2d('conv_0', 'main.0'), *conv2d('conv_out', f'main.{3 * layers + 2}')]
   for i in range(1, layers + 1):
     table += conv2d(f'conv_{i}', f'main.{3 * i - 1}', bias=False)

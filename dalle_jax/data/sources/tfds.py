@@ -1,4 +1,4 @@
-"""Any TensorFlow data set with pictures, read without TensorFlow (`pip install "dalle_jax[tfds]"`)."""
+"""Any TensorFlow data set with pictures, read without TensorFlow (`pip install -e ".[tfds]"`)."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -68,7 +68,7 @@ def load(
   try:
     import tensorflow_datasets as tfds
   except ImportError as e:
-    raise ValueError(f'config.data.source tfds:{name} needs a package: pip install "dalle_jax[tfds]" ({e}).') from e
+    raise ValueError(f'config.data.source tfds:{name} needs a package: pip install -e ".[tfds]" ({e}).') from e
   split = split_name or SPLITS.get(split, split)
   try:
     builder = tfds.builder(name, data_dir=path or None, file_format='array_record')

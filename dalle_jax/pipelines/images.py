@@ -33,10 +33,10 @@ class Sample:
 Call = Callable[[dict[str, Any], np.uint32], tuple[jax.Array, jax.Array | None]]
 
 
-class Painter(Generator):
+class ImageGenerator(Generator):
   """One whose pictures are functions of (what is asked for, seed, their number), whatever is asked for beside it."""
 
-  def _paint(
+  def _generate(
     self,
     names: Sequence[bytes],
     rows: Mapping[str, np.ndarray],

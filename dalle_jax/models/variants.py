@@ -42,7 +42,7 @@ def check_ranges(
       raise ValueError(f'{owner}.{name} is {given[name]}; expected 0 or more.')
 
 
-def check_pictures(side: int, data: Mapping[str, Any]) -> None:
+def check_image_size(side: int, data: Mapping[str, Any]) -> None:
   """Raises ValueError when the pictures of `config.data` are smaller than those that a network learns to draw."""
   if data['image_size'] < side:
     raise ValueError(

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from dalle_jax.models import clip, roberta
-from dalle_jax.models.told import CaptionEncoder, Tower, Words, tell
+from dalle_jax.models.caption_encoder import CaptionEncoder, SpecialIds, Tower, mark_captions
 from tests import runs
 
 TEXT = jnp.asarray([[[1, 2, 12], [3, 11, 12]]])  # 10 words, and paddings 10, 11, 12 of the three positions
 
 
 def test_the_words_of_all_captions_with_a_marker_before_that_of_the_frame():
-  ids, seen, own = tell(TEXT, Words(10, 99))
+  ids, seen, own = mark_captions(TEXT, SpecialIds(10, 99))
   assert ids.tolist() == [[99, 1, 2, 3, 14, 15, 16], [1, 2, 99, 3, 14, 15, 16]]
   assert seen.tolist() == [[True] * 4 + [False] * 3] * 2
   assert own[0].tolist() == [True, True, True, False, False, False, False]
@@ -24,11 +24,11 @@ def test_the_words_of_all_captions_with_a_marker_before_that_of_the_frame():
 
 def test_start_and_end_stand_around_the_whole_and_a_cut_story_still_ends():
   text = jnp.asarray([[[7, 1, 8, 0], [7, 2, 3, 8]]])  # start 7, end 8, padding 0
-  words = Words(10, 9, pad=0, start=7, end=8)
-  ids, seen, own = tell(text, words, 8)
+  words = SpecialIds(10, 9, pad=0, start=7, end=8)
+  ids, seen, own = mark_captions(text, words, 8)
   assert ids.tolist() == [[7, 9, 1, 2, 3, 8, 0, 0], [7, 1, 9, 2, 3, 8, 0, 0]]
   assert seen[0].tolist() == [True] * 6 + [False] * 2 and own[1].tolist() == [False] * 2 + [True] * 3 + [False] * 3
-  ids, seen, own = tell(text, words, 6)  # room for one word a caption
+  ids, seen, own = mark_captions(text, words, 6)  # room for one word a caption
   assert ids.tolist() == [[7, 9, 1, 2, 8, 0], [7, 1, 9, 2, 8, 0]]
   assert own.tolist() == [[False, True, True, False, False, False], [False, False, True, True, False, False]]
 

@@ -21,7 +21,7 @@ from dalle_jax.models import clip, roberta
 
 
 @dataclasses.dataclass(frozen=True)
-class Words:
+class SpecialIds:
   """Which ids are words, and those around them.
 
   Attributes:
@@ -41,7 +41,7 @@ class Words:
     return (text < self.count) & (text != self.pad) & (text != self.start) & (text != self.end)
 
 
-def tell(text: jax.Array, words: Words, length: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
+def mark_captions(text: jax.Array, words: SpecialIds, length: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Captions int32[B, T, N] -> told stories int32[R, M], the positions that are no padding and those of the caption
   told, marker included, bool[R, M].
 
@@ -75,7 +75,7 @@ def tell(text: jax.Array, words: Words, length: int = 0) -> tuple[jax.Array, jax
   return jnp.where(seen, ids, padding), seen, own
 
 
-def mean_of(x: jax.Array, chosen: jax.Array) -> jax.Array:
+def masked_mean(x: jax.Array, chosen: jax.Array) -> jax.Array:
   """The mean of x[R, M, D] over the positions chosen, bool[R, M]: [R, D]; zeros where there is none."""
   chosen = chosen[..., None]
   return jnp.where(chosen, x, 0).sum(1) / jnp.maximum(chosen.sum(1), 1)
@@ -100,13 +100,13 @@ class CaptionEncoder(nn.Module):
   def __call__(self, text: jax.Array) -> jax.Array:
     """int32[B, T, N] -> float32[B, T, width]."""
     count = self.text_vocab - (self.text_length if self.pad < 0 else 0)
-    ids, seen, own = tell(text, Words(count, self.text_vocab, self.pad))
+    ids, seen, own = mark_captions(text, SpecialIds(count, self.text_vocab, self.pad))
     shape = (self.frames * self.text_length + 1, self.width)
     positions = self.param('positions', boxed(normal_init(0.02), (None, 'embed')), shape, jnp.float32)
     x = Embed(self.text_vocab + 1, self.width, dtype=self.dtype, name='embed')(jnp.where(seen, ids, 0))
     x = x + positions[: x.shape[1]].astype(self.dtype)
     x, _ = Stack(self.layers, self.heads, dtype=self.dtype, name='encoder')(x, seen[:, None])
-    x = mean_of(LayerNorm(name='norm_out')(x), own)
+    x = masked_mean(LayerNorm(name='norm_out')(x), own)
     return x.reshape(*text.shape[:2], -1)
 
 
@@ -120,7 +120,7 @@ class Tower:
   """
 
   model: clip.CLIP | roberta.RoBERTa
-  words: Words
+  words: SpecialIds
   each: int
   width: int
 
@@ -133,13 +133,13 @@ class Tower:
     special = {name: c.get(name, -1) for name in ('pad', 'start', 'end')}
     if kind == 'roberta':
       model = roberta.of_run(config)
-      return cls(model, Words(model.vocab_size, model.vocab_size - 1, **special), each, model.width)
+      return cls(model, SpecialIds(model.vocab_size, model.vocab_size - 1, **special), each, model.width)
     tower = clip.of_run(config)
     if special['start'] < 0:
       raise ValueError(
         'this CLIP has no start of text, by which the caption of a frame could be marked; use captions="own".'
       )
-    return cls(tower, Words(c['vocab_size'], special['start'], **special), each, tower.embed_dim)
+    return cls(tower, SpecialIds(c['vocab_size'], special['start'], **special), each, tower.embed_dim)
 
   def __call__(self, params: Any, text: jax.Array) -> jax.Array:
     """int32[B, T, N] -> float32[B, T, width]: what RoBERTa makes of the caption's words, what CLIP makes of the story.
@@ -148,9 +148,9 @@ class Tower:
     """
     b, t, n = text.shape
     if isinstance(self.model, clip.CLIP):
-      ids, _, _ = tell(text, self.words, self.model.text_length)
+      ids, _, _ = mark_captions(text, self.words, self.model.text_length)
       x = self.model.apply({'params': params}, ids, method='encode_text') * self.width**0.5  # entries of size 1
     else:
-      ids, _, own = tell(text, self.words, min(self.model.length, t * min(self.each, n) + 3))
-      x = mean_of(self.model.apply({'params': params}, ids)[0], own)
+      ids, _, own = mark_captions(text, self.words, min(self.model.length, t * min(self.each, n) + 3))
+      x = masked_mean(self.model.apply({'params': params}, ids)[0], own)
     return jax.lax.stop_gradient(x.reshape(b, t, -1))
