@@ -389,7 +389,7 @@ def unclip_diffusers(folder, arrays):
   paint = jax.jit(lambda x, t, e, c, k: model.apply({'params': params}, x, jnp.full(len(x), t), e, c, k))
   sharpen = jax.jit(lambda p, x, t, low: up.apply({'params': p}, x, jnp.full(len(x), t), low))
   widen = lambda low: jax.image.resize(jnp.clip(low, -1, 1), (*low.shape[:1], up.image_size, up.image_size, 3), 'cubic')
-  back = diffusion.step_back
+  back = diffusion.reverse_step
 
   def down(d, step_of, x, noise, count):
     steps = d.timesteps(count)

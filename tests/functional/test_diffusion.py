@@ -1,4 +1,4 @@
-"""Diffusion: what is kept of the start, steps back that compose, drawing, losses, guidance."""
+"""Diffusion: schedules, reverse steps that compose, sampling, losses, guidance."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def test_a_step_back_from_the_true_start_is_as_if_less_noise_had_been_added(late
   """Mean and variance over the noise in x, of which a step keeps a part and adds another, in closed form."""
   d = Diffusion(predicts='start', clip=100.0)
   kept, start = d.alphas_cumprod().astype(np.float64), jnp.full((1, 1), 2.0)
-  at = lambda x, noise: float(diffusion.step_back(d, start, jnp.full((1, 1), x), later, earlier, noise)[0, 0])
+  at = lambda x, noise: float(diffusion.reverse_step(d, start, jnp.full((1, 1), x), later, earlier, noise)[0, 0])
   zero, slope, spread = at(0.0, 0.0), at(1.0, 0.0) - at(0.0, 0.0), at(0.0, 1.0) - at(0.0, 0.0)
   mean = zero + slope * 2.0 * np.sqrt(kept[later])
   np.testing.assert_allclose(mean, 2.0 * np.sqrt(kept[earlier]), rtol=2e-3)
@@ -80,8 +80,29 @@ def test_drawing_is_step_after_step_and_the_last_may_be_anothers():
   normal = lambda i: jnp.stack([jax.random.normal(jax.random.fold_in(key, i), X.shape[1:]) for key in keys])
   for i, (t, then) in enumerate(zip(steps, [*steps[1:], -1], strict=True)):
     out = (other if t == 0 else network)(x, jnp.full(3, t))
-    x = diffusion.step_back(d, out, x, t, then, normal(i + 1))
+    x = diffusion.reverse_step(d, out, x, t, then, normal(i + 1))
   np.testing.assert_allclose(drawn, x, atol=1e-5)
+
+
+def test_ddim_moves_along_the_noise_it_is_told_of_and_eta_adds_fresh_noise():
+  d, keys = Diffusion(), jax.random.split(jax.random.key(2), 3)
+  x0, steps = jnp.clip(X, -1, 1), (600, 400, 0)
+  alpha, sigma = (np.sqrt(v)[400] for v in (d.alphas_cumprod(), 1 - d.alphas_cumprod()))
+  t = lambda step: jnp.full(3, step)
+  knows = lambda x, t: (x - jnp.sqrt(a(t)) * x0) / jnp.sqrt(1 - a(t))
+  a = lambda t: jnp.asarray(d.alphas_cumprod())[t][:, None, None, None]
+  seen = []
+  spy = lambda x, t: seen.append(x) or knows(x, t)
+  noisy = diffusion.add_noise(d, x0, t(600), NOISE)
+  with jax.disable_jit():
+    out = diffusion.sample(d, spy, noisy, keys, steps, eta=0.0)
+    np.testing.assert_allclose(seen[1], alpha * x0 + sigma * NOISE, atol=1e-4)  # the same noise, less of it
+    np.testing.assert_allclose(out, x0, atol=2e-3)
+    seen.clear()
+    diffusion.sample(d, spy, noisy, keys, steps, eta=1.0)
+  std = sigma * np.sqrt(1 - d.alphas_cumprod()[600] / d.alphas_cumprod()[400]) / np.sqrt(1 - d.alphas_cumprod()[600])
+  fresh = jnp.stack([jax.random.normal(jax.random.fold_in(key, 1), X.shape[1:]) for key in keys])
+  np.testing.assert_allclose(seen[1], alpha * x0 + np.sqrt(sigma**2 - std**2) * NOISE + std * fresh, atol=1e-4)
 
 
 def test_rows_do_not_know_of_each_other():

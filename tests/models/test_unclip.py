@@ -142,5 +142,5 @@ def test_embeddings_have_entries_of_about_one_or_are_as_projected():
 )
 def test_padding_does_not_count(special, empty, ids, seen):
   r, _ = reader(**special)
-  assert r.empty[:4].tolist() == empty and r.empty.dtype == np.int32
-  assert r.seen(jnp.array([ids]))[0].astype(int).tolist() == seen
+  assert r.empty_ids[:4].tolist() == empty and r.empty_ids.dtype == np.int32
+  assert r.token_mask(jnp.array([ids]))[0].astype(int).tolist() == seen
