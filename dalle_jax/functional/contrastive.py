@@ -6,10 +6,10 @@ import optax
 
 
 def contrastive(images: jax.Array, texts: jax.Array, scale: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Loss and accuracy, scalars, of finding the partner among all of the batch, in both directions.
+  """Loss and accuracy, scalars, of finding the matching row in the batch, averaged over both directions.
 
-  Row i of `images` and of `texts`, float32[B, E] of unit length, belong together; `scale` makes products logits. B is
-  the global batch: under jit over several devices the matrix spans them all.
+  Row i of `images` matches row i of `texts`, float32[B, E] of unit length; `scale` multiplies the cosines. B is the
+  global batch: under jit over several devices the matrix of logits spans them all.
   """
   logits = scale * jnp.matmul(images, texts.T, precision=jax.lax.Precision.HIGHEST)
   labels = jnp.arange(len(logits))

@@ -1,30 +1,37 @@
-"""What training hides from a transformer, so that it explains tokens by their cause and not by their neighbours."""
+"""Corruption of training inputs: token noise, caption dropout, image noise."""
 
 import jax
 import jax.numpy as jnp
 
 
 def replace_tokens(rng: jax.Array, tokens: jax.Array, rate: float, vocab: int, spread: float = 0.0) -> jax.Array:
-  """int32[..., I] of which the fraction `rate`, chosen at random, are uniform draws of [0, vocab).
+  """Replaces a random fraction `rate` of tokens int32[..., I] by uniform draws from [0, vocab).
 
-  With a `spread` each sequence has a rate of its own, uniform in [rate - spread, rate + spread].
+  The model then relies less on neighbouring tokens and more on what it is conditioned on. With a `spread` each sequence
+  has its own rate, uniform in [rate - spread, rate + spread].
   """
   where, what = jax.random.split(rng)
   if spread:
-    own = jax.random.uniform(jax.random.fold_in(rng, 2), (*tokens.shape[:-1], 1), minval=-spread, maxval=spread)
-    rate = jnp.clip(rate + own, 0.0, 1.0)
+    offset = jax.random.uniform(jax.random.fold_in(rng, 2), (*tokens.shape[:-1], 1), minval=-spread, maxval=spread)
+    rate = jnp.clip(rate + offset, 0.0, 1.0)
   noisy = jax.random.bernoulli(where, rate, tokens.shape)
   return jnp.where(noisy, jax.random.randint(what, tokens.shape, 0, vocab), tokens)
 
 
 def drop_captions(rng: jax.Array, text: jax.Array, rate: float, padding: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """int32[..., N], of which the fraction `rate` is replaced by `padding` int32[N]; 1.0 for those kept, float32[...]."""
+  """Replaces a fraction `rate` of captions int32[..., N] by `padding` int32[N]; also returns 1.0 for those kept.
+
+  The second result is float32[...].
+  """
   drop = jax.random.bernoulli(rng, rate, text.shape[:-1])
   return jnp.where(drop[..., None], padding, text), 1.0 - drop
 
 
 def damage(rng: jax.Array, images: jax.Array, blur: float, noise: float) -> jax.Array:
-  """float32[B, H, W, 3], each blurred by 3 x 3 pixels and with normal noise, by deviations of its own up to these."""
+  """Blurs each of float32[B, H, W, 3] by a 3 x 3 Gaussian and adds normal noise.
+
+  Their standard deviations are drawn for each image from U(0, blur), in pixels, and U(0, noise).
+  """
   how, what = jax.random.split(rng)
   if blur:
     sigma = jnp.maximum(jax.random.uniform(how, (len(images), 1), maxval=blur), 1e-3)

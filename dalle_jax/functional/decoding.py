@@ -1,4 +1,4 @@
-"""Autoregressive sampling over plain callables: temperature, top-k, top-p, guidance, a scan of fixed length.
+"""Autoregressive sampling over plain callables: temperature, top-k, top-p, classifier-free guidance.
 
 Axis legend: B sequences, V vocabulary.
 """
@@ -10,19 +10,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-NEVER = -1e30
+MASKED = -1e30  # the logit of a token that must not be sampled
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How the next token is chosen; hashable, a static argument under jit.
+  """How the next token is sampled; hashable, a static argument under jit.
 
   Attributes:
-    temperature: divides the logits; 0.0 takes the most probable token.
-    top_k: only the k most probable tokens; 0 for all.
-    top_p: only the fewest most probable tokens that have this probability together (Holtzman et al., 2020); 1.0 for
-      all.
-    guidance: s of uncond + s (cond - uncond) (Ho and Salimans, 2021); 1.0 for none.
+    temperature: divides the logits; 0.0 is greedy.
+    top_k: samples among the k most probable tokens; 0 for all.
+    top_p: samples among the smallest set of tokens with this total probability (Holtzman et al., 2020); 1.0 for all.
+    guidance: s of uncond + s (cond - uncond) (Ho and Salimans, 2021); 1.0 for no guidance.
   """
 
   temperature: float = 1.0
@@ -44,20 +43,21 @@ class Sampling:
 
 
 def filter_logits(logits: jax.Array, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
-  """float32[B, V] with the tokens that may not be taken at -1e30; the most probable one always stays."""
+  """Sets float32[B, V] to MASKED for tokens outside of top-k and top-p; the most probable one always stays."""
   if 0 < top_k < logits.shape[-1]:
-    least = jax.lax.top_k(logits, top_k)[0][:, -1:]
-    logits = jnp.where(logits < least, NEVER, logits)
+    threshold = jax.lax.top_k(logits, top_k)[0][:, -1:]
+    logits = jnp.where(logits < threshold, MASKED, logits)
   if top_p < 1:
-    down = jnp.sort(logits, axis=-1, descending=True)
-    before = jnp.cumsum(jax.nn.softmax(down), axis=-1) - jax.nn.softmax(down)  # of those more probable
-    least = jnp.where(before < top_p, down, jnp.inf).min(-1, keepdims=True)
-    logits = jnp.where(logits < least, NEVER, logits)
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    probs = jax.nn.softmax(ordered)
+    before = jnp.cumsum(probs, axis=-1) - probs  # the total probability of more probable tokens
+    threshold = jnp.where(before < top_p, ordered, jnp.inf).min(-1, keepdims=True)
+    logits = jnp.where(logits < threshold, MASKED, logits)
   return logits
 
 
 def guide(logits: jax.Array, scale: float) -> jax.Array:
-  """float32[2 * B, V], conditional rows then unconditional ones -> float32[B, V]."""
+  """Classifier-free guidance of float32[2 * B, V], conditional rows first: float32[B, V]."""
   cond, uncond = jnp.split(logits, 2)
   return uncond + scale * (cond - uncond)
 
@@ -74,10 +74,7 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def first_largest(x: jax.Array) -> jax.Array:
-  """The index of the largest of x[..., V], the first where several are: int32[...].
-
-  As argmax, which takes XLA for CPUs (of jaxlib 0.10) much longer.
-  """
+  """argmax of x[..., V], int32[...]; jnp.argmax takes XLA for CPUs (jaxlib 0.10) much longer."""
   index = jnp.where(x == x.max(-1, keepdims=True), jnp.arange(x.shape[-1], dtype=jnp.int32), x.shape[-1] - 1)
   return index.min(-1)
 
@@ -93,36 +90,36 @@ def generate(
   sampling: Sampling,
   segments: int = 0,
 ) -> jax.Array:
-  """Tokens start, ..., length - 1 of B sequences: int32[B, length - start].
+  """Samples tokens start, ..., length - 1 of B sequences: int32[B, length - start].
 
   Args:
     step: (token int32[2 * B or B], its index int32[], cache) -> (logits of the next token, cache).
     logits: of token `start`, [B, V]; [2 * B, V] with guidance, as are `step`'s (conditional rows first).
-    keys: a key each sequence, [B]; token i is drawn with `fold_in(key, i)`, so a sequence does not depend on its batch.
-    cache: of the tokens before; `cache.extend(n)` has room for n more.
-    segments: the scan is compiled as this many, each with a longer cache, so that early tokens are cheap; 0: one for
-      every 64 tokens, 4 at most.
+    keys: a key for each sequence, [B]; token i uses `fold_in(key, i)`, so a sequence does not depend on its batch.
+    cache: of the tokens before `start`; `cache.extend(n)` makes room for n more.
+    segments: number of scans, each with a longer cache than the one before, so that early tokens are cheap; 0: one for
+      every 64 tokens, at most 4.
   """
 
-  # All at once, as [length - start, B]: for each token anew, hashing a few keys takes as long as a small layer.
-  of_sequences = jax.vmap(jax.random.fold_in, (0, None))
-  token_keys = jax.vmap(of_sequences, (None, 0))(keys, jnp.arange(start, length))
+  # All keys at once, [length - start, B]: hashing a few keys for each token takes as long as a small layer.
+  fold_in_each = jax.vmap(jax.random.fold_in, (0, None))
+  token_keys = jax.vmap(fold_in_each, (None, 0))(keys, jnp.arange(start, length))
 
-  def body(carry, turn):
+  def body(carry, inputs):
     token, cache = carry
-    index, own = turn
+    index, keys = inputs
     rows = jnp.tile(token, 2) if sampling.guided else token
     logits, cache = step(rows, index, cache)
-    new = choose(logits, own, sampling)
+    new = choose(logits, keys, sampling)
     return (new, cache), new
 
   token = choose(logits, token_keys[0], sampling)
-  tokens, last = [token[None]], length - 1  # token `last` is drawn but never goes in
+  tokens, last = [token[None]], length - 1  # token `last` is sampled but never an input
   segments = segments or min(4, -(-(last - start) // 64))
   bounds = sorted({start + (last - start) * (i + 1) // segments for i in range(segments)} - {start})
   for first, end in zip([start, *bounds], bounds, strict=False):
-    turns = jnp.arange(first, end), token_keys[first - start + 1 : end - start + 1]
-    (token, cache), more = jax.lax.scan(body, (token, cache.extend(end - first)), turns)
+    inputs = jnp.arange(first, end), token_keys[first - start + 1 : end - start + 1]
+    (token, cache), more = jax.lax.scan(body, (token, cache.extend(end - first)), inputs)
     tokens.append(more)
   return jnp.concatenate(tokens).T
 
@@ -138,18 +135,19 @@ def sample(
   n: int,
   sampling: Sampling,
 ) -> jax.Array:
-  """Draws `n` images, as tokens, for each text; the n share the prefill.
+  """Samples the tokens of `n` images for each text; the n share one prefill.
 
   Args:
     apply: a model's `apply` with its parameters; `apply(text, image, method='prefill')` -> (logits, cache) and
-      `apply(token, index, cache, method='step')` -> (logits, cache), as of `models.dalle`.
+      `apply(token, index, cache, method='step')` -> (logits, cache), see `models.dalle`.
     text: int32[B, T].
-    image: int32[B, k], the first k < length tokens of the images, given.
-    keys: a key each image, [B * n].
-    empty: int32[T], the text for the unconditional half of guidance.
-    length: tokens an image.
+    image: int32[B, k], the given first k < length tokens of the images.
+    keys: a key for each image, [B * n].
+    empty: int32[T], the text of the unconditional half of guidance.
+    length: tokens of an image.
 
-  Returns: int32[B * n, length], text by text.
+  Returns:
+    int32[B * n, length], the n images of a text next to each other.
   """
   given = jnp.repeat(image, n, axis=0)
   if sampling.guided:
@@ -157,7 +155,7 @@ def sample(
     image = jnp.tile(image, (2, 1))
   logits, cache = apply(text, image, method='prefill')
   cache = cache.repeat(n)
-  copies = cache.copies
+  copies = cache.copies  # duplicate rows, where that is faster
 
   def step(token: jax.Array, index: jax.Array, cache: Any) -> tuple[jax.Array, Any]:
     logits, cache = apply(jnp.repeat(token, copies), index, cache, method='step')

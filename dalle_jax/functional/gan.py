@@ -1,4 +1,4 @@
-"""Losses of adversarial training: of a VQGAN ("Taming Transformers", Esser et al., 2021, section 3.1), of a GAN."""
+"""Adversarial losses of VQGANs ("Taming Transformers", Esser et al., 2021, section 3.1) and of StoryGANc."""
 
 from collections.abc import Callable
 
@@ -8,12 +8,12 @@ import optax
 
 
 def hinge_discriminator(real: jax.Array, fake: jax.Array) -> jax.Array:
-  """Hinge loss of logits of any shape, a scalar (Lim and Ye, 2017)."""
+  """Hinge loss of the discriminator from logits of any shape, a scalar (Lim and Ye, 2017)."""
   return 0.5 * (jax.nn.relu(1.0 - real).mean() + jax.nn.relu(1.0 + fake).mean())
 
 
 def hinge_generator(fake: jax.Array) -> jax.Array:
-  """The generator's side of `hinge_discriminator`."""
+  """Hinge loss of the generator."""
   return -fake.mean()
 
 
@@ -23,7 +23,7 @@ def bce(logits: jax.Array, targets: jax.Array | float) -> jax.Array:
 
 
 def bce_discriminator(real: jax.Array, fake: jax.Array, wrong: jax.Array) -> jax.Array:
-  """Cross-entropy of logits for real, generated and real but wrongly described samples (Reed et al., 2016, GAN-CLS)."""
+  """Cross-entropy of logits for real, generated, and real but mismatched samples (GAN-CLS, Reed et al., 2016)."""
   return bce(real, 1.0) + 0.5 * (bce(fake, 0.0) + bce(wrong, 0.0))
 
 
@@ -34,10 +34,10 @@ def adaptive_weight(
   adversarial: Callable[[jax.Array], jax.Array],
   limit: float = 1e4,
 ) -> jax.Array:
-  """|grad of nll| / (|grad of adversarial| + 1e-4) with respect to the last kernel, in [0, limit], a constant.
+  """|d nll / d kernel| / (|d adversarial / d kernel| + 1e-4), in [0, limit], without a gradient.
 
-  The gradients go through `head` alone: `head(kernel)` is the picture, of which `nll` and `adversarial` are losses.
+  The gradients only go through `head`: `head(kernel)` is the image, of which `nll` and `adversarial` are losses.
   """
-  picture, pull = jax.vjp(head, kernel)
-  norm = lambda loss: jnp.sqrt(jnp.square(pull(jax.grad(loss)(picture))[0]).sum())
+  image, vjp = jax.vjp(head, kernel)
+  norm = lambda loss: jnp.sqrt(jnp.square(vjp(jax.grad(loss)(image))[0]).sum())
   return jax.lax.stop_gradient(jnp.clip(norm(nll) / (norm(adversarial) + 1e-4), 0.0, limit))

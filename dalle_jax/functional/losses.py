@@ -10,13 +10,13 @@ def token_loss(
 ) -> tuple[jax.Array, jax.Array]:
   """Mean cross-entropy in nats and accuracy over all tokens, scalars.
 
-  float32[B, S, V] and int32[B, S]; `weights` float32[B] counts each sequence that much. The first token of a
-  sequence counts as `first` others. A token is right if none has a larger logit.
+  `logits` are float32[B, S, V], `tokens` int32[B, S]; `weights`, float32[B], weighs sequences. The first token of a
+  sequence weighs as much as `first` others. A token counts as correct if no other has a larger logit.
   """
   loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
   share = jnp.ones(loss.shape[-1]).at[0].set(first)
   loss = (loss * share).sum(-1) / share.sum()
-  # Not by argmax, which on a CPU takes longer than the exponentials: the largest logit is at hand in the loss.
+  # Not by argmax, which on a CPU takes longer than the exponentials; the loss computes the largest logit anyway.
   right = (jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0] >= logits.max(-1)).mean(-1)
   if weights is None:
     return loss.mean(), right.mean()

@@ -1,5 +1,6 @@
-"""Pixels as pictures store them and as networks take them."""
+"""Conversions between uint8 images and the float images of networks."""
 
+import einops
 import jax
 import jax.numpy as jnp
 
@@ -15,13 +16,12 @@ def to_uint8(images: jax.Array) -> jax.Array:
 
 
 def resized(images: jax.Array, size: int) -> jax.Array:
-  """Square pictures float32[B, H, W, 3] in [-1, 1] brought to `size` pixels a side."""
+  """Resizes square images float32[B, H, W, 3] in [-1, 1] to `size` pixels a side."""
   if images.shape[1:3] == (size, size):
     return images
   return jnp.clip(jax.image.resize(images, (len(images), size, size, 3), 'cubic'), -1, 1)
 
 
-def boards(true: jax.Array, drawn: jax.Array) -> jax.Array:
-  """The frames of each story in a row, true ones above those drawn: two [B, F, H, W, 3] -> [B, 2 H, F W, 3]."""
-  b, f, h, w, _ = true.shape
-  return jnp.stack([true, drawn], 1).swapaxes(2, 3).reshape(b, 2 * h, f * w, 3)
+def boards(true: jax.Array, generated: jax.Array) -> jax.Array:
+  """Storyboards with true frames above generated ones: two [B, F, H, W, 3] -> [B, 2 H, F W, 3]."""
+  return einops.rearrange([true, generated], 'two b f h w c -> b (two h) (f w) c')

@@ -1,4 +1,4 @@
-"""Attention of x over itself, over what a mask lets it see, or over a stream whose keys and values are cached.
+"""Multi-head attention: self-attention under a mask, or over a stream of text and image tokens with a KV cache.
 
 Axis legend: L layers, B batch, S stream, T the queries of one call, H heads, K head_dim.
 """
@@ -19,11 +19,11 @@ Pair = tuple[jax.Array, jax.Array]
 
 
 class Stream(struct.PyTreeNode):
-  """That x is a stream of text and image tokens, whose layers see by `patterns`, which differ in kind alone.
+  """Marks x as a stream of text and image tokens, whose layers attend by `patterns`, which differ only in `kind`.
 
   Attributes:
-    index: int32[], which image token the one that x is, the others being in the cache; None when x is the stream from
-      its first position on.
+    index: int32[], the number of the single image token that x is, when the others are in the cache; None when x is the
+      stream from its first position on.
   """
 
   patterns: tuple[Pattern, ...] = struct.field(pytree_node=False)
@@ -31,13 +31,13 @@ class Stream(struct.PyTreeNode):
 
 
 class KVCache(struct.PyTreeNode):
-  """Keys and values so far: of every layer two pairs [B, H, S, K], as the products with a query read them.
+  """Keys and values so far: for every layer two pairs (k, v) of [B, H, S, K], the layout that decoding products read.
 
-  Layers are arrays of their own, and nothing is cut out of an array for a token: that would take longer than products.
+  Every layer has separate arrays: slicing them out of stacked ones for each token would cost more than the products.
 
   Attributes:
-    text: of the prefix of the stream, which stays as it is.
-    image: of image tokens, and room for more.
+    text: keys and values of the prefix of the stream, which never change.
+    image: those of image tokens, with room for more.
   """
 
   text: tuple[Pair, ...] = ()
@@ -48,14 +48,14 @@ class KVCache(struct.PyTreeNode):
     return self.text[0][0].shape[2]
 
   def append(self, prefix: int, k: jax.Array, v: jax.Array) -> 'KVCache':
-    """With one layer more, which has k and v [B, T, H, K] of a stream: `prefix` positions, then image tokens."""
+    """Adds a layer with k and v [B, T, H, K] of a stream: `prefix` positions, then image tokens."""
     k, v = (x.swapaxes(1, 2) for x in (k, v))
     part = lambda x, where: constrain(x[:, :, where], CACHE_AXES)
     text, image = (tuple(part(x, where) for x in (k, v)) for where in (slice(prefix), slice(prefix, None)))
     return KVCache((*self.text, text), (*self.image, image))
 
   def write(self, layer: int, index: jax.Array, k: jax.Array, v: jax.Array) -> 'KVCache':
-    """With k and v [B, 1, H, K] of image token `index` in that layer; in place under jit."""
+    """Writes k and v [B, 1, H, K] of image token `index` into a layer; in place under jit."""
     put = lambda whole, new: jax.lax.dynamic_update_slice(
       whole, new.swapaxes(1, 2).astype(whole.dtype), (0, 0, index, 0)
     )
@@ -63,24 +63,24 @@ class KVCache(struct.PyTreeNode):
     return self.replace(image=(*self.image[:layer], pair, *self.image[layer + 1 :]))
 
   def extend(self, n: int) -> 'KVCache':
-    """With room for n more image tokens."""
+    """Makes room for n more image tokens."""
     pad = lambda x: constrain(jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0))), CACHE_AXES)
     return self.replace(image=jax.tree.map(pad, self.image))
 
   @property
   def copies(self) -> int:
-    """How often each row had better be there: twice where a GPU has one alone. XLA (of jaxlib 0.10) makes the norms and
-    products of a single row of more kernels, which read more."""
+    """Copies of each row during decoding: 2 for a single row on a GPU, where XLA (jaxlib 0.10) compiles the norms and
+    matrix-vector products of one row to more kernels that read more memory; otherwise 1."""
     rows = self.text[0][0].shape[0]
     return 2 if platform() == 'gpu' and rows == num_shards('batch') else 1
 
   def repeat(self, n: int) -> 'KVCache':
-    """Every row n times: candidates that share a prefix."""
+    """Repeats every row n times: candidates that share a prefix."""
     return jax.tree.map(lambda x: constrain(jnp.repeat(x, n, axis=0), CACHE_AXES), self)
 
 
 class Attention(nn.Module):
-  """Multi-head attention of x[B, T, D]; `kernel` as of `layers.kernels.stream_attention`."""
+  """Multi-head self-attention of x[B, T, D]; for `kernel` see `layers.kernels.stream_attention`."""
 
   heads: int
   dtype: jnp.dtype = jnp.float32
@@ -99,13 +99,13 @@ class Attention(nn.Module):
     cache: KVCache | None = None,
     layer: int = 0,
   ) -> tuple[jax.Array, KVCache | None]:
-    """[B, T, D], and the cache with the keys and values of x, where there is one.
+    """Returns [B, T, D] and, if there is one, the cache with the keys and values of x.
 
     Args:
-      mask: bool[T, T] or [B, T, T], which positions of x count; all do by default.
-      stream: what x is a part of; `mask` is not read then.
-      kind: the index of this layer's pattern; with a cache an int.
-      layer: whose part of the cache is this one's.
+      mask: bool[T, T] or [B, T or 1, T], the keys that each query sees; all by default.
+      stream: describes x as a stream of tokens; `mask` is then ignored.
+      kind: index into `stream.patterns`; an int when there is a cache.
+      layer: index of this layer in the cache.
     """
     d = x.shape[-1]
     shape, axes = (d, self.heads, d // self.heads), ('embed', 'heads', 'head_dim')
@@ -115,7 +115,9 @@ class Attention(nn.Module):
       for name, init in inits.items()
     )
     q = constrain(q, ('batch', 'seq', 'heads', None))
-    k, v = (constrain(x, ('batch', None, 'heads', None)) for x in (k, v))  # with 'seq' split, all see all keys
+    k, v = (
+      constrain(x, ('batch', None, 'heads', None)) for x in (k, v)
+    )  # with 'seq' sharded, every shard needs all keys
     if stream is None:
       y = masked(q, k, v, mask, self.kernel)
     elif stream.index is None:
@@ -131,7 +133,7 @@ class Attention(nn.Module):
 
 
 def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, kernel: str) -> jax.Array:
-  """Attention of x over itself, as far as `mask` goes; softmax in float32."""
+  """Self-attention under `mask`; softmax in float32."""
   if mask is None:
     return kernels.fused_attention(q, k, v, kernel)
   mask = jnp.asarray(mask)
@@ -142,23 +144,23 @@ def masked(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, ker
 def attend_by_kind(
   q: jax.Array, k: jax.Array, v: jax.Array, stream: Stream, kind: jax.Array | int, kernel: str
 ) -> jax.Array:
-  """Attention of a stream from its first position on, by the pattern `kind`."""
-  ways = [functools.partial(kernels.stream_attention, pattern=p, kernel=kernel) for p in stream.patterns]
+  """Self-attention of a stream from its first position on, by the pattern number `kind`."""
+  branches = [functools.partial(kernels.stream_attention, pattern=p, kernel=kernel) for p in stream.patterns]
   if isinstance(kind, int):
-    return ways[kind](q, k, v)
-  # Computed again in the backward pass: else every layer would keep room for the scores of every pattern.
-  return kernels.save_for_remat(jax.lax.switch(kind, [jax.checkpoint(way) for way in ways], q, k, v))
+    return branches[kind](q, k, v)
+  # Recomputed in the backward pass: otherwise every layer would store residuals for every pattern.
+  return kernels.save_for_remat(jax.lax.switch(kind, [jax.checkpoint(branch) for branch in branches], q, k, v))
 
 
 def decode_attention(q: jax.Array, text: Pair, image: Pair, index: jax.Array, pattern: Pattern) -> jax.Array:
-  """Attention of the image token q[B, 1, H, K] over what it sees: all text, and of the image by `pattern`."""
+  """Attention of the image token q[B, 1, H, K] over all text and the image tokens that `pattern` lets it see."""
   length = image[0].shape[2]
   if pattern.kind == 'full':
     return kernels.attend(q, (*text, None), (*image, jnp.arange(length) <= index))
-  seen = pattern.visible()
-  if 4 * seen.shape[1] > length:  # to gather costs more than to read it all
+  visible = pattern.visible()
+  if 4 * visible.shape[1] > length:  # gathering would cost more than reading everything
     mask = pattern.mask(pattern.prefix + length)[pattern.prefix :, pattern.prefix :]
     return kernels.attend(q, (*text, None), (*image, jnp.asarray(mask)[index]))
-  seen = jnp.asarray(seen)[index]
-  k, v = (jnp.take(x, jnp.maximum(seen, 0), axis=2) for x in image)
-  return kernels.attend(q, (*text, None), (k, v, seen >= 0))
+  keys = jnp.asarray(visible)[index]
+  k, v = (jnp.take(x, jnp.maximum(keys, 0), axis=2) for x in image)
+  return kernels.attend(q, (*text, None), (k, v, keys >= 0))

@@ -1,7 +1,7 @@
 """Leaf layers whose parameters carry logical axis names beside their shapes.
 
 Axis legend: B batch, S sequence, D embed (model width), H heads, K head_dim, F mlp, V vocab, C channels.
-Parameters are float32; computation is in `dtype`. The names are turned into mesh axes by `training.sharding`.
+Parameters are float32; computation is in `dtype`. `training.sharding` maps the axis names to mesh axes.
 """
 
 import functools
@@ -18,27 +18,27 @@ Axes = tuple[str | None, ...]
 
 normal_init = nn.initializers.normal
 constrain = nn.with_logical_constraint  # a no-op without a mesh; an axis that does not divide stays whole
-# For functions whose backward pass has their inputs alone and computes the rest again: layers that are scanned keep all
-# that it is not told to. Forward and backward pass are loops of their own, which XLA does not merge; without a loop and
-# without remat it may.
+# For functions that save only their inputs and recompute the rest in the backward pass: a scan over layers saves all
+# residuals that it is not told to drop. Forward and backward pass of a scan are separate loops, which XLA does not
+# merge; without a scan and without remat it may merge the recomputation with the forward pass.
 recomputed = functools.partial(jax.checkpoint, prevent_cse=False)
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
-  """The axes of the mesh in use over which the rules split a logical axis."""
+  """The axes of the current mesh over which the rules shard a logical axis."""
   mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
   return tuple(a for a in rules.get(name) or () if mesh.shape.get(a, 1) > 1)
 
 
 def num_shards(name: str) -> int:
-  """Into how many parts they split it."""
+  """Number of shards of a logical axis on the current mesh."""
   return math.prod(jax.sharding.get_abstract_mesh().shape[a] for a in mesh_axes(name))
 
 
 def platform() -> str:
-  """What is compiled for, 'cpu', 'gpu' or 'tpu': the devices of the mesh in use, else those of this process.
+  """The platform to compile for, 'cpu', 'gpu' or 'tpu': that of the current mesh, or else of this process.
 
-  The two differ when a machine compiles for devices that it lacks (`dalle_jax.aot`).
+  The two differ when a machine compiles for devices that it does not have (`dalle_jax.aot`).
   """
   target = jax.sharding.get_abstract_mesh().abstract_device
   return target.platform if target else jax.default_backend()
@@ -50,14 +50,14 @@ def boxed(init: Init, axes: Axes) -> Init:
 
 
 def product(x: jax.Array, kernel: jax.Array, axes: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
-  """The last `axes` axes of x[..., I] contracted with the first ones of kernel[I, O]: [..., O], as `dtype` if given.
+  """Contracts the last `axes` axes of x[..., I] with the first ones of kernel[I, O]: [..., O], in `dtype` if given.
 
-  On the CPU as a product of two matrices, and so are its gradients: sums over two axes XLA would first transpose. A
-  kernel that has a `product` of its own (`models.decode_params.ByOutput`) is multiplied by that.
+  On the CPU it is a product of two matrices, and so are its gradients: XLA would transpose the operands of a sum over
+  two axes first. A kernel with its own `product` method (`models.decode_params.ByOutput`) is multiplied by that.
   """
   if hasattr(kernel, 'product'):
     return kernel.product(x, axes, dtype)
-  if platform() != 'cpu' or num_shards('seq') > 1:  # one axis of batch and sequence cannot be split over both
+  if platform() != 'cpu' or num_shards('seq') > 1:  # a merged batch-and-sequence axis cannot be sharded over both
     return jnp.tensordot(x, kernel, axes, preferred_element_type=dtype)
   inner, (rows, outer) = math.prod(kernel.shape[:axes]), (x.shape[: x.ndim - axes], kernel.shape[axes:])
   y = jnp.dot(x.reshape(-1, inner), kernel.reshape(inner, -1), preferred_element_type=dtype)
@@ -69,7 +69,7 @@ class Einsum(nn.Module):
 
   shape: tuple[int, ...]
   axes: Axes
-  bias_axes: tuple[int, ...] = ()  # which axes of `shape` the bias spans; () for none
+  bias_axes: tuple[int, ...] = ()  # the axes of `shape` that the bias spans; () for no bias
   dtype: jnp.dtype = jnp.float32
   kernel_init: Init = normal_init(0.02)
 
@@ -108,10 +108,10 @@ class Dense(nn.Module):
 
 
 class Conv(nn.Module):
-  """2-D convolution, NHWC, of a square kernel or of one of (height, width).
+  """2-D convolution, NHWC; `kernel_size` is the side of a square kernel or (height, width).
 
-  `padding` is as in `lax.conv_general_dilated`: a string or ((top, bottom), (left, right)). With `double` the map is
-  first doubled in height and width, each position as 2 x 2; ValueError for other kernels than 3 x 3, stride 1, 'SAME'.
+  `padding` is as in `lax.conv_general_dilated`: a string or ((top, bottom), (left, right)). With `upsample` the input
+  is upsampled by 2 first (nearest neighbour), which needs a 3 x 3 kernel, stride 1 and 'SAME'; else raises ValueError.
   """
 
   features: int
@@ -132,7 +132,7 @@ class Conv(nn.Module):
     small = x.shape[1] * x.shape[2] <= 16 and self.stride == 1 and self.padding == 'SAME' and h == w and h % 2
     if self.upsample:
       if (h, w, self.stride, self.padding) != (3, 3, 1, 'SAME'):
-        raise ValueError(f'a doubled map is convolved by 3 x 3, stride 1, SAME, not {self}.')
+        raise ValueError(f'an upsampling convolution must be 3 x 3, stride 1, SAME, not {self}.')
       y = upsampled_conv(x, kernel)
     elif small and platform() == 'cpu':
       y = conv_as_product(x, kernel.astype(self.dtype))
@@ -147,41 +147,41 @@ class Conv(nn.Module):
 def conv(
   x: jax.Array, kernel: jax.Array, stride: int = 1, padding: str | Sequence[tuple[int, int]] = 'SAME'
 ) -> jax.Array:
-  """[B, H, W, C] by [h, w, C, O]; `padding` as in `lax.conv_general_dilated`."""
+  """Convolves [B, H, W, C] with [h, w, C, O]; `padding` as in `lax.conv_general_dilated`."""
   names = ('NHWC', 'HWIO', 'NHWC')
   return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=names)
 
 
 def upsampled_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """[B, H, W, C] with each position as 2 x 2, by a kernel of [3, 3, C, O] and 'SAME': [B, 2H, 2W, O].
+  """Nearest-neighbour upsampling of [B, H, W, C] by 2, then a 'SAME' convolution by [3, 3, C, O]: [B, 2H, 2W, O].
 
-  Of the three rows and columns that a kernel looks at, two are always the same. Their weights are added up, which
-  leaves kernels of 2 x 2 on the map as it was, one for each of the four corners: 4/9 of the products.
+  Of the three rows (columns) under a kernel, two are always copies of the same one. Adding up their weights leaves a
+  2 x 2 kernel on the small map for each of the four output phases: 4/9 of the products.
   """
   b, h, w, _ = x.shape
   pair = lambda i, k: jnp.stack([k[0], k[1] + k[2]] if i == 0 else [k[0] + k[1], k[2]])
 
-  def corner(i: int, j: int) -> jax.Array:
+  def phase(i: int, j: int) -> jax.Array:
     small = pair(i, pair(j, kernel.swapaxes(0, 1)).swapaxes(0, 1))  # in the dtype of the parameters
     return conv(x, small.astype(x.dtype), 1, ((1 - i, i), (1 - j, j)))
 
-  rows = [jnp.stack([corner(i, j) for j in range(2)], 3) for i in range(2)]
+  rows = [jnp.stack([phase(i, j) for j in range(2)], 3) for i in range(2)]
   return jnp.stack(rows, 2).reshape(b, 2 * h, 2 * w, -1)
 
 
 def conv_as_product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """A 'SAME' convolution of stride 1 and odd kernel as one matrix product over shifted copies of [B, H, W, C].
+  """A 'SAME' convolution, stride 1, odd kernel, as one matrix product over shifted copies of [B, H, W, C].
 
-  XLA on the CPU takes 15 times as long to convolve maps of 2 x 2, forward and backward.
+  For maps of 2 x 2 XLA's convolution on the CPU takes 15 times as long, forward and backward.
   """
   (_, h, w, c), k = x.shape, kernel.shape[0]
-  if h == w == 1:  # all but the middle of the kernel lies outside
+  if h == w == 1:  # only the centre of the kernel lies inside the map
     return product(x, kernel[k // 2, k // 2])
   return product(patches(x, k), kernel.reshape(k * k * c, -1))
 
 
 def patches(x: jax.Array, k: int) -> jax.Array:
-  """The k x k surroundings of each position of [B, H, W, C], row by row, zero outside: [B, H, W, k * k * C]; k odd."""
+  """The k x k neighbourhood of each position of [B, H, W, C], row by row, zero padded: [B, H, W, k * k * C]; k odd."""
   h, w = x.shape[1:3]
   x = jnp.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2), (0, 0)))
   return jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(k) for j in range(k)], -1)
@@ -205,7 +205,7 @@ class Embed(nn.Module):
 def embedding_lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
   """Rows [..., D] of table[vocab, D] for ids[...], which must lie in [0, vocab).
 
-  Each device gathers whole rows: looked up in parts, they would have to be exchanged for those of its own sequences.
+  The embedding axis is gathered first: rows looked up in shards would have to be exchanged between devices afterwards.
   """
   return jnp.take(constrain(table, ('vocab', None)), ids, axis=0)
 
@@ -228,13 +228,13 @@ def layer_norm(
 ) -> jax.Array:
   """Normalises the last axis of x[..., D] in float32 and applies float32[D] scale and bias.
 
-  The backward pass keeps x alone and normalises it again.
+  Only x is saved for the backward pass, which normalises it again.
   """
   return _layer_norm(x, scale, bias, eps, dtype)
 
 
 def _normalised(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
-  """x in float32 with mean 0 and variance 1 along the last axis, and what it was multiplied by, [..., 1]."""
+  """x in float32 with mean 0 and variance 1 along the last axis, and the factor 1 / std, [..., 1]."""
   x = x.astype(jnp.float32)
   x = x - x.mean(-1, keepdims=True)
   factor = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
@@ -250,30 +250,27 @@ def _layer_norm_fwd(x, scale, bias, eps, dtype):
   return _layer_norm(x, scale, bias, eps, dtype), (x, scale)
 
 
-def _layer_norm_bwd(eps, dtype, kept, slope):
-  x, scale = kept
+def _layer_norm_bwd(eps, dtype, residuals, dout):
+  x, scale = residuals
   y, factor = _normalised(x, eps)
-  slope, rows = slope.astype(jnp.float32), tuple(range(x.ndim - 1))
-  of_y = slope * scale
-  # What the mean and the variance take away: of_y's part along 1 and along y.
-  of_x = factor * (of_y - of_y.mean(-1, keepdims=True) - y * (inner_product(of_y, y) / x.shape[-1]))
-  return of_x.astype(x.dtype), (slope * y).sum(rows), slope.sum(rows)
+  dout, rows = dout.astype(jnp.float32), tuple(range(x.ndim - 1))
+  dy = dout * scale
+  # The mean and the variance project out the components of dy along 1 and along y.
+  dx = factor * (dy - dy.mean(-1, keepdims=True) - y * (inner_product(dy, y) / x.shape[-1]))
+  return dx.astype(x.dtype), (dout * y).sum(rows), dout.sum(rows)
 
 
 _layer_norm.defvjp(_layer_norm_fwd, _layer_norm_bwd)
 
 
 def inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
-  """The products of x and y summed up over the last axis: float32[..., 1].
-
-  As a product of vectors, which takes XLA for CPUs (of jaxlib 0.10) a tenth of the time of (x * y).sum(-1).
-  """
+  """(x * y).sum(-1, keepdims=True) in float32; as an einsum it takes XLA for CPUs (jaxlib 0.10) a tenth of the time."""
   x, y = x.astype(jnp.float32), y.astype(jnp.float32)
   return jnp.einsum('...d,...d->...', x, y, precision=jax.lax.Precision.HIGHEST)[..., None]
 
 
 def sinusoid(at: jax.Array, width: int) -> jax.Array:
-  """Sines, then cosines, of positions at[N] at wavelengths 2 pi to 20,000 pi: float32[N, width].
+  """Sines, then cosines, of positions at[N] with wavelengths from 2 pi to 20,000 pi: float32[N, width].
 
   "Attention Is All You Need", Vaswani et al., 2017, section 3.5. Raises ValueError for an odd width.
   """
@@ -286,9 +283,9 @@ def sinusoid(at: jax.Array, width: int) -> jax.Array:
 class BatchNorm(nn.Module):
   """Batch normalisation of each channel of [..., C] (Ioffe and Szegedy, 2015).
 
-  Mean and variance are among the parameters, and get no gradient: a network is its parameters, and draws a row by
-  itself. With `train` it normalises by those of the batch, over all devices, and sows them into the collection
-  'statistics', from where `follow` brings them into the parameters.
+  The running mean and variance are parameters without a gradient, so that a network is fully described by its
+  parameters and each row is independent of its batch at inference. With `train` the statistics are those of the global
+  batch; they are sown into the collection 'statistics', from which `update_statistics` updates the parameters.
   """
 
   eps: float = 1e-5
@@ -311,7 +308,7 @@ class BatchNorm(nn.Module):
 
 
 def statistics_of(params: Any) -> Any:
-  """The means and variances of every BatchNorm in `params`, a part of the tree; None where there is none."""
+  """The subtree of `params` with the running statistics of every BatchNorm; None if there is none."""
   if not isinstance(params, Mapping):
     return None
   if {'mean', 'var'} <= set(params):
@@ -321,7 +318,7 @@ def statistics_of(params: Any) -> Any:
 
 
 def update_statistics(params: Any, statistics: Any, decay: float) -> Any:
-  """`params` with every value that `statistics`, a part of the tree, has, moved towards it: decay, 1 - decay."""
+  """`params` with an exponential moving average step, by `decay`, towards the values in the subtree `statistics`."""
   if not isinstance(statistics, Mapping):
     return decay * params + (1 - decay) * statistics
   return {**params, **{name: update_statistics(params[name], part, decay) for name, part in statistics.items()}}
@@ -343,7 +340,7 @@ class GroupNorm(nn.Module):
     scale = self.param('scale', boxed(nn.initializers.ones, ('norm',)), (channels,), jnp.float32)
     bias = self.param('bias', boxed(nn.initializers.zeros, ('norm',)), (channels,), jnp.float32)
     y = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)  # (B, HW, C)
-    # First over pixels, then over the channels of a group: XLA for CPUs takes seven times as long for both at once.
+    # The mean over pixels, then over the channels of a group: both at once take XLA for CPUs seven times as long.
     mean = lambda y: y.mean(1).reshape(x.shape[0], groups, -1).mean(2)  # (B, G)
     spread = lambda per_group: jnp.repeat(per_group, channels // groups, 1)[:, None]
     center = spread(mean(y))

@@ -1,10 +1,11 @@
-"""Retro-fitted cross-attention: the stream of a trained transformer looks at a source (StoryDALL-E, section 3.3).
+"""Retro-fitted cross-attention from the stream of a trained transformer to a source (StoryDALL-E, section 3.3).
 
-Axis legend: L layers that look, B sources, R rows, T queries, C source positions, D embed, H heads, K head_dim.
+Axis legend: L layers with cross-attention, B sources, C source positions, R rows, T queries, D embed, H heads,
+K head_dim.
 
-Its parameters live beside the transformer's, stacked over layers, so that a retro-fitted model is the pretrained tree
-with another one next to it. Whatever does not depend on the stream (keys and values) is computed once, for training
-and for sampling alike; the transformer carries the rest through its scan as a `Context`.
+Its parameters are a tree next to the transformer's, stacked over layers, so that a retro-fitted model contains the
+pretrained tree unchanged. What does not depend on the stream (keys and values) is computed once, in training and in
+sampling; the transformer passes it through its scan together with the other parameters as a `Context`.
 """
 
 import operator
@@ -21,10 +22,10 @@ AXES = ('batch', 'heads', None, None)  # of keys and values in one layer
 
 
 class Context(struct.PyTreeNode):
-  """What the looking layers need beside the stream; every leaf begins with L, or with nothing for one layer.
+  """Parameters, keys and values of cross-attention; the axis L is absent in the `Context` of a single layer.
 
   Attributes:
-    scale, bias: [L, D], of the norm of the stream.
+    scale, bias: [L, D], of the LayerNorm of the stream.
     query, query_bias: [L, D, H, K] and [L, H, K].
     k, v: [L, B, H, C, K], keys and values of the source.
     out, out_bias: [L, H, K, D] and [L, D].
@@ -40,34 +41,34 @@ class Context(struct.PyTreeNode):
   out_bias: jax.Array
 
   def tile(self, n: int) -> 'Context':
-    """All sources, n times over: the halves of guidance."""
+    """Repeats all sources n times: the halves of classifier-free guidance."""
     put = lambda x: constrain(jnp.concatenate([x] * n, axis=-4), ('layers', *AXES)[-x.ndim :])
     return self.replace(k=put(self.k), v=put(self.v))
 
-  def per_step(self, turns: int) -> 'Context':
-    """[L, ...] -> [turns, L / turns, ...], for a scan. Raises ValueError when L is not divisible."""
-    each = layers_per_step(len(self.scale), turns)
-    return jax.tree.map(lambda x: x.reshape(turns, each, *x.shape[1:]), self)
+  def per_step(self, steps: int) -> 'Context':
+    """[L, ...] -> [steps, L / steps, ...], for a scan. Raises ValueError when L is not divisible."""
+    each = layers_per_step(len(self.scale), steps)
+    return jax.tree.map(lambda x: x.reshape(steps, each, *x.shape[1:]), self)
 
   def layers(self) -> 'tuple[Context, ...]':
-    """One a layer, without L."""
+    """One `Context` for each layer, without the axis L."""
     return tuple(jax.tree.map(operator.itemgetter(i), self) for i in range(len(self.scale)))
 
 
-def layers_per_step(layers: int, turns: int) -> int:
-  """How many layers look in a turn. Raises ValueError when they are not divisible."""
-  if layers % turns:
+def layers_per_step(layers: int, steps: int) -> int:
+  """Layers with cross-attention in one scan step. Raises ValueError when they are not divisible."""
+  if layers % steps:
     raise ValueError(
-      f'{layers} layers with cross-attention do not fit {turns} turns of the scan; make model.period a multiple of the '
+      f'{layers} layers with cross-attention do not fit {steps} steps of the scan; make model.period a multiple of the '
       'distance between them.'
     )
-  return layers // turns
+  return layers // steps
 
 
 class CrossAttention(nn.Module):
-  """Parameters of `layers` cross-attentions and, for a source [B, C, D], their `Context`.
+  """Parameters of `layers` cross-attention layers; maps a source [B, C, D] to their `Context`.
 
-  The output projection starts at zero: the first step is that of the pretrained model.
+  The output projection starts at zero, so that the initial model is the pretrained one.
   """
 
   layers: int
@@ -107,14 +108,14 @@ class CrossAttention(nn.Module):
 
 
 def cross_attend(x: jax.Array, context: Context, attending: jax.Array) -> jax.Array:
-  """x[R, T, D] plus what it finds in the source of one layer, at the positions of bool[T] `attending` alone.
+  """Residual cross-attention of x[R, T, D] with one layer's context, only at the positions `attending`, bool[T].
 
-  Of B sources each has R / B rows, one after the other: frames of a story, candidates of a frame.
+  Each of the B sources belongs to R / B consecutive rows: frames of a story, candidates of a frame.
   """
   y = layer_norm(x, context.scale, context.bias, dtype=x.dtype)
   q = product(y, context.query) + context.query_bias
-  # Rows of a source are one axis of queries; where the sequence is split over a mesh, it stays an axis of its own.
+  # The rows of a source become one axis of queries, unless the sequence is sharded and must stay a separate axis.
   rows = q.shape[2:] if num_shards('seq') == 1 else q.shape[1:]
-  found = kernels.attend(q.reshape(len(context.k), -1, *rows), (context.k, context.v, None))
-  y = product(found.reshape(q.shape), context.out, 2) + context.out_bias
+  out = kernels.attend(q.reshape(len(context.k), -1, *rows), (context.k, context.v, None))
+  y = product(out.reshape(q.shape), context.out, 2) + context.out_bias
   return x + jnp.where(attending[:, None], y, 0)

@@ -1,7 +1,7 @@
-"""Who sees whom in a stream of text and image tokens.
+"""Attention patterns: which keys each query sees in a stream of text and image tokens.
 
-The stream is a prefix of text, then the image tokens in raster order. For a prefix of 2 and 3 x 3 image tokens, with
-queries down and keys across, image queries see (x) under each kind of attention
+The stream is a text prefix, then the image tokens in raster order. For a prefix of 2 and 3 x 3 image tokens, with
+queries down and keys across, the visible keys (x) of each kind of attention are
 
          full          row          column       conv (3 x 3)
   text   x........     x........     x........     x........
@@ -24,10 +24,10 @@ KINDS = ('full', 'row', 'column', 'conv', 'wrapped')
 class Pattern:
   """A kind of attention in a stream of `prefix` positions and a `grid` of image tokens (DALL-E, appendix B.1).
 
-  Everything is causal and sees all text before it. Among image tokens a query sees, beside itself, with 'full' all
-  earlier ones, with 'row' the w ones before it in raster order, with 'column' those above it, with 'conv' the earlier
-  ones of the conv_kernel x conv_kernel window around it; with 'wrapped' (ru-DALLE) that window goes on at the opposite
-  edges of the picture.
+  Attention is causal and every query sees all text before it. Among the image tokens it sees itself and, with 'full',
+  all earlier ones; with 'row', the w before it in raster order; with 'column', those above it; with 'conv', the earlier
+  ones in the conv_kernel x conv_kernel window around it; with 'wrapped' (ru-DALLE), that window wraps around the edges
+  of the image.
   """
 
   kind: str
@@ -36,11 +36,11 @@ class Pattern:
   conv_kernel: int = 11
 
   def mask(self, n: int) -> np.ndarray:
-    """Which keys each of the first n positions sees, bool[n, n]; beyond the picture all before. Read only."""
+    """Mask of the first n positions, bool[n, n], read-only; positions after the image see everything before them."""
     return _mask(self, n)
 
   def visible(self) -> np.ndarray:
-    """Which image tokens each image token sees, int32[h * w, most], filled up with -1."""
+    """Indices of the image tokens that each image token sees, int32[h * w, max visible], padded with -1."""
     return _visible(self)
 
 

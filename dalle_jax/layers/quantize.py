@@ -1,6 +1,6 @@
-"""Vector quantisers, and the upkeep of a codebook: moving averages, dead codes, usage.
+"""Vector quantisers, and codebook maintenance: moving averages, dead codes, usage.
 
-Axis legend: N vectors of a batch, K codes, D code_dim. Everything here is float32.
+Axis legend: N vectors in a batch, K codes, D code_dim. Everything here is float32.
 """
 
 import flax.linen as nn
@@ -14,12 +14,12 @@ State = dict[str, jax.Array]
 
 
 class Quantized(struct.PyTreeNode):
-  """What a quantiser gives back; `losses` are unweighted scalars.
+  """The output of a quantiser; `losses` are unweighted scalars.
 
   Attributes:
-    vectors: float32[B, h, w, D], the codes' vectors, with gradients to the encoder.
+    vectors: float32[B, h, w, D], codebook vectors, with straight-through gradients to the encoder.
     codes: int32[B, h, w] in [0, K).
-    inputs: float32[B, h, w, D], what was quantised.
+    inputs: float32[B, h, w, D], the vectors that were quantised.
     losses: 'commitment' and 'codebook' (nearest neighbour) or 'kl' (Gumbel).
   """
 
@@ -32,8 +32,8 @@ class Quantized(struct.PyTreeNode):
 class NearestQuantizer(nn.Module):
   """The nearest codebook vector, straight-through (van den Oord et al., 2017, section 3.2).
 
-  The two halves of its loss are given apart, so that a codebook that follows moving averages leaves one out. With
-  `normalize`, vectors and codes lie on the unit sphere (Yu et al., 2022, "ViT-VQGAN", section 3.2).
+  The two halves of its loss are returned separately, as a codebook updated by moving averages only needs one. With
+  `normalize`, vectors and codes are on the unit sphere (Yu et al., 2022, "ViT-VQGAN", section 3.2).
   """
 
   num_codes: int
@@ -46,7 +46,7 @@ class NearestQuantizer(nn.Module):
     self.embedding = self.param('embedding', boxed(init, ('codes', None)), (self.num_codes, self.code_dim), jnp.float32)
 
   def __call__(self, z: jax.Array, rng: jax.Array | None = None, temperature: float = 1.0) -> Quantized:
-    """Quantises `[B, h, w, D]`; `rng` and `temperature` are for the other quantiser."""
+    """Quantises `[B, h, w, D]`; `rng` and `temperature` are unused, see `GumbelQuantizer`."""
     z = self._project(z.astype(jnp.float32))
     table = self._project(self.embedding)
     codes = nearest(z, table)
@@ -77,7 +77,7 @@ class GumbelQuantizer(nn.Module):
     self.embedding = self.param('embedding', boxed(init, ('codes', None)), (self.num_codes, self.code_dim), jnp.float32)
 
   def __call__(self, z: jax.Array, rng: jax.Array | None = None, temperature: float | jax.Array = 1.0) -> Quantized:
-    """Quantises `[B, h, w, D]`. With `rng` codes are sampled, without it they are the most probable ones."""
+    """Quantises `[B, h, w, D]`. Codes are sampled with `rng`, and the most probable ones without."""
     z = z.astype(jnp.float32)
     logits = self.proj(z)  # (B, h, w, K)
     noise = 0.0 if rng is None else jax.random.gumbel(rng, logits.shape)
@@ -96,11 +96,11 @@ class GumbelQuantizer(nn.Module):
 def nearest(z: jax.Array, table: jax.Array) -> jax.Array:
   """Index of the row of `table[K, D]` nearest to each of `z[..., D]`: int32[...]."""
   products = jnp.matmul(z, table.T, precision=jax.lax.Precision.HIGHEST)
-  return (jnp.square(table).sum(-1) - 2 * products).argmin(-1).astype(jnp.int32)  # |z|^2 changes no order
+  return (jnp.square(table).sum(-1) - 2 * products).argmin(-1).astype(jnp.int32)  # |z|^2 does not change the order
 
 
 def usage(codes: jax.Array, num_codes: int) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """How often each code occurs, float32[K] with mean 1, and the metrics of that: used codes and perplexity."""
+  """Relative frequency of each code, float32[K] with mean 1, and metrics: the number of used codes and perplexity."""
   counts = jnp.zeros(num_codes).at[codes.ravel()].add(1.0)
   p = counts / codes.size
   perplexity = jnp.exp(-(p * jnp.log(jnp.maximum(p, 1e-10))).sum())
@@ -108,12 +108,12 @@ def usage(codes: jax.Array, num_codes: int) -> tuple[jax.Array, dict[str, jax.Ar
 
 
 def codebook_state(num_codes: int, code_dim: int, data_init: bool = True) -> State:
-  """Statistics before the first batch. A `count` of 0 means: not yet a vector of the data; see `update_codebook`."""
+  """Statistics before the first batch. A `count` of 0 marks a code not initialised yet, see `update_codebook`."""
   return {
     'step': jnp.int32(-1),  # of the last update
     'count': jnp.full(num_codes, 0.0 if data_init else 1.0, jnp.float32),  # moving average of `usage`
-    'vectors': jnp.zeros((num_codes, code_dim)),  # to be written into the codebook, where
-    'write': jnp.zeros(num_codes, bool),
+    'vectors': jnp.zeros((num_codes, code_dim)),  # to be written into the rows of the codebook
+    'write': jnp.zeros(num_codes, bool),  # where this is True
   }
 
 
@@ -129,16 +129,16 @@ def update_codebook(
   revive: float,
   average: bool,
 ) -> State:
-  """Notes a batch: which rows of the codebook to overwrite with what (`write_codebook` does it).
+  """Updates the statistics by a batch, and chooses the rows of the codebook that `write_codebook` overwrites.
 
   Args:
-    embedding: float32[K, D], the codebook that gave `codes`.
-    z, codes: float32[..., D] and int32[...], what was quantised and to what.
-    step: updates of one step (gradient accumulation) add up.
+    embedding: float32[K, D], the codebook that `codes` are of.
+    z, codes: float32[..., D] and int32[...], the quantised vectors and their codes.
+    step: updates with the same step (gradient accumulation) add up.
     decay: of the moving averages (van den Oord et al., 2017, appendix A.1).
-    revive: a code used less than this fraction of the mean is dead and becomes a vector of the batch, as does one that
-      has never been one (initialisation from the data); 0.0 for the latter alone.
-    average: move every code to the moving average of its vectors.
+    revive: a code used less than this fraction of the mean is dead and is replaced by a vector of the batch, as is one
+      that was never initialised from data; 0.0 only does the latter.
+    average: moves every code to the moving average of its vectors.
   """
   num_codes, dim = embedding.shape
   z, codes = jax.lax.stop_gradient(z).reshape(-1, dim), codes.ravel()
@@ -150,25 +150,25 @@ def update_codebook(
     sums = jnp.zeros_like(embedding).at[codes].add(z) * (num_codes / len(z))
     mean = (old[:, None] * vectors + (1 - decay) * sums) / jnp.maximum(count, 1e-10)[:, None]
     vectors = jnp.where(count[:, None] > 0, mean, vectors)
-  # Dead codes take vectors of the batch, drawn without repeats and the likelier the worse they are represented, as in
-  # k-means++ (Arthur and Vassilvitskii, 2007). If there are not enough, they wait for the next batch.
+  # Dead codes take vectors of the batch, sampled without replacement and with probability proportional to their
+  # quantisation error, as in k-means++ (Arthur and Vassilvitskii, 2007). If there are too few, they wait.
   dead = (state['count'] == 0) | (count < revive)
   rank = jnp.cumsum(dead) - 1
   dead &= rank < len(z)
   error = jnp.square(z - embedding[codes]).sum(-1)
-  drawn = jnp.argsort(-(jnp.log(error + 1e-12) + jax.random.gumbel(rng, error.shape)))
-  fresh = z[drawn[rank % len(z)]]
-  kept = jnp.where(again, state['write'], False)
+  sampled = jnp.argsort(-(jnp.log(error + 1e-12) + jax.random.gumbel(rng, error.shape)))
+  fresh = z[sampled[rank % len(z)]]
+  pending = jnp.where(again, state['write'], False)
   if not average:
-    vectors = jnp.where(kept[:, None], state['vectors'], vectors)
+    vectors = jnp.where(pending[:, None], state['vectors'], vectors)
   return {
     'step': jnp.asarray(step, jnp.int32),
-    'count': jnp.where(dead, 1.0, count),  # time to be used before it counts as dead again
+    'count': jnp.where(dead, 1.0, count),  # gives it time to be used before it counts as dead again
     'vectors': jnp.where(dead[:, None], fresh, vectors),
-    'write': jnp.full(num_codes, True) if average else dead | kept,
+    'write': jnp.full(num_codes, True) if average else dead | pending,
   }
 
 
 def write_codebook(state: State, embedding: jax.Array) -> jax.Array:
-  """The codebook `embedding[K, D]` with the rows overwritten that `update_codebook` chose."""
+  """The codebook `embedding[K, D]` with the rows that `update_codebook` chose overwritten."""
   return jnp.where(state['write'][:, None], state['vectors'], embedding)

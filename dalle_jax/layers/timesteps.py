@@ -1,4 +1,4 @@
-"""The step of a diffusion as a vector that networks read."""
+"""Embedding of diffusion timesteps."""
 
 import flax.linen as nn
 import jax
@@ -8,7 +8,7 @@ from dalle_jax.layers.basic import Dense, sinusoid
 
 
 class TimeEmbed(nn.Module):
-  """int32[B] -> [B, features]: cosines and sines of `width` through two linear maps."""
+  """int32[B] -> [B, features]: a sinusoidal embedding of `width` through two linear layers."""
 
   width: int
   features: int

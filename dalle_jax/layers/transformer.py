@@ -1,4 +1,4 @@
-"""The transformer of every model here: blocks of attention and MLP, scanned, with or without a cache.
+"""The transformer of every model here: blocks of attention and MLP, scanned in training, unrolled when decoding.
 
 Axis legend: B batch, S/T sequence, D embed.
 """
@@ -19,7 +19,7 @@ from dalle_jax.layers.cross import Context, cross_attend, layers_per_step
 
 
 def gelu(x: jax.Array) -> jax.Array:
-  """x Phi(x) by erf, in float32, as PyTorch has it; `jax.nn.gelu` takes erfc, of which XLA computes both branches."""
+  """Exact GELU, x Phi(x), by erf in float32; `jax.nn.gelu` uses erfc, of which XLA computes both branches."""
   y = x.astype(jnp.float32)
   return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
@@ -27,7 +27,7 @@ def gelu(x: jax.Array) -> jax.Array:
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   'gelu': gelu,
   'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
-  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),  # of the OpenAI CLIP weights
+  'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
   'relu': jax.nn.relu,
 }
 REMATS = ('none', 'full', 'dots')
@@ -37,10 +37,10 @@ NORMS = ('pre', 'post', 'sandwich')
 def residual(
   norms: str, eps: float, dtype: jnp.dtype
 ) -> Callable[[jax.Array, str, Callable[[jax.Array], jax.Array]], jax.Array]:
-  """x + f(x) with its LayerNorms, made in the calling module as `name` and NAME_after; `norms` says where they are.
+  """A residual connection with LayerNorms at the places that `norms` names; they belong to the calling module.
 
-  'pre': x + f(norm(x)); 'post': norm(x + f(x)), as BERT; 'sandwich': x + norm_after(f(norm(x))) (CogView, Ding et al.,
-  2021, section 2.4).
+  'pre': x + f(norm(x)); 'post': norm(x + f(x)), as in BERT; 'sandwich': x + norm_after(f(norm(x))) (CogView, Ding et
+  al., 2021, section 2.4). The norms are called `name` and NAME_after.
   """
   norm = lambda name: LayerNorm(eps, dtype, name=name)
 
@@ -57,7 +57,7 @@ def residual(
 
 
 class Block(nn.Module):
-  """Attention, a look at a source where there is one, and MLP; fields as in Stack."""
+  """Self-attention, cross-attention if there is a context, and MLP; for the fields see `Stack`."""
 
   depth: int
   heads: int
@@ -82,7 +82,7 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, KVCache | None]:
     x = constrain(x, ('batch', 'seq', 'embed'))
     d = x.shape[-1]
-    inner, outer = normal_init(d**-0.5), normal_init((2 * self.depth * d) ** -0.5)  # the sum over layers keeps its size
+    inner, outer = normal_init(d**-0.5), normal_init((2 * self.depth * d) ** -0.5)  # keeps the residual stream's scale
     around = residual(self.norms, self.eps, self.dtype)
     caches = []
 
@@ -105,10 +105,11 @@ class Block(nn.Module):
 
 
 class Period(nn.Module):
-  """The blocks of one turn of the scan, with the fields `block`.
+  """The blocks of one scan step.
 
   Attributes:
-    kinds: of each block, where it is the same in every turn; -1 for one that the turn brings.
+    block: the fields of `Block`.
+    kinds: the pattern of each block if it is the same in every step, or -1 if it is an input of the step.
   """
 
   block: tuple[Any, ...]
@@ -118,37 +119,36 @@ class Period(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    turn: tuple[jax.Array | None, Context | tuple[Context, ...] | None],
+    inputs: tuple[jax.Array | None, Context | tuple[Context, ...] | None],
     mask: jax.Array | None,
     stream: Stream | None,
     attending: jax.Array | None,
     cache: KVCache | None = None,
     first: int = 0,
   ) -> tuple[jax.Array, KVCache | None]:
-    """`turn` has int32[period] kinds and what the looking layers of this period need; `first` is the first's number."""
-    kinds, context = turn
-    sources = context.layers() if isinstance(context, Context) else context or ()
-    every = len(self.kinds) // len(sources) if sources else 0
+    """`inputs` are kinds int32[period] and the contexts of the layers with cross-attention, evenly spread over blocks.
+
+    `first` is the index in the cache of the first layer.
+    """
+    kinds, context = inputs
+    contexts = context.layers() if isinstance(context, Context) else context or ()
+    every = len(self.kinds) // len(contexts) if contexts else 0
     for i, kind in enumerate(self.kinds):
       block = Block(*self.block, name=f'block_{i}')
-      source = sources[i // every] if sources and (i + 1) % every == 0 else None
-      x, cache = block(x, mask, stream, kinds[i] if kind < 0 else kind, cache, first + i, source, attending)
+      own = contexts[i // every] if contexts and (i + 1) % every == 0 else None
+      x, cache = block(x, mask, stream, kinds[i] if kind < 0 else kind, cache, first + i, own, attending)
     return x, cache
 
 
 class Stack(nn.Module):
-  """`depth` blocks over [B, S, D], scanned over turns of `period` blocks: parameters are [depth / period, ...].
-
-  With a cache turns are compiled one after the other, as every token would copy what a loop reads of its layer: best
-  with parameters as of `models.decode_params.by_layer`.
+  """`depth` blocks over [B, S, D], scanned in steps of `period` blocks: parameters are [depth / period, ...].
 
   Attributes:
-    remat: what the backward pass computes again: 'none', 'full' (all but the inputs of each turn), 'dots' (all but
-      products of matrices with parameters and what attention finds).
-    unroll: turns of the scan that are compiled one after the other, without a loop. On the CPU four are 5 to 15% faster
-      than one by one; with twelve XLA sums up the residual stream of all turns before for each of them. On a GPU all
-      of them save what a loop first fills with zeros and copies: a tenth of a step of 1.3b (estimated). Compilation
-      takes longer.
+    remat: what the backward pass recomputes: 'none'; 'full', everything but the inputs of each scan step; 'dots',
+      everything but matrix products with parameters and the outputs of attention.
+    unroll: scan steps compiled without a loop around them. On the CPU 4 is 5 to 15% faster than 1; with 12, XLA adds up
+      the residual stream of all steps before for each of them. On a GPU unrolling all steps saves buffers that a loop
+      first fills with zeros and copies, a tenth of a step of 1.3b (estimated). Compilation takes longer.
     norms: where the LayerNorms are, see `residual`.
     mlp: the width of the MLP; 0: four times that of x.
     eps: of the LayerNorms.
@@ -182,15 +182,30 @@ class Stack(nn.Module):
 
     Args:
       x: [B, T, D].
-      mask: bool[T, T] or [B, T or 1, T], which positions of x count in all layers; by default all do.
-      stream: what x is a part of; layer l sees by `stream.patterns[kinds[l]]`, and `mask` is not read.
+      mask: bool[T, T] or [B, T or 1, T], the keys that each query sees; all by default.
+      stream: describes x as a stream of tokens; layer l attends by `stream.patterns[kinds[l]]`, and `mask` is ignored.
       kinds: all 0 by default.
-      cache: of keys and values, for a stream.
-      context: of a source that every (depth / L)-th layer looks at; with a cache one for each of them.
-      attending: bool[T], the positions of x that look.
+      cache: keys and values of a stream. Layers are then compiled one after the other, without a scan, as a loop would
+        copy its layer's part of the cache for every token; best with parameters cut by `models.decode_params.by_layer`.
+      context: of a source that every (depth / L)-th layer cross-attends to; with a cache a tuple, one for each of them.
+      attending: bool[T], the positions of x that cross-attend.
 
     Raises ValueError when heads, period, activation, remat or norms do not fit.
     """
+    self._check(x)
+    by_layer = np.zeros(self.depth, np.int32) if kinds is None else np.asarray(kinds, np.int32)
+    by_step = by_layer.reshape(-1, self.period)
+    mask, attending = (None if a is None else jnp.asarray(a) for a in (mask, attending))
+    if cache is not None:
+      return self._decode(x, mask, stream, by_step, cache, cast(tuple, context or ()), attending)
+    return self._train(x, mask, stream, by_step, cast(Context, context), attending), None
+
+  @property
+  def _block(self) -> tuple[Any, ...]:
+    """The fields of a `Block`."""
+    return self.depth, self.heads, self.activation, self.dtype, self.norms, self.mlp, self.eps, self.kernel
+
+  def _check(self, x: jax.Array) -> None:
     if x.shape[-1] % self.heads:
       raise ValueError(f'a width of {x.shape[-1]} is not divisible by {self.heads} heads; change either.')
     if self.depth % self.period:
@@ -201,44 +216,64 @@ class Stack(nn.Module):
       raise ValueError(f'remat {self.remat!r} is unknown; there are {", ".join(REMATS)}.')
     if self.norms not in NORMS:
       raise ValueError(f'norms {self.norms!r} is unknown; there are {", ".join(NORMS)}.')
-    turns = self.depth // self.period
+
+  def _train(
+    self,
+    x: jax.Array,
+    mask: jax.Array | None,
+    stream: Stream | None,
+    kinds: np.ndarray,
+    context: Context | None,
+    attending: jax.Array | None,
+  ) -> jax.Array:
+    """All blocks by a scan; kinds are int32[steps, period]."""
+    steps, n = len(kinds), x.shape[1]
     body: type[nn.Module] = Period
     if self.remat != 'none':
-      keep = jax.checkpoint_policies
-      both, found = keep.save_from_both_policies, keep.save_only_these_names(kernels.ATTENTION_OUT)
-      dots = both(keep.dots_with_no_batch_dims_saveable, both(found, kernels.is_flash))
-      policy = dots if self.remat == 'dots' else None
-      # Forward and backward pass are loops of their own, which XLA does not merge; turns outside of a loop it would.
-      looped = turns >= 2 * self.unroll and turns % self.unroll == 0
-      body = nn.remat(Period, prevent_cse=not looped, policy=policy)
+      # Forward and backward pass of a scan are separate loops, which XLA does not merge; steps outside of a loop it
+      # would, and so undo remat.
+      looped = steps >= 2 * self.unroll and steps % self.unroll == 0
+      body = nn.remat(Period, prevent_cse=not looped, policy=_dots_policy() if self.remat == 'dots' else None)
     scan = nn.scan(
       body,
       variable_axes={'params': 0},
       split_rngs={'params': True},
       in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-      length=turns,
-      unroll=min(self.unroll, turns),
+      length=steps,
+      unroll=min(self.unroll, steps),
       metadata_params={nn.PARTITION_NAME: 'layers'},
     )
-    which = np.zeros(self.depth, np.int32) if kinds is None else np.asarray(kinds, np.int32)
-    which = which.reshape(turns, self.period)
-    static = tuple(int(kind) if (which[:, i] == kind).all() else -1 for i, kind in enumerate(which[0]))
-    block = (self.depth, self.heads, self.activation, self.dtype, self.norms, self.mlp, self.eps, self.kernel)
-    array = lambda x: None if x is None else jnp.asarray(x)
-    mask, attending, n = array(mask), array(attending), x.shape[1]
-    if cache is not None:
-      looks = () if context is None else cast(tuple, context)
-      params, each = self.variables['params']['blocks'], layers_per_step(len(looks), turns)
-      for t in range(turns):
-        own = params[t] if isinstance(params, tuple) else jax.tree.map(operator.itemgetter(t), params)
-        turn = None, looks[t * each : (t + 1) * each]
-        period = Period(block, tuple(int(kind) for kind in which[t]), parent=None)
-        x, cache = period.apply({'params': own}, x, turn, mask, stream, attending, cache, t * self.period)
-      return x, cache
-    sources = None if context is None else cast(Context, context).per_step(turns)
+    static = tuple(int(kind) if (kinds[:, i] == kind).all() else -1 for i, kind in enumerate(kinds[0]))
+    contexts = None if context is None else context.per_step(steps)
     if stream is not None and (short := -n % num_shards('seq')):
-      # Split over devices, the stream is made as long as they need; nothing sees what comes after it.
+      # Padded to divide over the devices; causal attention does not see what comes after the stream.
       x = jnp.pad(x, ((0, 0), (0, short), (0, 0)))
       attending = None if attending is None else jnp.pad(attending, (0, short))
-    x, _ = scan(block, static, name='blocks')(x, (jnp.asarray(which), sources), mask, stream, attending)
-    return x[:, :n], None
+    x, _ = scan(self._block, static, name='blocks')(x, (jnp.asarray(kinds), contexts), mask, stream, attending)
+    return x[:, :n]
+
+  def _decode(
+    self,
+    x: jax.Array,
+    mask: jax.Array | None,
+    stream: Stream | None,
+    kinds: np.ndarray,
+    cache: KVCache,
+    contexts: tuple[Context, ...],
+    attending: jax.Array | None,
+  ) -> tuple[jax.Array, KVCache]:
+    """All blocks one after the other, with the parameters that `_train` made."""
+    params, each = self.variables['params']['blocks'], layers_per_step(len(contexts), len(kinds))
+    for i, own_kinds in enumerate(kinds):
+      own = params[i] if isinstance(params, tuple) else jax.tree.map(operator.itemgetter(i), params)
+      inputs = None, contexts[i * each : (i + 1) * each]
+      period = Period(self._block, tuple(int(kind) for kind in own_kinds), parent=None)
+      x, cache = period.apply({'params': own}, x, inputs, mask, stream, attending, cache, i * self.period)
+    return x, cache
+
+
+def _dots_policy() -> Callable[..., Any]:
+  """Saves matrix products with parameters and the outputs of attention."""
+  policies = jax.checkpoint_policies
+  attention = policies.save_from_both_policies(policies.save_only_these_names(kernels.ATTENTION_OUT), kernels.is_flash)
+  return policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, attention)

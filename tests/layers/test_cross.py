@@ -88,7 +88,7 @@ def test_the_last_layer_of_each_stretch_looks_and_no_other(layers, period, sprea
 
 
 def test_a_scan_that_does_not_hold_whole_stretches_is_refused():
-  with pytest.raises(ValueError, match=r'1 layers with cross-attention do not fit 4 turns.*model.period'):
+  with pytest.raises(ValueError, match=r'1 layers with cross-attention do not fit 4 steps.*model.period'):
     one, cross, fresh = models(layers=1)
     one(TEXT, IMAGE, context=cross.apply(fresh, SOURCE))
 

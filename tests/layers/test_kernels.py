@@ -37,7 +37,7 @@ def test_a_stream_is_attended_by_the_mask_of_its_pattern(kind, n):
 
 
 def test_long_streams_are_attended_in_blocks_of_queries(monkeypatch):
-  monkeypatch.setattr(kernels, 'QUERIES', 5)
+  monkeypatch.setattr(kernels, 'MAX_QUERIES', 5)
   for n in (8, 15):
     ours, expected = both(kernels.stream_attention, Pattern('full', 3, (4, 3)), n)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), ours, expected)

@@ -187,7 +187,7 @@ def test_a_grown_vocabulary_leaves_old_words_as_they_were(head):
   'fields, message',
   [
     (dict(retro=3), 'model.retro 3 does not divide the 4 layers'),
-    (dict(retro=4), '1 layers with cross-attention do not fit 4 turns.*model.period'),
+    (dict(retro=4), '1 layers with cross-attention do not fit 4 steps.*model.period'),
     (dict(frames=3), 'a story has 4 frames after the source, the model takes 3'),
     (dict(sentences='bert'), "model.sentences 'bert' is unknown; there are own, clip and data"),
     (dict(retros=3), 'DALLE has no field retros'),
