@@ -77,6 +77,9 @@ class Examples:
     """Raises ValueError when no record of the source is usable."""
     count = len(self.source)
     skipped = []
+    # Every attempt starts from the same state. A broken record draws before it fails, but only when it is first read:
+    # later it is skipped without being read, and its substitute must be the same either way.
+    state = None if rng is None else rng.bit_generator.state
     for i in ((index + offset) % count for offset in range(count)):
       if i not in self.broken:
         try:
@@ -84,6 +87,8 @@ class Examples:
           break
         except Exception as e:  # what a broken file makes Pillow raise has no common class
           self.broken[i] = ' '.join(f'{type(e).__name__}: {e}'.split())
+          if rng is not None:
+            rng.bit_generator.state = state
       skipped.append(i)
     else:
       raise ValueError(f'none of {count} records is usable; {self.name(index)}: {self.broken[index]}')

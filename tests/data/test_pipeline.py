@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from dalle_jax.data import pipeline
+from dalle_jax.data import pipeline, stories
 from tests.data.fakes import Numbered, data_config, encode_text
 
 
@@ -121,7 +121,7 @@ def test_workers_processes_and_resumed_steps_change_nothing():
 
 SCRIPT = """
 import os, sys
-from dalle_jax.data import pipeline
+from dalle_jax.data import pipeline, stories
 from tests.data.fakes import Numbered, data_config, encode_text
 
 if __name__ == '__main__':
@@ -199,6 +199,32 @@ def test_broken_records_are_replaced_counted_and_logged_once(caplog, workers):
   for name, reason in (('picture-2', 'UnidentifiedImageError'), ('picture-3', 'Unid'), ('picture-9', 'no caption')):
     lines = [r.getMessage() for r in caplog.records if f'{name} ' in r.getMessage()]
     assert len(lines) == 1 and reason in lines[0]
+
+
+class Clips(Numbered):
+  """Stories whose frames are drawn by chance; a broken one fails at the second frame, after drawing all of them."""
+
+  def draw(self, index, rng):
+    frames = [np.full((8, 8, 3), int(rng.integers(256)), np.uint8) for _ in range(3)]
+    if index in self.broken:
+      frames[1] = b'no picture'
+    return stories.Story(frames, [f'number {index}'] * 3)
+
+
+@pytest.mark.parametrize('group', [1, 2])
+def test_a_broken_record_changes_nothing_whether_or_not_it_was_met_before(group):
+  source, settings = Clips(6, broken=[2]), dict(batch_size=2, text=noisy, augment='random_crop,flip', group=group)
+  whole = take(loader(source, **settings), 12)
+  assert_same(whole, take(loader(source, **settings), 12))
+  for step in (3, 6):
+    assert_same(whole[step:], take(loader(source, start_step=step, **settings), 12 - step))
+  if group == 1:
+    assert_same(whole, take(loader(source, workers=1, **settings), 12))
+  rng = lambda: np.random.default_rng(0)
+  examples = pipeline.Examples(source, 8, '', None)
+  (first, row), (again, _), (alone, _) = (examples(k, rng()) for k in (2, 2, 3))
+  assert row.index == 3
+  assert_same([first, again], [alone, alone])
 
 
 def test_captions_matter_only_where_text_is_asked_for():
