@@ -208,7 +208,6 @@ def test_tfds_captions_and_dotted_fields(monkeypatch):
   assert len(source) == 3 and source.name(2) == 'toy validation 2'
   assert source[0] == {'image': b'x', 'caption': 'one', 'captions': ['one', 'zwölf']}
   assert tfds.load('train', name='toy', caption_field='title')[0]['captions'] == ['a title']
-  assert len(tfds.load('val', name='toy', caption_field='title', split_name='train')) == 1
   for kwargs, message in (
     (dict(split='test'), "split 'test', cannot be read: .*Unknown split"),
     (dict(split='train', caption_field='text'), "no field 'text'; there are image, captions, title"),
@@ -224,9 +223,19 @@ def test_tfds_label_names_are_captions_where_there_are_none(monkeypatch):
   assert tfds.load('train', name='toy')[0]['captions'] == ['red fox']
 
 
+def test_tfds_train_and_val_are_two_slices_where_there_is_no_validation(monkeypatch):
+  record = {'image': b'x', 'caption': b'a caption'}
+  fake_tfds(monkeypatch, {'image': 0, 'caption': 0}, {'train[5%:]': [record] * 19, 'train[:5%]': [record]})
+  config = data_config(source='tfds:toy')
+  assert [len(sources.load(config, split)) for split in ('train[5%:]', 'train[:5%]')] == [19, 1]
+  config.source_args.split_name = 'train[:5%]'  # would have been both
+  with pytest.raises(ValueError, match='does not take split_name'):
+    sources.load(config, 'train')
+
+
 def test_tfds_missing_says_how_to_install_it(monkeypatch):
   monkeypatch.setitem(sys.modules, 'tensorflow_datasets', None)
-  with pytest.raises(ValueError, match=r'pip install "dalle_jax\[tfds\]"'):
+  with pytest.raises(ValueError, match=r'pip install -e "\.\[tfds\]"'):
     sources.load(data_config(source='tfds:coco_captions'), 'train')
 
 

@@ -50,26 +50,18 @@ class Tfds:
     return {'image': _field(record, self.image_field), 'caption': captions[0] if captions else '', 'captions': captions}
 
 
-def load(
-  split: str,
-  *,
-  name: str,
-  path: str = '',
-  image_field: str = 'image',
-  caption_field: str = 'caption',
-  split_name: str = '',
-) -> Tfds:
+def load(split: str, *, name: str, path: str = '', image_field: str = 'image', caption_field: str = 'caption') -> Tfds:
   """A split of the data set `name` of the catalogue, downloaded to `path` (default: ~/tensorflow_datasets) if need be.
 
   Fields may be dotted ('captions.text'); without `caption_field` in the data set the names of its `label` serve. Our
-  val is its validation unless `split_name` says otherwise, slices allowed: 'train[:5%]'. Raises ValueError, one line,
-  when the package, the data set, the split or a field is missing.
+  val is its validation. Where it has none, slices serve: config.data.split='train[5%:]', config.data.val_split=
+  'train[:5%]'. Raises ValueError, one line, when the package, the data set, the split or a field is missing.
   """
   try:
     import tensorflow_datasets as tfds
   except ImportError as e:
     raise ValueError(f'config.data.source tfds:{name} needs a package: pip install -e ".[tfds]" ({e}).') from e
-  split = split_name or SPLITS.get(split, split)
+  split = SPLITS.get(split, split)
   try:
     builder = tfds.builder(name, data_dir=path or None, file_format='array_record')
     builder.download_and_prepare()
