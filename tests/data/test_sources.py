@@ -258,6 +258,7 @@ def test_tokens_are_read_back_without_loading_them(tmp_path):
   assert (
     source[2]['captions'] == ['two\nlines', 'zwölf'] and source[1]['caption'] == '' and source[0]['caption'] == 'one'
   )
+  assert [source.captions(i) for i in range(3)] == [['one'], [], ['two\nlines', 'zwölf']]  # all, for the tokenizer
   assert len(pickle.dumps(source)) < 500 and pickle.loads(pickle.dumps(source))[0]['caption'] == 'one'
 
 

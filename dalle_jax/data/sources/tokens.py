@@ -70,8 +70,7 @@ class Tokens:
     return len(self._ends)
 
   def __getitem__(self, index: int) -> dict:
-    start = self._ends[index - 1] + 1 if index else 0
-    captions = json.loads(self._captions[start : self._ends[index]].tobytes())
+    captions = self.captions(index)
     tokens = self._tokens[index].astype(np.int32)
     record = {'tokens': tokens, 'caption': captions[0] if captions else '', 'captions': captions}
     if self.frames > 1:
@@ -79,6 +78,10 @@ class Tokens:
     if self._vectors is not None:
       record['vectors'] = np.pad(self._vectors[index], ((1, 0), (0, 0)))
     return record
+
+  def captions(self, index: int) -> list[str]:
+    start = self._ends[index - 1] + 1 if index else 0
+    return json.loads(self._captions[start : self._ends[index]].tobytes())
 
 
 def load(split: str, *, path: str) -> Tokens:
