@@ -74,6 +74,11 @@ def test_a_few_pictures_still_fill_every_split_that_has_a_fraction():
     parts = {s: sources.divide([str(i) for i in range(count)], s, 0.01, 0.01) for s in sources.SPLITS}
     assert all(parts.values())
     assert sorted(i for p in parts.values() for i in p) == list(range(count))
+  for name in 'abcdef':  # whichever of the two has the lower hash
+    parts = [sources.divide([name, name, 'zz'], s, 0.01, 0.0) for s in ('train', 'val')]
+    assert sorted(parts) in ([[0, 1], [2]], [[0, 1], [2]])
+  with pytest.raises(ValueError, match="split 'val' of 2 pictures is empty"):
+    sources.divide(['one', 'one'], 'val', 0.05, 0.0)
   with pytest.raises(ValueError, match=r"split 'val' of 1 pictures is empty.*val_split=\"\""):
     sources.divide(['one'], 'val', 0.05, 0.0)
   with pytest.raises(ValueError, match="split 'test' of 9 pictures is empty"):

@@ -81,8 +81,9 @@ def choose(shares: np.ndarray, split: str, val_fraction: float, test_fraction: f
   part = np.where(shares < val_fraction, val, np.where(shares < val_fraction + test_fraction, test, train))
   for wanted, fraction in ((val, val_fraction), (test, test_fraction)):
     left = np.flatnonzero(part == train)
-    if fraction and wanted not in part and len(left) > 1:
-      part[left[shares[left].argmin()]] = wanted
+    lowest = left[shares[left] == shares[left].min(initial=1)]  # several where images share a name
+    if fraction and wanted not in part and len(lowest) < len(left):
+      part[lowest] = wanted
   chosen = np.flatnonzero(part == SPLITS.index(split))
   if not len(chosen):
     raise ValueError(
