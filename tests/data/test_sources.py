@@ -99,6 +99,7 @@ def test_folder_reads_pictures_captions_and_sub_folders(tmp_path):
   picture(tmp_path / 'silent.png')
   for other in ('._a.jpg', 'notes.md', 'alone.txt'):
     (tmp_path / other).write_text('x')
+  picture(tmp_path / 'deep' / '.ipynb_checkpoints' / 'c-checkpoint.png')
   source = folder.load('train', path=str(tmp_path), val_fraction=0.0)
   assert [source.name(i).removeprefix(f'{tmp_path}/') for i in range(len(source))] == [
     'a.jpeg', 'b.JPG', 'd.webp', 'deep/er/c.png', 'silent.png',

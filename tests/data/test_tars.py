@@ -91,7 +91,13 @@ def test_parts_of_a_sample_may_lie_apart(tmp_path):
 
 def test_the_key_ends_at_the_first_dot_as_webdataset_has_it(tmp_path):
   members = [('v1.0.png', picture(1)), ('a.seg.png', picture(2)), ('a.png', picture(3)), ('a.txt', b'number 3')]
-  members += [('dir.d/a.png', picture(4)), ('.hidden.png', picture(5)), ('._a.png', b'x'), ('noext', b'x')]
+  members += [
+    ('dir.d/a.png', picture(4)),
+    ('.hidden.png', picture(5)),
+    ('._a.png', b'x'),
+    ('b/.c/a.png', b'x'),
+    ('noext', b'x'),
+  ]
   members += [('a.jpg', picture(6, 'jpeg')), ('alone.txt', b'x')]
   write(tmp_path / 'a.tar', members)
   source = whole(tmp_path / 'a.tar')
@@ -176,6 +182,7 @@ def test_patterns_folders_and_single_tars(shards, tmp_path):
   root = tmp_path / 'more' / 'deep'
   root.mkdir(parents=True)
   write(root / 'x.tar', numbered([7]))
+  (root / '._x.tar').write_bytes(b'not a tar, but what macOS leaves beside one')
   for path, first, count in (
     (shards, 0, 40), (f'{tmp_path}/shard-00*.tar', 0, 40), (f'{tmp_path}/shard-*', 0, 40), (tmp_path / 'more', 7, 1),
     (f'{tmp_path}/shard-{{001..002}}.tar', 10, 20), (f'{tmp_path}/shard-0{{0..0}}{{2..3}}.tar', 20, 20),

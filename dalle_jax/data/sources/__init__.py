@@ -3,7 +3,8 @@
 import hashlib
 import importlib
 import inspect
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ def _load(kind: str) -> tuple[Any, str]:
   if room not in known:
     raise ValueError(f'config.data.source {kind!r} is unknown; there are {", ".join(known)}.')
   return importlib.import_module(f'{__name__}.{room}').load, name
+
+
+def visible_files(folder: str) -> Iterator[str]:
+  """The paths of all files below a folder, except hidden files and folders, where programs keep copies."""
+  for parent, folders, files in os.walk(folder):
+    folders[:] = [f for f in folders if not f.startswith('.')]
+    yield from (os.path.join(parent, f) for f in files if not f.startswith('.'))
 
 
 def divide(names: Sequence[str], split: str, val_fraction: float, test_fraction: float) -> list[int]:

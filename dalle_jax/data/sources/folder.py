@@ -43,13 +43,10 @@ def load(split: str, *, path: str, val_fraction: float = 0.05, test_fraction: fl
   expected = f'expected a folder of NAME{"|".join(SUFFIXES)} with the caption in NAME.txt'
   if not root.is_dir():
     raise FileNotFoundError(f'config.data.path {path!r} is no folder; {expected}.')
-  found = []
-  for parent, _, files in os.walk(root):
-    names = [f for f in files if f.lower().endswith(SUFFIXES) and not f.startswith('.')]
-    found += [(Path(parent) / f).relative_to(root).as_posix() for f in names]
+  files = (f for f in sources.visible_files(str(root)) if f.lower().endswith(SUFFIXES))
+  found = sorted(Path(f).relative_to(root).as_posix() for f in files)
   if not found:
     raise ValueError(f'config.data.path {path!r} has no pictures; {expected}.')
-  found.sort()
   # Without the suffix: NAME.jpg and a later NAME.png are the same picture to a reader, and must not cross splits.
   keys = [os.path.splitext(f)[0] for f in found]
   return Folder(str(root), tuple(found[i] for i in sources.divide(keys, split, val_fraction, test_fraction)))

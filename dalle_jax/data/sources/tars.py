@@ -31,7 +31,7 @@ from dalle_jax.data.sources.folder import SUFFIXES
 ROW = np.dtype(  # a sample: where its picture and its caption begin in the tar, and the picture's name in Index.names
   [('image', '<u8'), ('image_size', '<u4'), ('text', '<u8'), ('text_size', '<u4'), ('json', '?'), ('name', '<u4')]
 )
-FORMAT = 1  # of index files
+FORMAT = 2  # of index files
 LARGEST = 2**32 - 1  # bytes of a member
 MEMBER = re.compile(r'((?:.*/)?[^/.]+)(\.[^/]+)', re.DOTALL)  # key, suffix
 TARS = re.compile(r'.*\.(tar|tar\.(gz|bz2|xz|zst)|tgz)')
@@ -147,7 +147,7 @@ def find(path: str) -> list[str]:
   known = []
   for name in _range(os.path.expanduser(path)):
     if os.path.isdir(name):
-      known += sorted(os.path.join(d, f) for d, _, files in os.walk(name) for f in files if TARS.fullmatch(f))
+      known += sorted(f for f in sources.visible_files(name) if TARS.fullmatch(f))
     elif os.path.exists(name) or not glob.has_magic(name):
       known.append(name)
     else:
@@ -226,7 +226,7 @@ def scan(path: str) -> Index:
       if member.offset_data + member.size > size:
         break
       match = MEMBER.fullmatch(member.name.removeprefix('./'))
-      if not match or not member.isreg() or member.sparse:
+      if not match or _hidden(member.name) or not member.isreg() or member.sparse:
         continue
       key, suffix = match[1], match[2].lower()
       part = 'image' if suffix in SUFFIXES else suffix if suffix in ('.txt', '.json') else ''
@@ -253,6 +253,10 @@ def scan(path: str) -> Index:
   if not rows:
     notes.append(('none', 1, ''))
   return Index(np.array(rows, ROW), np.array(shares, '<f8'), b''.join(names), _tally(notes))
+
+
+def _hidden(name: str) -> bool:
+  return any(part.startswith('.') and part not in ('.', '..') for part in name.split('/'))
 
 
 def _opened(path: str) -> tarfile.TarFile:
