@@ -89,6 +89,35 @@ def test_parts_of_a_sample_may_lie_apart(tmp_path):
   assert whole(tmp_path / 'a.tar')[3]['image'] == picture(3)
 
 
+def test_captions_in_json_are_strings_and_numbers(tmp_path):
+  values = ['x', 5, ['a', None, 'b'], None, [], ['a', 1.5], {'a': 1}, [['n']], ['a', True], False]
+  parts = [((f'{i}.png', b''), (f'{i}.json', json.dumps({'caption': v}).encode())) for i, v in enumerate(values)]
+  write(tmp_path / 'a.tar', itertools.chain.from_iterable(parts))
+  source = whole(tmp_path / 'a.tar')
+  assert [source.captions(i) for i in range(6)] == [['x'], ['5'], ['a', 'b'], [], [], ['a', '1.5']]
+  for i, given in zip(range(6, 10), (r"{'a': 1}", r"\[\['n'\]\]", r"\['a', True\]", 'False'), strict=True):
+    with pytest.raises(ValueError, match=rf'the "caption" in its NAME.json is {given}; expected a string, a number or'):
+      source.captions(i)
+
+
+def test_links_and_sparse_files_are_counted(tmp_path):
+  write(tmp_path / 'a.tar', numbered([1]))
+  kinds = {'b.png': tarfile.LNKTYPE, 'b.txt': tarfile.SYMTYPE, 'c.bin': tarfile.SYMTYPE, 'd.png': tarfile.DIRTYPE}
+  with tarfile.open(tmp_path / 'a.tar', 'a') as tar:
+    for name, kind in kinds.items():
+      info = tarfile.TarInfo(name)
+      info.type, info.linkname = kind, '0001.png'
+      tar.addfile(info)
+    info = tarfile.TarInfo('sparse.png')
+    info.pax_headers, info.size = {'GNU.sparse.map': '0,512', 'GNU.sparse.size': '512'}, 512
+    tar.addfile(info, io.BytesIO(bytes(512)))
+  source = whole(tmp_path / 'a.tar')
+  assert source.report() == [
+    '1 pictures in 1 tars',
+    f'3 members are links or sparse files and are left out; the first is {tmp_path}/a.tar:b.png',
+  ]
+
+
 def test_the_key_ends_at_the_first_dot_as_webdataset_has_it(tmp_path):
   members = [('v1.0.png', picture(1)), ('a.seg.png', picture(2)), ('a.png', picture(3)), ('a.txt', b'number 3')]
   members += [
@@ -258,7 +287,7 @@ def test_broken_samples_are_skipped_by_their_name(tmp_path, caplog):
   assert list(batch['text'][:, 0]) == [0, 5, 5, 5, 5, 5]
   assert sorted(stream.skipped) == [f'{tmp_path}/a.tar:{i:04d}.png' for i in (1, 2, 3, 4)]
   lines = ' '.join(r.getMessage() for r in caplog.records)
-  assert '0001.png is skipped' in lines and 'its NAME.json is no JSON object with a "caption"' in lines
+  assert '0001.png is skipped' in lines and 'its NAME.json is not a JSON object with a "caption"' in lines
 
 
 # --- Index

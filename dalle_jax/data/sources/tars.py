@@ -42,6 +42,7 @@ NOTES = {  # what is wrong with a tar -> its line in the report
   'none': '{count} tars have no pictures; the first is {first}',
   'alone': '{count} samples have no picture and are left out; the first is {first}',
   'dots': '{count} pictures are left out, as the name of a sample ends at its first dot; the first is {first}',
+  'links': '{count} members are links or sparse files and are left out; the first is {first}',
   'again': '{count} members are not the first of their kind in a sample and are left out; the first is {first}',
 }
 Note = tuple[str, int, str]  # a name of NOTES, how often, the first
@@ -110,15 +111,19 @@ class Tars:
 
 
 def _captions(text: bytes, is_json: bool) -> list[str]:
-  if not is_json:
-    lines = text.decode('utf-8-sig').splitlines()
-  else:
-    try:
-      found = json.loads(text).get('caption') or ''
-    except (ValueError, AttributeError) as e:
-      raise ValueError(f'its NAME.json is no JSON object with a "caption" ({e})') from e
-    lines = list(map(str, found)) if isinstance(found, list) else [str(found)]
+  lines = _json_captions(text) if is_json else text.decode('utf-8-sig').splitlines()
   return [line.strip() for line in lines if line.strip()]
+
+
+def _json_captions(text: bytes) -> list[str]:
+  try:
+    found = json.loads(text).get('caption')
+  except (ValueError, AttributeError) as e:
+    raise ValueError(f'its NAME.json is not a JSON object with a "caption" ({e})') from e
+  values = [v for v in (found if isinstance(found, list) else [found]) if v is not None]
+  if not all(type(v) in (str, int, float) for v in values):
+    raise ValueError(f'the "caption" in its NAME.json is {found!r:.100}; expected a string, a number or a list of them')
+  return [str(v) for v in values]
 
 
 def load(split: str, *, path: str, val_fraction: float = 0.05, test_fraction: float = 0.0) -> Tars:
@@ -226,11 +231,13 @@ def scan(path: str) -> Index:
       if member.offset_data + member.size > size:
         break
       match = MEMBER.fullmatch(member.name.removeprefix('./'))
-      if not match or _hidden(member.name) or not member.isreg() or member.sparse:
+      if not match or _hidden(member.name) or member.isdir():
         continue
       key, suffix = match[1], match[2].lower()
       part = 'image' if suffix in SUFFIXES else suffix if suffix in ('.txt', '.json') else ''
-      if part and part not in samples.setdefault(key, {}):
+      if part and (not member.isreg() or member.issparse()):
+        notes.append(('links', 1, f':{member.name}'))
+      elif part and part not in samples.setdefault(key, {}):
         samples[key][part] = member.name, member.offset_data, min(member.size, LARGEST)
       elif part or suffix.endswith(SUFFIXES):
         notes.append(('again' if part else 'dots', 1, f':{member.name}'))
