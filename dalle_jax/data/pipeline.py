@@ -38,11 +38,13 @@ Encoders = Mapping[str, Encoder]
 class Source(Protocol):
   """Random access to records.
 
-  A record is a `stories.Story`, or has `image` (uint8[H, W, 3], a PIL image, or the bytes of a file) or `tokens`
-  (int32[h * w]; [F, h * w] for a story), `caption` and, where there are several, `captions`; `labels` bool[C] and, with
-  tokens of a story, `vectors` are passed on. A source may have `name(index) -> str` for messages, `captions(index) ->
-  list[str]`, which opens no picture, and `draw(index, rng)`, which is asked for the record instead (see
-  `stories.StorySource`).
+  A record is a `stories.Story` or a dict with `image` (uint8[H, W, 3], a PIL image, or the bytes of an image file) or
+  `tokens` (int32[h * w]; [F, h * w] for a story), `caption` and, where there are several, `captions`. A dict may also
+  have `caption_error` (why its captions could not be read), `labels` bool[C] and, with the tokens of a story,
+  `vectors`; the last two are passed on.
+
+  A source may have three more methods: `name(index) -> str` for messages; `captions(index) -> list[str]`, which opens
+  no image; and `draw(index, rng)`, which then replaces `source[index]` (see `stories.StorySource`).
   """
 
   def __len__(self) -> int: ...
@@ -111,7 +113,7 @@ class Examples:
     captions = list(record.get('captions') or [record['caption']])
     captions = captions if story else [c for c in captions if c.strip()]
     if self.encoders and not (captions and all(c.strip() for c in captions[story:])):
-      raise ValueError('no caption')
+      raise ValueError(record.get('caption_error', 'no caption'))
     arrays: dict[str, np.ndarray] = {}
     if 'tokens' in record:
       arrays['tokens'] = np.asarray(record['tokens'], np.int32)

@@ -121,6 +121,10 @@ def test_folder_through_the_loader_replaces_what_is_broken(pictures, caplog):
   assert list(batch['image'][:, 0, 0, 0]) == [0, 1, 2, 4, 4, 6, 6, 8, 8, 9, 10, 11]
   assert stream.skipped == {str(pictures / f'p{i:02d}.png'): 1 for i in (3, 5, 7)}
   assert sum('is skipped' in r.getMessage() for r in caplog.records) == 3
+  assert sum("'utf-8' codec can't decode" in r.getMessage() for r in caplog.records) == 1
+  stream = pipeline.make_loader(source, data_config(), encode_text=None, batch_size=12, seed=0, shuffle=False)
+  (batch,) = list(stream)  # a VQGAN needs no captions
+  assert list(batch['image'][:, 0, 0, 0]) == [0, 1, 2, 4, 4, 5, 6, 7, 8, 9, 10, 11]
 
 
 def test_folder_splits_keep_pictures_of_one_name_together(tmp_path):

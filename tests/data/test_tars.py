@@ -287,6 +287,11 @@ def test_broken_samples_are_skipped_by_their_name(tmp_path, caplog):
   assert list(batch['text'][:, 0]) == [0, 5, 5, 5, 5, 5]
   assert sorted(stream.skipped) == [f'{tmp_path}/a.tar:{i:04d}.png' for i in (1, 2, 3, 4)]
   lines = ' '.join(r.getMessage() for r in caplog.records)
+  images = pipeline.make_loader(
+    whole(tmp_path / 'a.tar'), data_config(), encode_text=None, batch_size=6, seed=0, shuffle=False
+  )
+  assert list(next(images)['image'][:, 0, 0, 0]) == [0, 1, 3, 3, 4, 5]  # only the torn image is skipped
+  images.close()
   assert '0001.png is skipped' in lines and 'its NAME.json is not a JSON object with a "caption"' in lines
 
 

@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,15 @@ def _load(kind: str) -> tuple[Any, str]:
   if room not in known:
     raise ValueError(f'config.data.source {kind!r} is unknown; there are {", ".join(known)}.')
   return importlib.import_module(f'{__name__}.{room}').load, name
+
+
+def caption_fields(read: Callable[[], list[str]]) -> dict[str, Any]:
+  """`caption` and `captions` of a record; captions that cannot be decoded are none, and `caption_error` says why."""
+  try:
+    captions = read()
+  except ValueError as e:  # such as UnicodeDecodeError
+    return {'caption': '', 'captions': [], 'caption_error': str(e)}
+  return {'caption': captions[0] if captions else '', 'captions': captions}
 
 
 def visible_files(folder: str) -> Iterator[str]:

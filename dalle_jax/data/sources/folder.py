@@ -23,9 +23,8 @@ class Folder:
     return os.path.join(self.path, self.pictures[index])
 
   def __getitem__(self, index: int) -> dict:
-    captions = self.captions(index)
-    picture = Path(self.name(index)).read_bytes()
-    return {'image': picture, 'caption': captions[0] if captions else '', 'captions': captions}
+    image = Path(self.name(index)).read_bytes()
+    return {'image': image, **sources.caption_fields(lambda: self.captions(index))}
 
   def captions(self, index: int) -> list[str]:
     text = Path(self.name(index)).with_suffix('.txt')

@@ -86,8 +86,7 @@ class Tars:
   def __getitem__(self, index: int) -> dict:
     image, image_size, text, text_size, is_json, _ = self.rows[index].item()
     picture, caption = self._read(index, (image, image_size), (text, text_size))
-    captions = _captions(caption, is_json)
-    return {'image': picture, 'caption': captions[0] if captions else '', 'captions': captions}
+    return {'image': picture, **sources.caption_fields(lambda: _captions(caption, is_json))}
 
   def captions(self, index: int) -> list[str]:
     _, _, text, text_size, is_json, _ = self.rows[index].item()
