@@ -50,7 +50,7 @@ def to_rgb(image: bytes | Image.Image | np.ndarray, least: int = 0) -> Image.Ima
   if least:
     image.draft(None, (least, least))
   image.load()  # a PNG may have its EXIF behind the pixels
-  if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else exif_transpose would copy the picture
+  if _orientation(image) != 1:  # else exif_transpose would copy the picture
     image = ImageOps.exif_transpose(image)
   if image.mode.startswith('I;16') or image.mode in ('I', 'F'):
     return _from_deep(np.asarray(image)).convert('RGB')
@@ -58,6 +58,13 @@ def to_rgb(image: bytes | Image.Image | np.ndarray, least: int = 0) -> Image.Ima
     image = image.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
   return image if image.mode == 'RGB' else image.convert('RGB')
+
+
+def _orientation(image: Image.Image) -> int:
+  try:
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+  except SyntaxError:  # the EXIF of a PNG or WebP is not a TIFF
+    return 1
 
 
 def _from_array(image: np.ndarray) -> Image.Image:

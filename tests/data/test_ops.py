@@ -78,6 +78,12 @@ def test_cmyk_and_exif_orientation():
   close(ops.decode(turned), PICTURE, 6)
 
 
+@pytest.mark.parametrize('kind', ['png', 'webp', 'jpeg'])
+def test_exif_that_cannot_be_read_turns_nothing(kind):
+  image = ops.decode(stored(Image.fromarray(PICTURE), kind, exif=b'this is not a TIFF'))
+  close(image, PICTURE, 24)
+
+
 def test_the_first_frame_of_an_animation():
   frames = [Image.fromarray(np.full((8, 8, 3), v, np.uint8)) for v in (10, 200)]
   for kind in ('gif', 'webp', 'png'):
