@@ -170,7 +170,8 @@ class TextEncoder:
     Raises ValueError for a length below 1 (beside start and end), a dropout outside [0, 1] or an id that is none.
     """
     self._before, self._behind = ([i] if i >= 0 else [] for i in (start, end))
-    if length < 1 + len(self._before) + len(self._behind):
+    self.capacity = length - len(self._before) - len(self._behind)  # tokens of a caption that are not cut
+    if self.capacity < 1:
       raise ValueError(f'tokenizer.length is {length}; expected 1 or more tokens a caption, beside its start and end.')
     if max(pad, start, end) >= bpe.vocab_size:
       raise ValueError(f'tokenizer.pad, start or end is {max(pad, start, end)}; there are {bpe.vocab_size} tokens.')
@@ -187,7 +188,7 @@ class TextEncoder:
     BPE dropout acts with a `seed` alone.
     """
     ids = self.bpe.encode(caption, self.dropout, seed)
-    ids = [*self._before, *ids[: self.length - len(self._before) - len(self._behind)], *self._behind]
+    ids = [*self._before, *ids[: self.capacity], *self._behind]
     text = self._padding.copy()
     text[: len(ids)] = ids
     return text

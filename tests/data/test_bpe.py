@@ -118,6 +118,15 @@ def test_text_encoder_pads_each_position_with_its_own_id_and_truncates(words):
   np.testing.assert_array_equal(pickle.loads(pickle.dumps(encoder))('a red circle', 5), encoder('a red circle', 5))
 
 
+def test_start_and_end_take_their_part_of_the_length(words):
+  encoder = bpe.TextEncoder(words, 6, start=1, end=2)
+  ids = words.encode('a red circle at the top')
+  assert encoder.capacity == 4 < len(ids) and bpe.TextEncoder(words, 6).capacity == 6
+  assert list(encoder('a red circle at the top')) == [1, *ids[:4], 2]
+  with pytest.raises(ValueError, match='length is 2; expected 1 or more tokens'):
+    bpe.TextEncoder(words, 2, start=1, end=2)
+
+
 def test_a_library_tokenizer_with_padding_and_special_tokens_is_taken_bare():
   from tokenizers import Tokenizer, models, pre_tokenizers
 
