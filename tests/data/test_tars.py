@@ -109,12 +109,14 @@ def test_links_and_sparse_files_are_counted(tmp_path):
       info.type, info.linkname = kind, '0001.png'
       tar.addfile(info)
     info = tarfile.TarInfo('sparse.png')
-    info.pax_headers, info.size = {'GNU.sparse.map': '0,512', 'GNU.sparse.size': '512'}, 512
+    info.pax_headers, info.size = {'GNU.sparse.map': '0,512', 'GNU.sparse.size': '1000000'}, 512
     tar.addfile(info, io.BytesIO(bytes(512)))
+    tar.addfile(tarfile.TarInfo('e.png'))
   source = whole(tmp_path / 'a.tar')
   assert source.report() == [
-    '1 pictures in 1 tars',
+    '2 pictures in 1 tars',
     f'3 members are links or sparse files and are left out; the first is {tmp_path}/a.tar:b.png',
+    '1 of them have no caption',
   ]
 
 

@@ -227,14 +227,15 @@ def scan(path: str) -> Index:
   # A damaged header ends the archive for tarfile, without a word.
   with _opened(path) as tar, contextlib.suppress(tarfile.ReadError):
     for member in tar:
-      if member.offset_data + member.size > size:
+      plain = member.isreg() and not member.issparse()  # the size of others is not that of their data in the tar
+      if plain and member.offset_data + member.size > size:
         break
       match = MEMBER.fullmatch(member.name.removeprefix('./'))
       if not match or _hidden(member.name) or member.isdir():
         continue
       key, suffix = match[1], match[2].lower()
       part = 'image' if suffix in SUFFIXES else suffix if suffix in ('.txt', '.json') else ''
-      if part and (not member.isreg() or member.issparse()):
+      if part and not plain:
         notes.append(('links', 1, f':{member.name}'))
       elif part and part not in samples.setdefault(key, {}):
         samples[key][part] = member.name, member.offset_data, min(member.size, LARGEST)
