@@ -1,6 +1,6 @@
-"""Byte-level BPE: learnt from captions, stored as one JSON string, with dropout that is a function of a seed.
+"""Byte-level BPE, trained on captions and stored as one JSON string, with dropout that is a function of a seed.
 
-BPE dropout follows "BPE-Dropout: Simple and Effective Subword Regularization" (Provilkov et al., 2020). The one in the
+BPE dropout follows "BPE-Dropout: Simple and Effective Subword Regularization" (Provilkov et al., 2020). That of the
 `tokenizers` library cannot be seeded, so with dropout the merges are done here; without it the library does them.
 """
 
@@ -16,20 +16,20 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 Merges = dict[tuple[int, int], tuple[int, int]]  # pair of ids -> (rank, id of both)
-BYTES = 256  # entries that every byte-level vocabulary starts with, so that any text encodes
+BYTES = 256  # entries that every byte-level vocabulary starts with, so that any text can be encoded
 
 
 def train(captions: Iterable[str], vocab_size: int) -> 'BPE':
-  """Learns a lower-casing byte-level BPE of at most `vocab_size` entries; few captions give fewer.
+  """Trains a lower-casing byte-level BPE of at most `vocab_size` entries; a few captions give fewer.
 
-  The same captions in the same order give the same tokenizer to the byte. Raises ValueError when there is no caption
-  with text or `vocab_size` is below 256.
+  The same captions in the same order give the same tokenizer, byte for byte. Raises ValueError when no caption has any
+  text or `vocab_size` is below 256.
   """
   if vocab_size < BYTES:
     raise ValueError(f'tokenizer.vocab_size is {vocab_size}; a byte-level BPE needs {BYTES} or more.')
   tokenizer = Tokenizer(models.BPE())
   tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Lowercase()])
-  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # 'red' is the same word at the start
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # the first word is encoded like any other
   tokenizer.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,
@@ -38,39 +38,40 @@ def train(captions: Iterable[str], vocab_size: int) -> 'BPE':
     special_tokens=[],
     show_progress=False,
   )
-  seen = 0
+  any_text = False
 
   def texts():
-    nonlocal seen
+    nonlocal any_text
     for caption in captions:
-      seen += bool(caption.strip())
+      any_text = any_text or bool(caption.strip())
       yield caption
 
   tokenizer.train_from_iterator(texts(), trainer)
-  if not seen:
+  if not any_text:
     raise ValueError('the tokenizer has no captions to learn from; give the data set captions or set tokenizer.path.')
   return BPE(tokenizer.to_str())
 
 
 class BPE:
-  """A tokenizer in the JSON form of the `tokenizers` library (`train`, or any tokenizer.json)."""
+  """A tokenizer in the JSON format of the `tokenizers` library: from `train`, or any tokenizer.json."""
 
   def __init__(self, json_str: str):
     """Raises ValueError when the string is not a tokenizer."""
     try:
       self._tokenizer = Tokenizer.from_str(json_str)
     except Exception as e:  # the library raises bare Exception
-      raise ValueError(f'this is not a tokenizer JSON ({e}); expected what `BPE.to_json` or `tokenizers` write.') from e
+      raise ValueError(
+        f'this is not a tokenizer JSON ({e}); expected what `BPE.to_json` or the `tokenizers` library writes.'
+      ) from e
     self._tokenizer.no_padding()
     self._tokenizer.no_truncation()
     self._json = json_str
-    self._model: tuple[dict[str, int], Merges, dict[str, int]] | None = (
-      None  # read when first needed, by any of several threads
-    )
+    # Read when it is first needed, by any of several threads.
+    self._model: tuple[dict[str, int], Merges, dict[str, int]] | None = None
 
   @classmethod
   def load(cls, path: str | Path) -> 'BPE':
-    """Reads a tokenizer file. Raises FileNotFoundError, or ValueError when the file is something else."""
+    """Reads a tokenizer file. Raises FileNotFoundError, or ValueError when it is not a tokenizer."""
     if not Path(path).is_file():
       raise FileNotFoundError(f'there is no tokenizer file {path}; expected a tokenizer JSON.')
     return cls(Path(path).read_text(encoding='utf-8'))
@@ -83,29 +84,29 @@ class BPE:
 
   @property
   def vocab_size(self) -> int:
-    """The number of entries there really are, V; ids lie in [0, V)."""
+    """The actual number of entries, V; ids are in [0, V)."""
     return self._tokenizer.get_vocab_size()
 
   def add(self, words: Sequence[str]) -> 'BPE':
-    """A tokenizer in which each of `words` is one token, with new ids from `vocab_size` on for those that were not.
+    """Returns a tokenizer in which each of `words` is one token; those that were not get new ids from `vocab_size` on.
 
-    A word counts alone, in any case, with the space before it: `pip` is none in `pipe`. Raises ValueError for one that
-    is empty or has a space in it.
+    Only whole words match, in upper or lower case, together with the space before them: `pip` does not match in `pipe`.
+    Raises ValueError for a word that is empty or contains a space.
     """
     if bad := [w for w in words if not w.strip() or len(w.split()) > 1 or w != w.strip()]:
       raise ValueError(f'tokenizer.new_tokens has {bad}; expected single words.')
     grown = Tokenizer.from_str(self._json)
     normal = grown.normalizer.normalize_str if grown.normalizer else str
     several = [w for w in dict.fromkeys(map(normal, words)) if len(self.encode(w)) > 1]
-    # One that the model knows inside other words keeps its id: the library adds no second one.
+    # A word that is already an entry of the vocabulary keeps its id: the library does not add it twice.
     grown.add_tokens([AddedToken(w, single_word=True, lstrip=True, normalized=True) for w in several])
     return BPE(grown.to_str())
 
   def encode(self, text: str, dropout: float = 0.0, seed: int | None = None) -> list[int]:
-    """Ids of a text of any length; '' gives [].
+    """Token ids of a text of any length; '' gives [].
 
-    With `dropout` p > 0 and a `seed`, every merge is skipped with probability p each time it could be done: a function
-    of (text, p, seed). Raises ValueError for dropout on a tokenizer that is not a byte-level BPE.
+    With `dropout` p > 0 and a `seed`, every merge is skipped with probability p each time it could be applied. The ids
+    are then a function of (text, p, seed). Raises ValueError for dropout on a tokenizer that is not a byte-level BPE.
     """
     if not dropout or seed is None:
       return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -116,7 +117,7 @@ class BPE:
     if self._tokenizer.normalizer:
       text = self._tokenizer.normalizer.normalize_str(text)
     pattern = '|'.join(map(re.escape, sorted(added, key=len, reverse=True)))
-    parts = re.split(rf'\s*(?<!\w)({pattern})(?!\w)', text) if added else [text]  # every second one was added
+    parts = re.split(rf'\s*(?<!\w)({pattern})(?!\w)', text) if added else [text]  # every second part is an added word
     ids: list[int] = []
     for i, part in enumerate(parts):
       if i % 2:
@@ -137,69 +138,72 @@ class BPE:
     return vocab, {(vocab[a], vocab[b]): (rank, vocab[a + b]) for rank, (a, b) in enumerate(merges)}, added
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids; those outside [0, V), padding among them, are ignored."""
-    added = self._tokenizer.get_added_tokens_decoder()  # they took the space before them
-    parts = itertools.groupby((int(i) for i in ids if 0 <= i < self.vocab_size), key=added.__contains__)
-    texts = [
-      ''.join(f' {added[i].content}' for i in part) if whole else self._tokenizer.decode(list(part))
-      for whole, part in parts
-    ]
+    """The text of token ids, of which those outside [0, V), such as padding, are ignored."""
+    added = self._tokenizer.get_added_tokens_decoder()
+    known = (int(i) for i in ids if 0 <= i < self.vocab_size)
+    texts = []
+    for is_added, part in itertools.groupby(known, key=added.__contains__):
+      if is_added:  # such a token includes the space before it
+        texts += [f' {added[i].content}' for i in part]
+      else:
+        texts.append(self._tokenizer.decode(list(part)))
     return ''.join(texts).removeprefix(' ')
 
 
 def _merge(ids: list[int], merges: Merges, dropout: float, rng: random.Random) -> list[int]:
-  """The merges of one word, best rank first and leftmost among equals (Provilkov et al., 2020, Algorithm 1).
+  """Applies merges to one word, best rank first and leftmost among equals (Provilkov et al., 2020, Algorithm 1).
 
-  Only the best merge that survives counts, so the chance of the others need not be drawn.
+  Only the best merge that is not dropped is applied, so there is no need to sample whether worse ones are dropped.
   """
   while True:
-    found = sorted((*merges[pair], i) for i, pair in enumerate(itertools.pairwise(ids)) if pair in merges)
-    best = next((f for f in found if rng.random() >= dropout), None)
-    if not best:
+    candidates = sorted((*merges[pair], i) for i, pair in enumerate(itertools.pairwise(ids)) if pair in merges)
+    best = next((c for c in candidates if rng.random() >= dropout), None)
+    if best is None:
       return ids
     _, new, i = best
     ids = [*ids[:i], new, *ids[i + 2 :]]
 
 
 class TextEncoder:
-  """Captions to fixed-length ids, the form in which models take them."""
+  """Encodes captions to token ids of a fixed length, as models take them."""
 
   def __init__(self, bpe: BPE, length: int, dropout: float = 0.0, *, pad: int = -1, start: int = -1, end: int = -1):
-    """`pad`, `start` and `end` are ids; -1: a padding of its own for each position, nothing before, nothing behind.
+    """`pad`, `start` and `end` are token ids. -1 means a separate padding id for each position, no start and no end.
 
-    Raises ValueError for a length below 1 (beside start and end), a dropout outside [0, 1] or an id that is none.
+    Raises ValueError for a length below 1 (not counting start and end), a dropout outside [0, 1] or an id outside the
+    vocabulary.
     """
-    self._before, self._behind = ([i] if i >= 0 else [] for i in (start, end))
-    self.capacity = length - len(self._before) - len(self._behind)  # tokens of a caption that are not cut
+    self._start, self._end = ([i] if i >= 0 else [] for i in (start, end))
+    self.capacity = length - len(self._start) - len(self._end)  # how many tokens of a caption are not cut off
     if self.capacity < 1:
-      raise ValueError(f'tokenizer.length is {length}; expected 1 or more tokens a caption, beside its start and end.')
+      raise ValueError(f'tokenizer.length is {length}; expected 1 or more tokens in addition to start and end.')
     if max(pad, start, end) >= bpe.vocab_size:
       raise ValueError(f'tokenizer.pad, start or end is {max(pad, start, end)}; there are {bpe.vocab_size} tokens.')
     if not 0 <= dropout <= 1:
       raise ValueError(f'tokenizer.dropout is {dropout}; expected a probability.')
     self.bpe, self.length, self.dropout = bpe, length, dropout
-    own = np.arange(bpe.vocab_size, bpe.vocab_size + length, dtype=np.int32)
-    self._padding = own if pad < 0 else np.full(length, pad, np.int32)
+    by_position = np.arange(bpe.vocab_size, bpe.vocab_size + length, dtype=np.int32)
+    self._padding = by_position if pad < 0 else np.full(length, pad, np.int32)
 
   def __call__(self, caption: str, seed: int | None = None) -> np.ndarray:
-    """int32[length]: ids cut to the length, then padding.
+    """int32[length]: the token ids, cut to the length, then padding.
 
-    By default position i is padded with its own id V + i (DALL-E, 2.2) and '' is all padding, the unconditional prompt.
-    BPE dropout acts with a `seed` alone.
+    By default position i has its own padding id V + i (DALL-E, 2.2), and '' is all padding: the unconditional prompt.
+    BPE dropout is applied only with a `seed`.
     """
     ids = self.bpe.encode(caption, self.dropout, seed)
-    ids = [*self._before, *ids[: self.capacity], *self._behind]
+    ids = [*self._start, *ids[: self.capacity], *self._end]
     text = self._padding.copy()
     text[: len(ids)] = ids
     return text
 
   def is_full(self, text: np.ndarray) -> bool:
-    """Whether there is no padding in it, as when the caption was cut."""
+    """Whether `text` has no padding, as when the caption was cut."""
     return bool(text[-1] != self._padding[-1])
 
 
-def text_encoder(words: BPE | str, config: Mapping[str, Any], dropout: float = 0.0) -> TextEncoder:
-  """The encoder of a run: its tokenizer and its `config.tokenizer`. Raises ValueError as TextEncoder."""
-  words = BPE(words) if isinstance(words, str) else words
+def text_encoder(tokenizer: BPE | str, config: Mapping[str, Any], dropout: float = 0.0) -> TextEncoder:
+  """The encoder of a run, from its tokenizer and its `config.tokenizer`. Raises ValueError like `TextEncoder`."""
+  bpe = BPE(tokenizer) if isinstance(tokenizer, str) else tokenizer
   special = {name: config.get(name, -1) for name in ('pad', 'start', 'end')}
-  return TextEncoder(words, config['length'], dropout, **special)
+  return TextEncoder(bpe, config['length'], dropout, **special)

@@ -273,7 +273,7 @@ def test_tokens_take_the_place_of_the_picture():
   [
     (dict(batch_size=6, part=(0, 4)), 'batch_size 6 is not divisible by the 4 parts'),
     (dict(batch_size=0), 'batch_size 0'),
-    (dict(augment='rotate'), 'augment has rotate; known'),
+    (dict(augment='rotate'), 'augment has rotate; expected names of center_crop'),
     (dict(image_size=0), 'image_size is 0'),
   ],
 )
