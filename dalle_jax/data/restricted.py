@@ -1,10 +1,12 @@
-"""Pickles, .npy and JSON files of strangers, read without running what is in them.
+"""Reads untrusted pickle, .npy and JSON files without running any code in them.
 
-A pickle is a program that may call anything. Here it can make arrays, numpy scalars and dtypes, strings, bytes,
-numbers, None, lists, tuples, sets and dicts; those of Python 2 too, whose strings are taken for latin1. Whatever else
-one asks for is refused. numpy itself cannot be left to it either: the state that a pickle gives to a dtype may declare
-objects to be plain bytes, and an array of that dtype then takes bytes of the file for addresses in memory. So while a
-pickle is read, stand-ins take the place of dtypes and arrays, and only what they have checked becomes real.
+A pickle is a program that may call anything. Here it can make only arrays, numpy scalars and dtypes, strings, bytes,
+numbers, None, lists, tuples, sets and dicts; a request for anything else is refused. Pickles of Python 2 are read too,
+with their strings decoded as latin1.
+
+Access to numpy itself would not be safe either: the state that a pickle gives to a dtype can declare objects to be
+plain bytes, and an array of that dtype then treats bytes of the file as addresses in memory. So while a pickle is read,
+stand-ins take the place of dtypes and arrays, and they become real ones only after they have checked their state.
 """
 
 import io
@@ -19,26 +21,26 @@ from typing import Any
 
 import numpy as np
 
-_PLAIN = re.compile(r'[<>=|]?(?:([biufc]\d+|[SU]\d*)|O[48]?|\?)')  # what a dtype may be called
+_PLAIN = re.compile(r'[<>=|]?(?:([biufc]\d+|[SU]\d*)|O[48]?|\?)')  # the names of dtypes that are admitted
 _LATIN1 = ('latin1', 'latin-1', 'iso-8859-1')
 
 
 class Refused(Exception):
-  """A pickle wants something that is not admitted."""
+  """A pickle asks for something that is not admitted."""
 
 
 class Holder:
-  """An object of a reader built on this one, whose `args` and `state` may hold stand-ins."""
+  """Base class for objects of a reader built on this one; their `args` and `state` may contain stand-ins."""
 
   args: Any = ()
   state: Any = None
 
 
 class _Sealed:
-  """What a global of a pickle becomes: it can be called, if at all, and neither changed nor looked into."""
+  """Takes the place of a global in a pickle. It can at most be called, but neither changed nor inspected."""
 
   __slots__ = ('_call',)
-  __hash__ = None  # type: ignore[assignment]  # so that none hides in a set or as the key of a dict
+  __hash__ = None  # type: ignore[assignment]  # so that none can hide in a set or as the key of a dict
 
   def __init__(self, call: Callable):
     self._call = call
@@ -51,7 +53,7 @@ class _Sealed:
 
 
 class _Dtype:
-  """Stands in for a dtype: of its state only the byte order is taken, as the name has all the rest."""
+  """Stands in for a dtype. Only the byte order is taken from its state; the name determines everything else."""
 
   __slots__ = ('value',)
   __hash__ = None  # type: ignore[assignment]
@@ -71,7 +73,7 @@ class _Dtype:
 
 
 class _Array:
-  """Stands in for an array until its state is there."""
+  """Stands in for an array until its state has been read."""
 
   __slots__ = ('value',)
   __hash__ = None  # type: ignore[assignment]
@@ -80,7 +82,7 @@ class _Array:
     self.value = value
 
   def __setstate__(self, state: Any) -> None:
-    shape, dtype, fortran, data = state[-4:]  # before them a version, except in very old files
+    shape, dtype, fortran, data = state[-4:]  # preceded by a version, except in very old files
     self.value = _filled(data, _real(dtype), shape, 'F' if fortran else 'C')
 
 
@@ -91,7 +93,7 @@ def _real(dtype: Any) -> np.dtype:
 
 
 def _filled(data: Any, dtype: np.dtype, shape: Any, order: Any) -> np.ndarray:
-  """An array of `shape`, a tuple or a number, from its bytes in that order or, of dtype object, from a list."""
+  """Makes an array of `shape` (a tuple or a number) from its bytes in this order or, for dtype object, from a list."""
   shape = (shape,) if isinstance(shape, int) else tuple(shape)
   if not all(isinstance(n, int) and n >= 0 for n in shape):
     raise ValueError(f'the shape {shape} of an array')
@@ -99,11 +101,12 @@ def _filled(data: Any, dtype: np.dtype, shape: Any, order: Any) -> np.ndarray:
     if type(data) is not list or len(data) != math.prod(shape):
       raise Refused('an array of objects without a list of them')
     flat = np.empty(len(data), object)
-    for i, value in enumerate(data):  # one by one: numpy would take lists apart
+    for i, value in enumerate(data):  # one by one, as numpy would unpack lists
       flat[i] = value
   else:
     data = data.encode('latin1') if isinstance(data, str) else bytes(data)  # str: from Python 2
-    if len(data) != math.prod(shape) * dtype.itemsize or (math.prod(shape) > 1 and not data):  # many nothings
+    many_empty = math.prod(shape) > 1 and not data  # elements of no bytes: any number would fit
+    if len(data) != math.prod(shape) * dtype.itemsize or many_empty:
       raise ValueError(f'{len(data)} bytes for an array of {dtype}{list(shape)}')
     flat = np.frombuffer(data, dtype).copy() if data else np.zeros(math.prod(shape), dtype)
   return flat.reshape(shape, order=order)
@@ -116,7 +119,7 @@ def _reconstruct(kind: Any, shape: Any, typecode: Any) -> _Array:
 
 
 def _frombuffer(buffer: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> _Array:
-  """numpy's own for protocol 5."""
+  """What numpy calls in pickles of protocol 5."""
   if type(buffer) not in (bytes, bytearray) or _real(dtype).hasobject:
     raise Refused('an array of a foreign buffer')
   array = _filled(buffer, _real(dtype), shape, 'F' if order == 'F' else 'C')
@@ -130,7 +133,7 @@ def _scalar(dtype: Any, data: Any = None) -> Any:
 
 
 def _encode(text: str, encoding: str = '') -> bytes:
-  """How Python 3 writes bytes for Python 2."""
+  """What makes bytes in pickles that Python 3 writes in protocols of Python 2."""
   if type(text) is not str or encoding not in _LATIN1:
     raise Refused(f'the encoding {str(encoding)[:50]!r}')
   return text.encode('latin1')
@@ -140,16 +143,16 @@ def _inert(*args: Any) -> Any:
   raise Refused('a call of numpy.ndarray')
 
 
-_ARRAY = _Sealed(_inert)  # the class as an argument of _reconstruct; it makes nothing itself
+_ARRAY = _Sealed(_inert)  # the class, only as an argument of _reconstruct
 GLOBALS: dict[tuple[str, str], _Sealed] = {('numpy', 'ndarray'): _ARRAY, ('numpy', 'dtype'): _Sealed(_Dtype)}
-for _core in ('numpy.core', 'numpy._core'):  # before and after numpy 2
+for _core in ('numpy.core', 'numpy._core'):  # before and since numpy 2
   GLOBALS[f'{_core}.multiarray', '_reconstruct'] = _Sealed(_reconstruct)
   GLOBALS[f'{_core}.multiarray', 'scalar'] = _Sealed(_scalar)
   GLOBALS[f'{_core}.numeric', '_frombuffer'] = _Sealed(_frombuffer)
 for _builtin in ('builtins', '__builtin__'):  # of Python 3 and 2
   for _kind in (set, frozenset, complex):
     GLOBALS[_builtin, _kind.__name__] = _Sealed(_kind)
-  GLOBALS[_builtin, 'bytes'] = _Sealed(lambda: b'')  # protocol 2 has it for empty ones alone
+  GLOBALS[_builtin, 'bytes'] = _Sealed(lambda: b'')  # protocol 2 calls it only for empty bytes
 GLOBALS['_codecs', 'encode'] = _Sealed(_encode)
 
 
@@ -160,7 +163,7 @@ class _Unpickler(pickle.Unpickler):
     return GLOBALS[module, name]
 
 
-_HOLDERS = {list, dict, OrderedDict, tuple, _Array, _Dtype, _Sealed}  # what `plain` has to look into
+_HOLDERS = {list, dict, OrderedDict, tuple, _Array, _Dtype, _Sealed}  # types that `plain` has to inspect
 
 
 def _holds(kind: type) -> bool:
@@ -168,9 +171,9 @@ def _holds(kind: type) -> bool:
 
 
 def plain(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
-  """`value` with real arrays and dtypes in place of the stand-ins; lists, dicts and arrays are changed where they are.
+  """Replaces the stand-ins in `value` by real arrays and dtypes; lists, dicts and arrays are changed in place.
 
-  `done` is id -> (before, after): a pickle may hold one list many times, or in itself.
+  `done` is id -> (before, after), as a pickle may contain a list many times, or a list that contains itself.
   """
   kind = type(value)
   if not _holds(kind) or (kind in (list, tuple) and not any(map(_holds, set(map(type, value))))):
@@ -196,7 +199,7 @@ def plain(value: Any, done: dict[int, tuple[Any, Any]]) -> Any:
     if after is None:
       raise Refused('an array that was never filled')
     if after.dtype.hasobject:
-      flat = after.ravel('K')  # a view; with one axis, as numpy would take an array apart that it puts into none
+      flat = after.ravel('K')  # a view with one axis: numpy would unpack an array that is assigned to a 0-d one
       for i, v in enumerate(flat):
         flat[i] = plain(v, done)
   return after
@@ -220,20 +223,20 @@ def _read(path: Path) -> Any:
       return np.lib.format.read_array(file, allow_pickle=False)
     value = _unpickled(file)
     if not isinstance(value, np.ndarray) or value.shape != shape:
-      raise ValueError('the array in it is not of the shape that its header says')
+      raise ValueError('its array does not have the shape given in its header')
   return value if value.shape else value.item()
 
 
 def load(path: str | Path, expected: str, kind: type | tuple[type, ...] = object) -> Any:
-  """What is in a pickle, .npy or .json file; an array of dtype object without axes gives the object in it.
+  """Reads a pickle, .npy or .json file. For a 0-d array of dtype object, returns the object in it.
 
   Args:
-    path: a file; only the name of JSON matters.
-    expected: what should be there, in words, for messages.
-    kind: the class of it.
+    path: the file; only JSON is recognised by its suffix.
+    expected: a description of what the file should contain, for messages.
+    kind: the class of the result.
 
-  Raises FileNotFoundError, or ValueError for a file that is damaged, holds another kind, or, in a message that names
-  the global, asks for anything but data. All have one line.
+  Raises FileNotFoundError, or ValueError for a file that is damaged, contains another kind of object or asks for
+  anything but data (the message names the global). All messages have one line.
   """
   path = Path(path)
   if not path.is_file():
@@ -242,25 +245,25 @@ def load(path: str | Path, expected: str, kind: type | tuple[type, ...] = object
     value = _read(path)
   except Refused as e:
     raise ValueError(
-      f'{path} is refused, as it asks for {_line(e)}; expected {expected}, made of arrays, strings, numbers, lists, '
-      'tuples, sets and dicts alone: do not trust it, get it anew.'
+      f'{path} is refused, as it asks for {_line(e)}; expected {expected}, made only of arrays, strings, numbers, '
+      'lists, tuples, sets and dicts. Do not trust this file; download it again.'
     ) from None
   except Exception as e:  # a damaged pickle makes the reader raise nearly anything
-    raise ValueError(f'{path} cannot be read ({_line(e)}); expected {expected}: is it whole?') from e
+    raise ValueError(f'{path} cannot be read ({_line(e)}); expected {expected}. Is it complete?') from e
   if not isinstance(value, kind):
-    raise ValueError(f'{path} holds {type(value).__name__}; expected {expected}.')
+    raise ValueError(f'{path} contains a {type(value).__name__}; expected {expected}.')
   return value
 
 
 def open_array(path: str | Path, expected: str) -> np.ndarray:
-  """The array of a .npy file, left on the disk; never objects. Raises FileNotFoundError or ValueError of one line."""
+  """Maps the array of a .npy file, never one of objects. Raises FileNotFoundError or ValueError, one line."""
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f'{path} is missing; expected {expected}.')
   try:
     return np.lib.format.open_memmap(path, mode='r')
   except Exception as e:
-    raise ValueError(f'{path} cannot be read ({_line(e)}); expected {expected}: is it whole?') from e
+    raise ValueError(f'{path} cannot be read ({_line(e)}); expected {expected}. Is it complete?') from e
 
 
 def _line(error: Exception) -> str:

@@ -215,5 +215,5 @@ def test_damaged_and_wrong_files_are_one_line(tmp_path):
   write_npy(tmp_path / 'objects.npy', {'a': 1})
   with pytest.raises(ValueError, match='cannot be read'):
     restricted.open_array(tmp_path / 'objects.npy', 'an array')
-  with pytest.raises(ValueError, match=r'holds dict; expected a list\.'):
+  with pytest.raises(ValueError, match=r'contains a dict; expected a list\.'):
     restricted.load(tmp_path / 'objects.npy', 'a list', list)
