@@ -77,11 +77,11 @@ def test_a_few_pictures_still_fill_every_split_that_has_a_fraction():
   for name in 'abcdef':  # whichever of the two has the lower hash
     parts = [sources.divide([name, name, 'zz'], s, 0.01, 0.0) for s in ('train', 'val')]
     assert sorted(parts) in ([[0, 1], [2]], [[0, 1], [2]])
-  with pytest.raises(ValueError, match="split 'val' of 2 pictures is empty"):
+  with pytest.raises(ValueError, match="split 'val' of 2 images is empty"):
     sources.divide(['one', 'one'], 'val', 0.05, 0.0)
-  with pytest.raises(ValueError, match=r"split 'val' of 1 pictures is empty.*val_split=\"\""):
+  with pytest.raises(ValueError, match=r"split 'val' of 1 images is empty.*val_split=\"\""):
     sources.divide(['one'], 'val', 0.05, 0.0)
-  with pytest.raises(ValueError, match="split 'test' of 9 pictures is empty"):
+  with pytest.raises(ValueError, match="split 'test' of 9 images is empty"):
     sources.divide([str(i) for i in range(9)], 'test', 0.05, 0.0)
   with pytest.raises(ValueError, match='must leave some for train'):
     sources.divide(['a', 'b'], 'train', 0.5, 0.5)
@@ -131,16 +131,16 @@ def test_folder_splits_keep_pictures_of_one_name_together(tmp_path):
   for i in range(40):
     picture(tmp_path / f'{i}.png')
     picture(tmp_path / f'{i}.jpg')
-  parts = [folder.load(s, path=str(tmp_path), val_fraction=0.2, test_fraction=0.2).pictures for s in sources.SPLITS]
+  parts = [folder.load(s, path=str(tmp_path), val_fraction=0.2, test_fraction=0.2).images for s in sources.SPLITS]
   stems = [{p.split('.')[0] for p in part} for part in parts]
   assert sum(map(len, stems)) == 40 and sum(map(len, parts)) == 80
 
 
 def test_folder_errors_say_what_is_expected(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r'is no folder; expected a folder of NAME\.jpg\|\.jpeg'):
+  with pytest.raises(FileNotFoundError, match=r'is not a folder; expected a folder of NAME\.jpg\|\.jpeg'):
     folder.load('train', path=str(tmp_path / 'missing'))
   (tmp_path / 'a.txt').write_text('a caption')
-  with pytest.raises(ValueError, match='has no pictures; expected'):
+  with pytest.raises(ValueError, match='has no images; expected'):
     folder.load('train', path=str(tmp_path))
 
 
@@ -273,7 +273,7 @@ def test_tokens_are_read_back_without_loading_them(tmp_path):
 
 
 def test_tokens_that_are_missing_or_damaged(tmp_path):
-  with pytest.raises(FileNotFoundError, match='holds no encoded data set'):
+  with pytest.raises(FileNotFoundError, match='has no encoded data set'):
     tokens.load('train', path=str(tmp_path))
   write_tokens(tmp_path / 'train', [['one'], ['two']], count=3)
   with pytest.raises(ValueError, match='is damaged'):

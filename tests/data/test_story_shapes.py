@@ -163,7 +163,7 @@ def test_frames_of_a_story_are_cropped_and_flipped_alike_and_what_is_broken_is_s
 
 
 def test_a_story_with_too_few_captions_is_refused():
-  with pytest.raises(ValueError, match='a story of 3 frames has 2 captions; expected one each'):
+  with pytest.raises(ValueError, match='a story of 3 frames has 2 captions; expected one for each frame'):
     Story([0, 0, 0], ['', 'a'])
   with pytest.raises(ValueError, match=r'the vectors of a story are \[2, 4\]; expected a row for each frame'):
     Story([0, 0, 0], ['', 'a', 'b'], np.zeros((2, 4)))

@@ -149,7 +149,7 @@ def test_pororo_reports_leakage_and_what_it_leaves_out(pororo_folder):
 def test_pororo_wrong_files_are_named(pororo_folder):
   load = lambda split='train': pororo.load(split, path=str(pororo_folder))
   raises_one_line(ValueError, "has the split 'dev'; expected one of train, val, test", load, 'dev')
-  raises_one_line(FileNotFoundError, 'gone.* is no folder', pororo.load, 'train', path=str(pororo_folder / 'gone'))
+  raises_one_line(FileNotFoundError, 'gone.* is not a folder', pororo.load, 'train', path=str(pororo_folder / 'gone'))
   for name in ('img_cache4.npy', 'following_cache4.npy', 'train_seen_unseen_ids.npy', 'descriptions.npy'):
     kept = (pororo_folder / name).read_bytes()
     (pororo_folder / name).write_bytes(kept[:-5])
@@ -161,7 +161,7 @@ def test_pororo_wrong_files_are_named(pororo_folder):
   write_npy(pororo_folder / 'labels.npy', {n[:-4]: np.eye(8)[0] for n in CLIPS})
   raises_one_line(ValueError, r'labels\.npy has \[8\] numbers .*expected \[9\]', load)
   np.save(pororo_folder / 'train_seen_unseen_ids.npy', [[0, 1], [2, 3], [4, 8]])
-  raises_one_line(ValueError, 'has the number 8; expected less than 8', load)
+  raises_one_line(ValueError, 'has the index 8; expected less than 8', load)
   np.save(pororo_folder / 'img_cache4.npy', ['../secret.png'] * 7)
   raises_one_line(ValueError, r'img_cache4\.npy is \[7\]', load)
 
@@ -234,13 +234,13 @@ def test_flintstones_frame_by_frame(flintstones_folder):
 
 def test_flintstones_followers_are_worked_out_as_they_are_cached(flintstones_folder):
   splits = ('train', 'test')
-  rebuilt = [flintstones.load(s, path=str(flintstones_folder)).shows for s in splits]
+  rebuilt = [flintstones.load(s, path=str(flintstones_folder)).frame_names for s in splits]
   cache = {clip(e, k): [clip(e, k + j) for j in range(1, 5)] for e, n in EPISODES.items() for k in range(n - 4)}
   (flintstones_folder / 'following_cache4.pkl').write_bytes(python2(cache))
-  assert [flintstones.load(s, path=str(flintstones_folder)).shows for s in splits] == rebuilt
+  assert [flintstones.load(s, path=str(flintstones_folder)).frame_names for s in splits] == rebuilt
   cache[clip(1, 0)] = [clip(3, k) for k in (3, 1, 0, 2)]  # where there is a cache it decides
   (flintstones_folder / 'following_cache4.pkl').write_bytes(pickle.dumps(cache))
-  assert flintstones.load('train', path=str(flintstones_folder)).shows[0][1] == clip(3, 3)
+  assert flintstones.load('train', path=str(flintstones_folder)).frame_names[0][1] == clip(3, 3)
 
 
 def test_flintstones_counts_short_stories_and_leakage(flintstones_folder):
@@ -346,7 +346,7 @@ def test_didemo_wrong_files(didemo_folder):
   raises_one_line(FileNotFoundError, r'elsewhere/didemo/images/v0_0\.png and all other', load, other)
   for body, message in (
     ('[', 'cannot be read'),
-    ('{}', 'holds dict; expected a list'),
+    ('{}', 'contains a dict; expected a list'),
     ('[{}]', "'desc_to_frame'"),
     ('[{"desc_to_frame": [["a"]]}]', 'is wrong'),
     ('[]', 'no story for this split'),

@@ -79,7 +79,7 @@ def test_members_that_share_a_key_are_a_sample(tmp_path, form):
   assert [source.captions(i) for i in range(6)] == [r['captions'] for r in source]
   assert [r['caption'] for r in source] == ['one', 'in\nJSON', 'x', 'yes', '', '']
   assert source[2]['image'] == picture(9) and abs(int(ops.decode(source[1]['image'])[0, 0, 0]) - 80) < 3
-  assert source.report() == ['6 pictures in 1 tars', '1 of them have no caption']  # null.json is read when asked for
+  assert source.report() == ['6 images in 1 tars', '1 of them have no caption']  # null.json is read when asked for
 
 
 def test_parts_of_a_sample_may_lie_apart(tmp_path):
@@ -114,7 +114,7 @@ def test_links_and_sparse_files_are_counted(tmp_path):
     tar.addfile(tarfile.TarInfo('e.png'))
   source = whole(tmp_path / 'a.tar')
   assert source.report() == [
-    '2 pictures in 1 tars',
+    '2 images in 1 tars',
     f'3 members are links or sparse files and are left out; the first is {tmp_path}/a.tar:b.png',
     '1 of them have no caption',
   ]
@@ -134,10 +134,10 @@ def test_the_key_ends_at_the_first_dot_as_webdataset_has_it(tmp_path):
   source = whole(tmp_path / 'a.tar')
   assert [source.name(i) for i in range(len(source))] == [f'{tmp_path}/a.tar:{n}' for n in ('a.png', 'dir.d/a.png')]
   assert source.report()[1:] == [
-    f'2 pictures are left out, as the name of a sample ends at its first dot; the first is {tmp_path}/a.tar:v1.0.png',
+    f'2 images are left out, as the name of a sample ends at its first dot; the first is {tmp_path}/a.tar:v1.0.png',
     '1 members are not the first of their kind in a sample and are left out; the first is '
     f'{tmp_path}/a.tar:a.jpg',
-    f'1 samples have no picture and are left out; the first is {tmp_path}/a.tar:alone.txt',
+    f'1 samples have no image and are left out; the first is {tmp_path}/a.tar:alone.txt',
     '1 of them have no caption',
   ]  # fmt: skip
 
@@ -254,7 +254,7 @@ def test_a_tar_that_is_cut_off_serves_what_is_whole(shards, tmp_path, cut):
   left = [i for i in range(40) if not (27 if cut != 'end' else 28) <= i < 30]
   assert [number(r) for r in source] == left
   (line,) = source.report()[1:]
-  assert line.startswith(f'1 tars are cut off or damaged, only what stands before that is used; the first is {path} at')
+  assert line.startswith(f'1 tars are cut off or damaged, and used only up to there; the first is {path} at')
 
 
 def test_what_is_compressed_or_no_tar_or_has_no_picture(tmp_path):
@@ -268,14 +268,14 @@ def test_what_is_compressed_or_no_tar_or_has_no_picture(tmp_path):
   (tmp_path / 'packed.tar.gz').unlink()
   for content in (b'', b'no tar at all' * 100):
     (tmp_path / 'text.tar').write_bytes(content)
-    with pytest.raises(ValueError, match=r'text.tar is no tar \(.*\); expected tars of NAME.jpg') as e:
+    with pytest.raises(ValueError, match=r'text.tar is not a tar \(.*\); expected tars of NAME.jpg') as e:
       whole(tmp_path)
     assert '\n' not in str(e.value)
   write(tmp_path / 'text.tar', [('a.txt', b'x')])
-  with pytest.raises(ValueError, match=r'has no pictures; expected tars of .*1 samples have no picture'):
+  with pytest.raises(ValueError, match=r'has no images; expected tars of .*1 samples have no image'):
     whole(tmp_path / 'text.tar')
   source = whole(tmp_path)
-  assert len(source) == 1 and f'1 tars have no pictures; the first is {tmp_path}/text.tar' in source.report()
+  assert len(source) == 1 and f'1 tars have no images; the first is {tmp_path}/text.tar' in source.report()
 
 
 def test_broken_samples_are_skipped_by_their_name(tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Random-access sources of records: one file a kind, found by its name, each with `load(split, **kwargs)`."""
+"""Random-access sources of records: one file for each kind, found by its name, each with `load(split, **kwargs)`."""
 
 import hashlib
 import importlib
@@ -14,11 +14,11 @@ SPLITS = ('train', 'val', 'test')
 
 
 def load(config_data: Any, split: str):
-  """The source that `config.data` asks for.
+  """Loads the source that `config.data` describes.
 
-  `config_data.source` is KIND of dalle_jax/data/sources/KIND.py, or 'KIND:NAME' (tfds:NAME); `path`, unless empty, and
-  `source_args` become arguments of its `load`. Raises ValueError for an unknown kind or argument, and what `load` of
-  the kind raises: ValueError or FileNotFoundError of one line.
+  `config_data.source` is KIND for dalle_jax/data/sources/KIND.py, or 'KIND:NAME' (e.g. tfds:NAME). NAME, `path` unless
+  it is empty, and `source_args` become arguments of its `load`. Raises ValueError for an unknown kind or argument, and
+  whatever that `load` raises: ValueError or FileNotFoundError, one line each.
   """
   function, name = _load(config_data.source)
   kind = config_data.source.partition(':')[0]
@@ -36,27 +36,27 @@ def load(config_data: Any, split: str):
     raise ValueError(f'the data source {kind!r} needs {", ".join(needed)}; {how}.')
   try:
     return function(split, **kwargs)
-  except TypeError as e:  # a word where a number is expected
+  except TypeError as e:  # e.g. a string where a number is expected
     given = ', '.join(f'{k}={v!r}' for k, v in kwargs.items())
     raise ValueError(f'the data source {kind!r} cannot use its arguments, {given}: {e}') from e
 
 
 def takes(kind: str, argument: str) -> bool:
-  """Whether a kind of source has this argument. Raises ValueError for an unknown kind."""
+  """Whether a kind of source takes this argument. Raises ValueError for an unknown kind."""
   return argument in inspect.signature(_load(kind)[0]).parameters
 
 
 def _load(kind: str) -> tuple[Any, str]:
-  """`load` of KIND, and the NAME of 'KIND:NAME', '' without."""
-  room, _, name = kind.partition(':')
+  """`load` of 'KIND:NAME' or 'KIND', and NAME or ''."""
+  module, _, name = kind.partition(':')
   known = sorted(p.stem for p in Path(__file__).parent.glob('*.py') if p.stem != '__init__')
-  if room not in known:
+  if module not in known:
     raise ValueError(f'config.data.source {kind!r} is unknown; there are {", ".join(known)}.')
-  return importlib.import_module(f'{__name__}.{room}').load, name
+  return importlib.import_module(f'{__name__}.{module}').load, name
 
 
 def caption_fields(read: Callable[[], list[str]]) -> dict[str, Any]:
-  """`caption` and `captions` of a record; captions that cannot be decoded are none, and `caption_error` says why."""
+  """`caption` and `captions` of a record; if they cannot be decoded, both are empty and `caption_error` says why."""
   try:
     captions = read()
   except ValueError as e:  # such as UnicodeDecodeError
@@ -72,22 +72,23 @@ def visible_files(folder: str) -> Iterator[str]:
 
 
 def divide(names: Sequence[str], split: str, val_fraction: float, test_fraction: float) -> list[int]:
-  """The indices of `names` that belong to a split, in order: by a hash of each name alone; 'all' has every one.
+  """The indices, in order, of the `names` that belong to a split; 'all' has every one.
 
-  So a name stays where it is when others come and go. Only where chance leaves val or test without a name although
-  their fraction is positive, as in folders of a few pictures, each gets the one of train with the lowest hash. Raises
-  ValueError for an unknown split, fractions that leave nothing to train on, or too few names.
+  The split of a name depends only on its hash, so it does not change when names are added or removed. The exception is
+  when val or test has a positive fraction but no names, as in folders of a few images: each then gets the name of train
+  with the lowest hash. Raises ValueError for an unknown split, fractions that leave nothing to train on, or too few
+  names.
   """
   return choose(np.array([share(n) for n in names]), split, val_fraction, test_fraction).tolist()
 
 
 def share(name: str) -> float:
-  """Where the hash of a name lies between 0 and 1."""
+  """The hash of a name as a number from 0 to 1."""
   return int.from_bytes(hashlib.sha256(name.encode('utf-8', 'surrogateescape')).digest()[:8]) / 2**64
 
 
 def choose(shares: np.ndarray, split: str, val_fraction: float, test_fraction: float) -> np.ndarray:
-  """`divide` as int64 indices, for float64 shares of names that were hashed before."""
+  """Like `divide`, from float64 shares of names that are hashed already; returns int64 indices."""
   if split == 'all':
     return np.arange(len(shares))
   if split not in SPLITS:
@@ -104,8 +105,8 @@ def choose(shares: np.ndarray, split: str, val_fraction: float, test_fraction: f
   chosen = np.flatnonzero(part == SPLITS.index(split))
   if not len(chosen):
     raise ValueError(
-      f'the split {split!r} of {len(shares)} pictures is empty (val_fraction {val_fraction}, test_fraction '
-      f'{test_fraction}); add pictures, change the fractions, take another split ("all" has every one)'
+      f'the split {split!r} of {len(shares)} images is empty (val_fraction {val_fraction}, test_fraction '
+      f'{test_fraction}); add images, change the fractions, take another split ("all" has every one)'
       ', or set config.data.val_split="" to train without it.'
     )
   return chosen

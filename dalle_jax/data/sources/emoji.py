@@ -1,4 +1,4 @@
-"""The colour emoji of a font on this machine: pictures drawn by people, each with its Unicode name as the caption."""
+"""The colour emoji of a font on this machine: images drawn by people, captioned with their Unicode names."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ FOLDERS = (
   '/System/Library/Fonts', '/Library/Fonts', 'C:/Windows/Fonts',
 )  # fmt: skip
 FILES = ('NotoColorEmoji.ttf', 'Apple Color Emoji.ttc', 'seguiemj.ttf', 'TwitterColorEmoji*.ttf', 'JoyPixels*.ttf')
-SIZES = (109, 160, 136, 128, 96, 72, 64)  # bitmap fonts exist in their own sizes alone; Noto's is 109, Apple's 160
+SIZES = (109, 160, 136, 128, 96, 72, 64)  # bitmap fonts open only at sizes that they contain; Noto has 109, Apple 160
 BLOCKS = (
   (0xA9, 0xA9),
   (0xAE, 0xAE),
@@ -26,11 +26,11 @@ BLOCKS = (
   (0x1F000, 0x1FAFF),
 )
 SKIN_TONES, REGIONAL = range(0x1F3FB, 0x1F400), range(0x1F1E6, 0x1F200)  # parts of other emoji
-UNASSIGNED = '\U0001fbfb'  # what a font draws for a character that it does not have
+UNASSIGNED = '\U0001fbfb'  # rendered to see what a font draws for a character that it does not have
 
 
 def find_font() -> str:
-  """The path of a colour-emoji font. Raises FileNotFoundError naming the Debian package when there is none."""
+  """The path of a colour-emoji font. Raises FileNotFoundError, which names the Debian package, when there is none."""
   for folder in FOLDERS:
     for pattern in FILES:
       for path in sorted(Path(folder).expanduser().rglob(pattern)):
@@ -54,7 +54,7 @@ def _font(path: str) -> ImageFont.FreeTypeFont:
 
 
 def render(path: str, character: str) -> np.ndarray:
-  """One glyph, centred on a white square: uint8[S, S, 3], 136 pixels for Noto Color Emoji."""
+  """Renders one glyph, centred on a white square: uint8[S, S, 3]; S is 136 for Noto Color Emoji."""
   font = _font(path)
   left, top, right, bottom = font.getbbox(character)
   width, height = int(right - left), int(bottom - top)
@@ -65,21 +65,21 @@ def render(path: str, character: str) -> np.ndarray:
   return np.asarray(canvas)
 
 
-draw = functools.lru_cache(maxsize=4096)(render)
+cached_render = functools.lru_cache(maxsize=4096)(render)
 
 
 @functools.lru_cache(maxsize=4)
 def characters(path: str) -> tuple[str, ...]:
-  """The single characters that the font draws in colour, in code order, each look once."""
-  seen = {render(path, UNASSIGNED).tobytes()}
+  """The single characters that the font draws in colour, in code order; of equal ones, the first."""
+  looks = {render(path, UNASSIGNED).tobytes()}
   found = []
   for code in (c for first, last in BLOCKS for c in range(first, last + 1)):
     character = chr(code)
     if code in SKIN_TONES or code in REGIONAL or not unicodedata.name(character, ''):
       continue
-    picture = render(path, character)
-    if picture.tobytes() not in seen and (picture != 255).any():
-      seen.add(picture.tobytes())
+    image = render(path, character)
+    if image.tobytes() not in looks and (image != 255).any():
+      looks.add(image.tobytes())
       found.append(character)
   if not found:
     raise ValueError(f'{path} draws no colour emoji; expected a colour-bitmap font such as NotoColorEmoji.ttf.')
@@ -88,7 +88,7 @@ def characters(path: str) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-  """Random-access source: `{'image': uint8[S, S, 3], 'caption': Unicode name in lower case}`; drawn once, then kept."""
+  """Random-access source: `{'image': uint8[S, S, 3], 'caption': Unicode name in lower case}`, with a cache."""
 
   path: str
   characters: tuple[str, ...] = dataclasses.field(repr=False)
@@ -103,11 +103,11 @@ class Emoji:
     return [unicodedata.name(self.characters[index]).lower()]
 
   def __getitem__(self, index: int) -> dict:
-    return {'image': draw(self.path, self.characters[index]), 'caption': self.captions(index)[0]}
+    return {'image': cached_render(self.path, self.characters[index]), 'caption': self.captions(index)[0]}
 
 
 def load(split: str, *, path: str = '', val_fraction: float = 0.05, test_fraction: float = 0.05) -> Emoji:
-  """The emoji of a split, by a hash of the character; `path` names the font file where it is in no usual place."""
+  """The emoji of a split, decided by a hash of the character. `path` is the font file; '' searches the usual places."""
   path = str(Path(path).expanduser()) if path else find_font()
-  drawn = characters(path)
-  return Emoji(path, tuple(drawn[i] for i in sources.divide(drawn, split, val_fraction, test_fraction)))
+  found = characters(path)
+  return Emoji(path, tuple(found[i] for i in sources.divide(found, split, val_fraction, test_fraction)))

@@ -1,4 +1,4 @@
-"""A folder of NAME.jpg (jpeg, png, webp) with NAME.txt beside it, one caption a line; sub-folders count too."""
+"""A folder of NAME.jpg (jpeg, png, webp), each with its captions, one per line, in NAME.txt; sub-folders included."""
 
 import dataclasses
 import os
@@ -14,13 +14,13 @@ class Folder:
   """Random-access source: `{'image': bytes of the file, 'caption': first line or '', 'captions': all lines}`."""
 
   path: str
-  pictures: tuple[str, ...] = dataclasses.field(repr=False)  # relative to path, sorted
+  images: tuple[str, ...] = dataclasses.field(repr=False)  # relative to path, sorted
 
   def __len__(self) -> int:
-    return len(self.pictures)
+    return len(self.images)
 
   def name(self, index: int) -> str:
-    return os.path.join(self.path, self.pictures[index])
+    return os.path.join(self.path, self.images[index])
 
   def __getitem__(self, index: int) -> dict:
     image = Path(self.name(index)).read_bytes()
@@ -33,19 +33,19 @@ class Folder:
 
 
 def load(split: str, *, path: str, val_fraction: float = 0.05, test_fraction: float = 0.0) -> Folder:
-  """The pictures of a split, which a hash of each picture's relative path decides (see `sources.divide`).
+  """The images of a split, which is decided by a hash of each image's relative path (see `sources.divide`).
 
-  Pictures without a caption stay in: they serve a model that needs none, and are skipped by one that does. Raises
-  FileNotFoundError or ValueError when there is no folder, no picture in it, or none in the split.
+  Images without a caption are included: a model that needs none uses them, and one that needs captions skips them.
+  Raises FileNotFoundError or ValueError when there is no such folder, no image in it, or none in the split.
   """
   root = Path(path).expanduser()
   expected = f'expected a folder of NAME{"|".join(SUFFIXES)} with the caption in NAME.txt'
   if not root.is_dir():
-    raise FileNotFoundError(f'config.data.path {path!r} is no folder; {expected}.')
+    raise FileNotFoundError(f'config.data.path {path!r} is not a folder; {expected}.')
   files = (f for f in sources.visible_files(str(root)) if f.lower().endswith(SUFFIXES))
   found = sorted(Path(f).relative_to(root).as_posix() for f in files)
   if not found:
-    raise ValueError(f'config.data.path {path!r} has no pictures; {expected}.')
-  # Without the suffix: NAME.jpg and a later NAME.png are the same picture to a reader, and must not cross splits.
+    raise ValueError(f'config.data.path {path!r} has no images; {expected}.')
+  # Without the suffix, so that NAME.jpg and NAME.png, two versions of one image, are never in different splits.
   keys = [os.path.splitext(f)[0] for f in found]
   return Folder(str(root), tuple(found[i] for i in sources.divide(keys, split, val_fraction, test_fraction)))

@@ -1,9 +1,11 @@
-"""A procedural world of captioned pictures that needs no download: objects in a 3 x 3 grid of cells on a background.
+"""A procedural world of captioned images that needs no download: objects in a 3 x 3 grid of cells on a background.
 
-A `Scene` says what is there, `render` draws it, `describe` puts it into words; they know nothing of each other, so that
-named characters and settings (stories) can grow out of the same scenes. Record k is a function of (seed, split, k).
-Every scene belongs to exactly one of train / val / test by its hash, and the pairs in `UNSEEN_PAIRS` appear in
-`test_unseen` alone, so "held out" means: neither this scene nor, there, this combination was ever trained on.
+A `Scene` lists what is shown, `render` draws it and `describe` puts it into words. These are independent, so that the
+stories of `story_shapes`, with named characters and settings, are made of the same scenes. Record k is a function of
+(seed, split, k).
+
+The hash of a scene assigns it to exactly one of train, val and test, and the pairs in `UNSEEN_PAIRS` appear only in
+`test_unseen`. "Held out" thus means that this scene, and in `test_unseen` also this combination, is never trained on.
 """
 
 import dataclasses
@@ -24,8 +26,8 @@ COLORS = {
   'pink': (252, 142, 196),
 }
 SIZES = {'small': 0.7, 'large': 0.97}  # half extent of an object, in half cells
-# What an object may wear, in the middle column of its cell: which third, counted from the top, and the colours of its
-# upper and lower half.
+# What an object may wear, drawn in the middle third of the columns of its cell: which third of the rows, counted from
+# the top, and the colours of its upper and lower half.
 ACCESSORIES = {
   'hat': (0, (16, 16, 16), (255, 255, 255)),
   'badge': (1, (255, 255, 255), (16, 16, 16)),
@@ -42,8 +44,8 @@ BACKGROUNDS = {
   'stone': (122, 126, 132),
   'dusk': (98, 60, 78),
 }
-GRID = 3  # cells a side
-# One shape and one colour each, so that training shows every shape and every colour with others.
+GRID = 3  # cells per side
+# No shape or colour is in two pairs, so that training shows each of them in other combinations.
 UNSEEN_PAIRS = frozenset(
   {('circle', 'orange'), ('triangle', 'purple'), ('diamond', 'red'), ('cross', 'yellow'), ('heart', 'cyan'),
    ('moon', 'green')}
@@ -58,7 +60,7 @@ _JOINS = (' and ', ' with ', ', ')
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Object:
-  """One thing in a scene; `position` is the index of its cell in raster order, `accessory` one of theirs or ''."""
+  """An object in a scene; `position` is the index of its cell in raster order; `accessory` may be ''."""
 
   position: int
   shape: str
@@ -69,7 +71,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """A background and objects in different cells, in raster order."""
+  """A background, and objects in different cells in raster order."""
 
   background: str
   objects: tuple[Object, ...]
@@ -80,21 +82,21 @@ class Scene:
 
   @property
   def split(self) -> str:
-    """The one split this scene belongs to: 80% train, 10% val, 10% test of those without an unseen pair."""
+    """The only split of this scene; without an unseen pair, 80% are train, 10% val and 10% test."""
     if self.unseen:
       return 'test_unseen'
     key = list(BACKGROUNDS).index(self.background)
     for o in self.objects:
       look = (list(COLORS).index(o.color) * len(SHAPES) + SHAPES.index(o.shape)) * 2 + list(SIZES).index(o.size)
       key = (key * 128 + look) * 9 + o.position + 1
-    key = (key ^ (key >> 16)) * 0x45D9F3B & 0xFFFFFFFF  # a multiplicative hash: neighbouring keys scatter
+    key = (key ^ (key >> 16)) * 0x45D9F3B & 0xFFFFFFFF  # a multiplicative hash, which scatters neighbouring keys
     key = (key ^ (key >> 16)) * 0x45D9F3B & 0xFFFFFFFF
     bucket = (key ^ (key >> 16)) % 10
     return 'val' if bucket == 0 else 'test' if bucket == 1 else 'train'
 
 
 def draw_scene(rng: np.random.Generator, split: str, max_objects: int = 2) -> Scene:
-  """Draws a scene of this split: 1 to `max_objects` objects, each number with equal probability."""
+  """Samples a scene of this split with 1 to `max_objects` objects, each number being equally likely."""
   pick = lambda table, v: tuple(table)[int(v * len(table))]
   while True:
     count = 1 + int(rng.integers(max_objects))
@@ -105,8 +107,8 @@ def draw_scene(rng: np.random.Generator, split: str, max_objects: int = 2) -> Sc
       for cell, (a, b, c) in zip(cells, u[1 + GRID**2 :].reshape(count, 3), strict=True)
     )
     if split == 'train' and any((o.shape, o.color) in UNSEEN_PAIRS for o in objects):
-      objects = tuple(_seen(o, rng) for o in objects)
-    if split == 'test_unseen':  # rejection alone would throw nine of ten draws away
+      objects = tuple(_recolor(o, rng) for o in objects)
+    if split == 'test_unseen':  # rejection alone would discard nine of ten samples
       k = int(rng.integers(count))
       shape, color = sorted(UNSEEN_PAIRS)[int(rng.integers(len(UNSEEN_PAIRS)))]
       objects = (*objects[:k], dataclasses.replace(objects[k], shape=shape, color=color), *objects[k + 1 :])
@@ -115,14 +117,14 @@ def draw_scene(rng: np.random.Generator, split: str, max_objects: int = 2) -> Sc
       return scene
 
 
-def _seen(o: Object, rng: np.random.Generator) -> Object:
-  """The object, repainted if its look is one that training must not show."""
+def _recolor(o: Object, rng: np.random.Generator) -> Object:
+  """Gives an object a new colour if training must not show its shape in the present one."""
   colors = [c for c in COLORS if (o.shape, c) not in UNSEEN_PAIRS]
   return o if o.color in colors else dataclasses.replace(o, color=colors[int(rng.integers(len(colors)))])
 
 
 def change(scene: Scene, rng: np.random.Generator) -> Scene:
-  """A scene of the same split that differs in one attribute (in more if the split has no such neighbour)."""
+  """A scene of the same split that differs in one attribute, or in more if no such scene is found in the split."""
   new = scene
   while new == scene or new.split != scene.split:
     new = _step(new, rng)
@@ -130,7 +132,7 @@ def change(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def _step(scene: Scene, rng: np.random.Generator) -> Scene:
-  """Draws one thing of a scene again: an attribute of an object, the background, how many; it may come out the same."""
+  """Resamples an attribute of an object, the background or the number of objects; the result may be the same."""
   pick = lambda table: tuple(table)[int(rng.integers(len(table)))]
   new = lambda position: Object(position, pick(SHAPES), pick(COLORS), pick(SIZES))
   k = int(rng.integers(len(scene.objects)))
@@ -150,9 +152,9 @@ def _step(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> str:
-  """One of the wordings of a scene; every wording tells every attribute."""
-  words = [f'{name(o)} at the {POSITIONS[o.position]}' for o in scene.objects]
-  objects = _JOINS[int(rng.integers(len(_JOINS)))].join(words)
+  """Describes a scene in one of several wordings, each of which includes every attribute."""
+  phrases = [f'{name(o)} at the {POSITIONS[o.position]}' for o in scene.objects]
+  objects = _JOINS[int(rng.integers(len(_JOINS)))].join(phrases)
   return _SENTENCES[int(rng.integers(len(_SENTENCES)))].format(objects=objects, where=WHERE[scene.background])
 
 
@@ -162,9 +164,9 @@ def name(o: Object) -> str:
 
 
 def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-  """Distance to the outline (negative inside) of a shape in [-1, 1]^2, y down; exact enough for one-pixel edges.
+  """Signed distance to the outline of a shape in [-1, 1]^2, negative inside, y down; accurate enough for 1-pixel edges.
 
-  The proportions make the least distance between any two looks of one colour as large as can be at 16 pixels a cell.
+  The proportions maximise the smallest distance between any two shapes and sizes of one colour at 16 pixels per cell.
   """
   r = np.hypot(x, y)
   match shape:
@@ -185,14 +187,14 @@ def _distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
       discs = np.hypot(np.abs(x) - 0.47, y + 0.4) - 0.5
       wedge = np.maximum((np.abs(x) * 0.76 + (y - 0.95) * 0.65), -0.4 - y)
       return np.minimum(discs, wedge)
-    case 'moon':  # a disc without another one
+    case 'moon':  # a disc minus another one
       return np.maximum(r - 0.96, 0.72 - np.hypot(x - 0.42, y))
   raise ValueError(f'unknown shape {shape!r}; known: {", ".join(SHAPES)}')
 
 
 @functools.lru_cache(maxsize=4096)
 def coverage(shape: str, size: str, position: int, image_size: int) -> tuple[slice, slice, np.ndarray]:
-  """Rows, columns and the share of each pixel there, float32[h, w, 1] in [0, 1], that the object covers."""
+  """The rows and columns of an object's cell, and the fraction of each pixel it covers: float32[h, w, 1] in [0, 1]."""
   row, col = divmod(position, GRID)
   cell = image_size / GRID
   rows = slice(int(row * cell), int(np.ceil((row + 1) * cell)))
@@ -243,7 +245,7 @@ class Shapes:
 
   def _scene_and_rng(self, k: int) -> tuple[Scene, np.random.Generator]:
     if not 0 <= k < self.count:
-      raise IndexError(f'picture {k} of a source of {self.count}')
+      raise IndexError(f'image {k} is out of range for a source of {self.count}')
     family, sibling = divmod(k, self.siblings)
     key = [self.seed, SPLITS.index(self.split), family]
     rng = np.random.default_rng(key)
@@ -267,7 +269,7 @@ class Shapes:
 
 
 def dress(o: Object, rng: np.random.Generator, share: float) -> Object:
-  """The object with an accessory, any of them, with probability `share`."""
+  """Gives an object an accessory, all being equally likely, with probability `share`; else it wears none."""
   worn = tuple(ACCESSORIES)[int(rng.integers(len(ACCESSORIES)))] if rng.random() < share else ''
   return dataclasses.replace(o, accessory=worn)
 
@@ -282,12 +284,12 @@ def load(
   siblings: int = 1,
   accessories: float = 0.0,
 ) -> Shapes:
-  """The pictures of a split; `count` 0 means the most there are: 1,000,000 for train and 2,000 for the others.
+  """The images of a split; `count` 0 means the maximum, 1,000,000 for train and 2,000 for the others.
 
-  `max_objects` above 2 gives crowded pictures, from which an image tokenizer learns faster: more looks a picture.
+  `max_objects` above 2 gives crowded images, from which an image tokenizer learns faster: each shows more objects.
   Records come in families of `siblings`: a scene, and others that differ from it in one attribute (see `change`). In
-  one batch (`data.group`) they are hard negatives for a contrastive loss. Every object wears an accessory, as heroes of
-  stories do, with the probability `accessories`.
+  one batch (`data.group`) they are hard negatives for a contrastive loss. Every object wears an accessory, like the
+  heroes of stories, with probability `accessories`.
   """
   if split not in SPLITS:
     raise ValueError(f'shapes: unknown split {split!r}; expected one of {", ".join(SPLITS)}')

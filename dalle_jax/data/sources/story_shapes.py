@@ -1,9 +1,10 @@
-"""Procedural stories: a hero, known by name alone, in the world of `shapes`. No download, and an oracle can read them.
+"""Procedural stories of a hero in the world of `shapes`, which need no download and which an oracle can read.
 
-A story is a source frame and four frames that continue it. What the hero looks like (shape, colour, accessory) is shown
-by the source frame and told by no caption; nor does the name say it. Where the story plays is shown by the source, too,
-until a caption changes it, and that holds for all later frames whatever their captions leave out; so does the size of a
-hero who grew or shrank. Heroes of `test_unseen` have a pair of shape and colour that no training picture shows.
+A story is a source frame and four frames that continue it. The look of the hero (shape, colour, accessory) is shown by
+the source frame but described by no caption: captions call the hero by a name, which is unrelated to the look. The
+setting is that of the source until a caption changes it, and a change lasts for all later frames, even if their
+captions do not mention it. The same is true of the size of a hero who has grown or shrunk. Heroes of `test_unseen` have
+a pair of shape and colour that no training image shows.
 """
 
 import dataclasses
@@ -17,9 +18,9 @@ from dalle_jax.data.stories import Frames, Story, of_unit
 
 NAMES = ('pip', 'momo', 'lulu', 'bobo', 'kiki', 'zuzu', 'nana', 'titi', 'fifi', 'gogo', 'rara', 'vivi')
 SPLITS = ('train', 'val', 'test_seen', 'test_unseen')
-LENGTH = 5  # frames of a story, the source included
-CHANGE = 0.4  # how often a caption changes the setting, beside a plain move
-ACTIONS = ('moves', 'meets', 'meets', 'size')  # of other captions, equally likely; size: grows if small, else shrinks
+LENGTH = 5  # frames of a story, including the source
+CHANGE = 0.4  # probability that a caption changes the setting, together with a move
+ACTIONS = ('moves', 'meets', 'meets', 'size')  # of other captions, equally likely; size: grow if small, else shrink
 
 _MOVES = ('{name} moves to the {place}', '{name} goes to the {place}')
 _NOW = ('{text}, now {where}', 'now {where} {text}')
@@ -27,13 +28,13 @@ _NOW = ('{text}, now {where}', 'now {where} {text}')
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-  """One frame as it has to be, and what its caption tells of it.
+  """One frame as it should be, and how much of it its caption describes.
 
   Attributes:
     hero: the hero as an object of the scene.
-    met: the other object, all of which the caption tells, or None.
-    tells_size, tells_setting: whether the caption does.
-    silent: the setting is not that of the source, and this caption says nothing of it.
+    met: the other object, which the caption describes completely, or None.
+    tells_size, tells_setting: whether the caption changes the hero's size, and whether it gives the setting.
+    silent: whether the setting differs from that of the source and this caption does not mention it.
   """
 
   scene: Scene
@@ -46,7 +47,7 @@ class Moment:
 
 
 def draw_story(rng: np.random.Generator, split: str) -> tuple[Moment, ...]:
-  """Draws the moments of a story of this split, the source first."""
+  """Samples the moments of a story of this split, the source first."""
   while True:
     moments = _draw(rng, split == 'test_unseen')
     bucket = zlib.crc32(repr([(m.scene, m.caption) for m in moments]).encode()) % 10
@@ -106,7 +107,7 @@ class StoryShapes:
 
   def moments(self, k: int) -> tuple[Moment, ...]:
     if not 0 <= k < self.count:
-      raise IndexError(f'story {k} of a source of {self.count}')
+      raise IndexError(f'story {k} is out of range for a source of {self.count}')
     return draw_story(np.random.default_rng([self.seed, 7, SPLITS.index(self.split), k]), self.split)
 
   def name(self, k: int) -> str:
@@ -129,7 +130,7 @@ class StoryShapes:
 def load(
   split: str, *, image_size: int = 48, seed: int = 0, count: int = 0, unit: str = 'story'
 ) -> StoryShapes | Frames:
-  """The stories of a split; `count` 0 means the most there are: 1,000,000 for train and 2,000 for the others."""
+  """The stories of a split; `count` 0 means the maximum, 1,000,000 for train and 2,000 for the others."""
   if split not in SPLITS:
     raise ValueError(f'story_shapes: unknown split {split!r}; expected one of {", ".join(SPLITS)}')
   if image_size < 8 * shapes.GRID:

@@ -1,10 +1,12 @@
-"""WebDataset tars by random access, uncompressed: NAME.jpg (jpeg, png, webp), its caption in NAME.txt or NAME.json.
+"""Random access to uncompressed WebDataset tars of NAME.jpg (jpeg, png, webp) and NAME.txt or NAME.json, its captions.
 
-PATH is a pattern (DIR/shard-{000..099}.tar, DIR/*.tar), a folder of tars, or one. Members of a tar belong together that
-share a key: all up to the first dot of the last part of their name. So a picture is `a/b.jpg`, not `a/b.seg.jpg`.
+PATH is a pattern (DIR/shard-{000..099}.tar, DIR/*.tar), a folder of tars, or a single tar. The members of a tar that
+share a key form a sample. The key is the name up to the first dot after its last slash, so the image of `a/b` may be
+`a/b.jpg`, but not `a/b.seg.jpg`.
 
-What lies where is read once from the headers of a tar and kept beside it in NAME.tar.index, where that cannot be
-written in ~/.cache/dalle_jax, else in memory; again when the size or the time of the tar has changed.
+The index of a tar, which says where each member is stored, is read from its headers once. It is saved next to the tar
+in NAME.tar.index; where that cannot be written, in ~/.cache/dalle_jax; else only in memory. It is read again when the
+size or modification time of the tar has changed.
 """
 
 import contextlib
@@ -28,7 +30,7 @@ from tqdm import tqdm
 from dalle_jax.data import sources
 from dalle_jax.data.sources.folder import SUFFIXES
 
-ROW = np.dtype(  # a sample: where its picture and its caption begin in the tar, and the picture's name in Index.names
+ROW = np.dtype(  # of a sample: where image and caption begin in the tar, and the name of the image in Index.names
   [('image', '<u8'), ('image_size', '<u4'), ('text', '<u8'), ('text_size', '<u4'), ('json', '?'), ('name', '<u4')]
 )
 FORMAT = 2  # of index files
@@ -38,26 +40,26 @@ TARS = re.compile(r'.*\.(tar|tar\.(gz|bz2|xz|zst)|tgz)')
 COMPRESSED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ': 'xz', b'(\xb5/\xfd': 'zstd'}
 EXPECTED = f'expected tars of NAME{"|".join(SUFFIXES)} with the caption in NAME.txt or NAME.json'
 NOTES = {  # what is wrong with a tar -> its line in the report
-  'cut': '{count} tars are cut off or damaged, only what stands before that is used; the first is {first}',
-  'none': '{count} tars have no pictures; the first is {first}',
-  'alone': '{count} samples have no picture and are left out; the first is {first}',
-  'dots': '{count} pictures are left out, as the name of a sample ends at its first dot; the first is {first}',
+  'cut': '{count} tars are cut off or damaged, and used only up to there; the first is {first}',
+  'none': '{count} tars have no images; the first is {first}',
+  'alone': '{count} samples have no image and are left out; the first is {first}',
+  'dots': '{count} images are left out, as the name of a sample ends at its first dot; the first is {first}',
   'links': '{count} members are links or sparse files and are left out; the first is {first}',
   'again': '{count} members are not the first of their kind in a sample and are left out; the first is {first}',
 }
-Note = tuple[str, int, str]  # a name of NOTES, how often, the first
-OPEN = 256  # tars that a process holds open
-READERS = 8  # of headers at the same time, for file systems that answer late
-NEAR = 2**16  # bytes: picture and caption with less between them are read at once
+Note = tuple[str, int, str]  # a key of NOTES, a count, the first occurrence
+OPEN = 256  # tars that a process keeps open
+READERS = 8  # threads that read headers, for file systems with a high latency
+NEAR = 2**16  # bytes; an image and a caption that are not further apart are read at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-  """Of one tar: ROW[n] of its samples, float64[n] shares of their keys, names that end in NUL, and what is wrong."""
+  """The n samples of one tar and what is wrong with it."""
 
-  rows: np.ndarray
-  shares: np.ndarray
-  names: bytes
+  rows: np.ndarray  # ROW[n]
+  shares: np.ndarray  # float64[n], `sources.share` of the keys
+  names: bytes  # of the images, each followed by NUL
   notes: Sequence[Note]
 
 
@@ -65,9 +67,9 @@ class Tars:
   """Random-access source: `{'image': bytes of the file, 'caption': first line or '', 'captions': all lines}`."""
 
   def __init__(self, shards: Sequence[str], ends: np.ndarray, rows: np.ndarray, lines: Sequence[str]):
-    """`rows` ROW[n] of all shards, one after the other; those of shard k end before ends[k]; `lines` of the report."""
+    """`rows` is ROW[n] of all shards in order, of which shard k has those before ends[k]; `lines` are for `report`."""
     self.shards, self.ends, self.rows, self.lines = shards, ends, rows, lines
-    self._open = functools.lru_cache(OPEN)(io.FileIO)  # which closes itself when nobody uses it
+    self._open = functools.lru_cache(OPEN)(io.FileIO)  # closes itself when it is no longer referenced
 
   def __reduce__(self):
     return Tars, (self.shards, self.ends, self.rows, self.lines)
@@ -85,8 +87,8 @@ class Tars:
 
   def __getitem__(self, index: int) -> dict:
     image, image_size, text, text_size, is_json, _ = self.rows[index].item()
-    picture, caption = self._read(index, (image, image_size), (text, text_size))
-    return {'image': picture, **sources.caption_fields(lambda: _captions(caption, is_json))}
+    stored, caption = self._read(index, (image, image_size), (text, text_size))
+    return {'image': stored, **sources.caption_fields(lambda: _captions(caption, is_json))}
 
   def captions(self, index: int) -> list[str]:
     _, _, text, text_size, is_json, _ = self.rows[index].item()
@@ -94,16 +96,16 @@ class Tars:
     return _captions(caption, is_json)
 
   def report(self) -> list[str]:
-    silent = int((self.rows['text_size'] == 0).sum())
-    lines = [f'{len(self):,} pictures in {len(self.shards):,} tars', *self.lines]
-    return [*lines, f'{silent} of them have no caption'] if silent else lines
+    lines = [f'{len(self):,} images in {len(self.shards):,} tars', *self.lines]
+    without = int((self.rows['text_size'] == 0).sum())
+    return [*lines, f'{without} of them have no caption'] if without else lines
 
   def _read(self, index: int, *spans: tuple[int, int]) -> list[bytes]:
-    """The bytes of (start, size) each, by one call where they are near each other."""
+    """The bytes of spans (start, size) of the shard, by one call if they are near each other."""
     file = self._open(self.shard(index))
-    there = [s for s in spans if s[1]]
-    start, end = min((s for s, _ in there), default=0), max((s + n for s, n in there), default=0)
-    if end - start > sum(n for _, n in there) + NEAR:
+    filled = [(start, size) for start, size in spans if size]
+    start, end = min((s for s, _ in filled), default=0), max((s + n for s, n in filled), default=0)
+    if end - start > sum(n for _, n in filled) + NEAR:
       return [os.pread(file.fileno(), n, s) for s, n in spans]
     whole = os.pread(file.fileno(), end - start, start)
     return [whole[s - start : s - start + n] if n else b'' for s, n in spans]
@@ -126,28 +128,29 @@ def _json_captions(text: bytes) -> list[str]:
 
 
 def load(split: str, *, path: str, val_fraction: float = 0.05, test_fraction: float = 0.0) -> Tars:
-  """The pictures of a split, which a hash of each sample's key decides (see `sources.divide`): tars may be cut anew.
+  """The images of a split, which is decided by a hash of each sample's key (see `sources.divide`).
 
-  Pictures without a caption stay in: they serve a model that needs none, and are skipped by one that does. `report`
-  counts what cannot be used. Raises FileNotFoundError when there is no tar or one of a range is missing; ValueError
-  for one that is compressed or no tar, or when there is no picture, or none in the split.
+  So the split of a sample does not depend on how samples are distributed over tars. Images without a caption are
+  included: a model that needs none uses them, and one that needs captions skips them. `report` counts what cannot be
+  used. Raises FileNotFoundError when there is no tar or one of a range is missing; ValueError for a file that is
+  compressed or not a tar, or when there is no image, or none in the split.
   """
   shards = find(path)
   with ThreadPoolExecutor(READERS) as pool:
     indices = list(tqdm(pool.map(index_of, shards), 'reading headers', len(shards), unit='tars', delay=5.0))
-  known = zip(shards, indices, strict=True)
-  notes = _tally((what, count, f'{shard}{first}') for shard, index in known for what, count, first in index.notes)
+  pairs = zip(shards, indices, strict=True)
+  notes = _tally((what, count, f'{shard}{first}') for shard, index in pairs for what, count, first in index.notes)
   lines = [NOTES[what].format(count=f'{count:,}', first=first) for what, count, first in notes]
   shares = np.concatenate([i.shares for i in indices])
   if not len(shares):
-    raise ValueError(f'config.data.path {path!r} has no pictures; {EXPECTED}. {"; ".join(lines)}.')
+    raise ValueError(f'config.data.path {path!r} has no images; {EXPECTED}. {"; ".join(lines)}.')
   chosen = sources.choose(shares, split, val_fraction, test_fraction)
   ends = np.searchsorted(chosen, np.cumsum([len(i.rows) for i in indices]))
   return Tars(shards, ends, np.concatenate([i.rows for i in indices])[chosen], lines)
 
 
 def find(path: str) -> list[str]:
-  """The tars of a path, in the order of the pattern, else sorted. Raises FileNotFoundError of one line."""
+  """The tars of a path, in the order of its range, else sorted. Raises FileNotFoundError, one line."""
   known = []
   for name in _range(os.path.expanduser(path)):
     if os.path.isdir(name):
@@ -164,7 +167,7 @@ def find(path: str) -> list[str]:
 
 
 def _range(pattern: str) -> list[str]:
-  """'a{08..10}' -> a08, a09, a10; several ranges count as the digits of a number."""
+  """'a{08..10}' -> a08, a09, a10; of several ranges the last one runs fastest."""
   found = re.search(r'\{(\d+)\.\.(\d+)\}', pattern)
   if not found:
     return [pattern]
@@ -177,18 +180,19 @@ def _range(pattern: str) -> list[str]:
 
 
 def index_of(path: str) -> Index:
-  """The index of a tar as it is now. Raises ValueError for what is no tar or compressed, or OSError."""
+  """The index of a tar in its present state. Raises ValueError if it is compressed or not a tar, or OSError."""
   stat = os.stat(path)
   return _index(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(4)
 def _index(path: str, size: int, time: int) -> Index:
-  place = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
   cache = Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'dalle_jax'
-  files, stamp = [Path(f'{path}.index'), cache / f'{place}.tar.index'], [FORMAT, size, time]
-  if found := next(filter(None, (_stored(f, stamp) for f in files)), None):
-    return found
+  digest = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
+  files, stamp = [Path(f'{path}.index'), cache / f'{digest}.tar.index'], [FORMAT, size, time]
+  for file in files:
+    if stored := _stored(file, stamp):
+      return stored
   index = scan(path)
   head = {'of': stamp, 'rows': len(index.rows), 'notes': index.notes}
   whole = b''.join((json.dumps(head).encode(), b'\n', index.rows.tobytes(), index.shares.tobytes(), index.names))
@@ -205,7 +209,7 @@ def _index(path: str, size: int, time: int) -> Index:
 
 
 def _stored(file: Path, stamp: Sequence[int]) -> Index | None:
-  """What an index file holds, or None when there is none, or it is of another tar or torn."""
+  """The index in a file, or None if the file is missing, incomplete or that of another tar."""
   try:
     head, _, rest = file.read_bytes().partition(b'\n')
     meta = json.loads(head)
@@ -220,11 +224,11 @@ def _stored(file: Path, stamp: Sequence[int]) -> Index | None:
 
 
 def scan(path: str) -> Index:
-  """Reads the headers of a tar. Raises ValueError for what is no tar or compressed, or OSError."""
+  """Reads the headers of a tar. Raises ValueError if it is compressed or not a tar, or OSError."""
   size = os.path.getsize(path)
   samples: dict[str, dict[str, tuple[str, int, int]]] = {}  # key -> part -> member, start, size
   notes: list[Note] = []
-  # A damaged header ends the archive for tarfile, without a word.
+  # To tarfile, a damaged header is the end of the archive; it does not report it.
   with _opened(path) as tar, contextlib.suppress(tarfile.ReadError):
     for member in tar:
       plain = member.isreg() and not member.issparse()  # the size of others is not that of their data in the tar
@@ -243,7 +247,7 @@ def scan(path: str) -> Index:
         notes.append(('again' if part else 'dots', 1, f':{member.name}'))
   with open(path, 'rb') as file:
     file.seek(tar.offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # zeros are the end of a tar
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # a tar ends with zeros
       notes.append(('cut', 1, f' at byte {min(tar.offset, size):,}'))
   names, rows, shares, start = [], [], [], 0
   for key, parts in samples.items():
@@ -251,9 +255,9 @@ def scan(path: str) -> Index:
       notes.append(('alone', 1, f':{next(iter(parts.values()))[0]}'))
       continue
     name, image, length = parts['image']
-    told = next((p for p in ('.txt', '.json') if p in parts), '')
-    _, text, text_length = parts.get(told, ('', 0, 0))
-    rows.append((image, length, text, text_length, told == '.json', start))
+    source = next((p for p in ('.txt', '.json') if p in parts), '')
+    _, text, text_length = parts.get(source, ('', 0, 0))
+    rows.append((image, length, text, text_length, source == '.json', start))
     shares.append(sources.share(key))
     names.append(name.encode('utf-8', 'surrogateescape') + b'\0')
     start += len(names[-1])
@@ -270,17 +274,17 @@ def _opened(path: str) -> tarfile.TarFile:
   with open(path, 'rb') as file:
     start = file.read(8)
   if kind := next((kind for magic, kind in COMPRESSED.items() if start.startswith(magic)), None):
-    raise ValueError(f'{path} is compressed ({kind}); unpack it to a plain tar, out of which samples can be picked.')
+    raise ValueError(f'{path} is compressed ({kind}); unpack it to a plain tar, which allows random access.')
   try:
     return tarfile.open(path, 'r:', encoding='utf-8', errors='surrogateescape')
   except tarfile.TarError as e:
-    raise ValueError(f'{path} is no tar ({e}); {EXPECTED}.') from e
+    raise ValueError(f'{path} is not a tar ({e}); {EXPECTED}.') from e
 
 
 def _tally(notes: Iterable[Note]) -> list[Note]:
-  """One note of each kind."""
-  found: dict[str, Note] = {}
+  """Merges notes into one of each kind, with the sum of the counts and the first occurrence."""
+  merged: dict[str, Note] = {}
   for what, count, first in notes:
-    _, before, earliest = found.get(what, (what, 0, first))
-    found[what] = what, before + count, earliest
-  return list(found.values())
+    _, before, earliest = merged.get(what, (what, 0, first))
+    merged[what] = what, before + count, earliest
+  return list(merged.values())

@@ -1,14 +1,14 @@
-"""Any TensorFlow data set with pictures, read without TensorFlow (`pip install -e ".[tfds]"`)."""
+"""Any image data set of TensorFlow Datasets, read without TensorFlow (`pip install -e ".[tfds]"`)."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-SPLITS = {'val': 'validation'}  # what the catalogue calls our splits
+SPLITS = {'val': 'validation'}  # our names of splits -> those of the catalogue
 
 
 def _field(record: Any, name: str) -> Any:
-  """'a.b' of nested dicts. Raises KeyError naming what is there."""
+  """Looks 'a.b' up in nested dicts. Raises KeyError that names the fields there are."""
   for part in name.split('.'):
     if not isinstance(record, Mapping) or part not in record:
       there = ', '.join(record) if isinstance(record, Mapping) else type(record).__name__
@@ -46,16 +46,17 @@ class Tfds:
     elif isinstance(value, (bytes, str)):
       captions = [_text(value)]
     else:
-      captions = [_text(v) for v in value]  # a sequence of captions
+      captions = [_text(v) for v in value]
     return {'image': _field(record, self.image_field), 'caption': captions[0] if captions else '', 'captions': captions}
 
 
 def load(split: str, *, name: str, path: str = '', image_field: str = 'image', caption_field: str = 'caption') -> Tfds:
-  """A split of the data set `name` of the catalogue, downloaded to `path` (default: ~/tensorflow_datasets) if need be.
+  """A split of data set `name` of the catalogue, downloaded to `path` (default: ~/tensorflow_datasets) if necessary.
 
-  Fields may be dotted ('captions.text'); without `caption_field` in the data set the names of its `label` serve. Our
-  val is its validation. Where it has none, slices serve: config.data.split='train[5%:]', config.data.val_split=
-  'train[:5%]'. Raises ValueError, one line, when the package, the data set, the split or a field is missing.
+  Names of fields may be dotted ('captions.text'). If the data set has no `caption_field`, the names of its `label` are
+  the captions. The split val is its validation; where there is none, use slices: config.data.split='train[5%:]' and
+  config.data.val_split='train[:5%]'. Raises ValueError, one line, when the package, the data set, the split or a field
+  is missing.
   """
   try:
     import tensorflow_datasets as tfds
@@ -68,7 +69,7 @@ def load(split: str, *, name: str, path: str = '', image_field: str = 'image', c
     features = builder.info.features
     decoders = {image_field: tfds.decode.SkipDecoding()} if image_field in features else None  # our own ops decode
     records = builder.as_data_source(split, decoders=decoders)
-  except Exception as e:  # of many classes, over many lines
+  except Exception as e:  # of many classes, with messages of many lines
     raise ValueError(
       f'the data set tfds:{name}, split {split!r}, cannot be read: {" ".join(str(e).split())[:300]}'
     ) from e

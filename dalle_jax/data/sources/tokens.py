@@ -1,11 +1,11 @@
-"""Pictures as codes, written once by `pipelines.encode.encode_dataset`: no picture is decoded in training.
+"""Images as VQGAN codes, written once by `pipelines.encode.encode_dataset`, so that training decodes no images.
 
-PATH/SPLIT/meta.json       count, frames, grid, num_codes, dtype, vectors, where it came from; written last: "whole"
+PATH/SPLIT/meta.json       count, frames, grid, num_codes, dtype, vectors, origin; written last: all else is complete
 PATH/SPLIT/tokens.bin      count x frames x (h * w) codes of `dtype`, row by row
-PATH/SPLIT/captions.jsonl  a list of captions a line
-PATH/SPLIT/captions.ends   int64, where each of these lines ends; without it they are looked for
-PATH/SPLIT/vectors.bin     float32 sentence embeddings, count x (frames - 1) x `vectors`, where there are any
-`frames` is 1 for pictures; the first of several is the source of a story.
+PATH/SPLIT/captions.jsonl  on each line, the list of captions of a record
+PATH/SPLIT/captions.ends   int64, where each of these lines ends; without it, the ends are searched for
+PATH/SPLIT/vectors.bin     float32 sentence embeddings, count x (frames - 1) x `vectors` (optional)
+`frames` is 1 for single images; the first of several frames is the source of a story.
 """
 
 import json
@@ -14,32 +14,33 @@ from pathlib import Path
 
 import numpy as np
 
-CHUNK = 2**24  # bytes of captions that are looked through at a time
+CHUNK = 2**24  # bytes of captions that are searched for line ends at a time
 
 
 def line_ends(captions: Path) -> np.ndarray:
-  """Where the lines of a file end, int64; in pieces, as the captions of a large data set are as large as memory."""
+  """Where the lines of a file end, int64. It is read in chunks, as large data sets have more captions than memory."""
 
-  def pieces() -> Iterator[np.ndarray]:
-    whole = np.memmap(captions, np.uint8, 'r') if captions.stat().st_size else np.zeros(0, np.uint8)
-    for start in range(0, len(whole), CHUNK):
-      yield np.flatnonzero(whole[start : start + CHUNK] == ord('\n')) + start
+  def chunks() -> Iterator[np.ndarray]:
+    text = np.memmap(captions, np.uint8, 'r') if captions.stat().st_size else np.zeros(0, np.uint8)
+    for start in range(0, len(text), CHUNK):
+      yield np.flatnonzero(text[start : start + CHUNK] == ord('\n')) + start
 
-  return np.concatenate([np.zeros(0, np.int64), *pieces()])
+  return np.concatenate([np.zeros(0, np.int64), *chunks()])
 
 
 class Tokens:
-  """Random-access source: `{'tokens': int32[h * w], 'caption': str, 'captions': list[str]}`, read from the disk.
+  """Random-access source: `{'tokens': int32[h * w], 'caption': str, 'captions': list[str]}`, read from disk.
 
-  Of stories: tokens int32[F, h * w], F captions and, if encoded with them, vectors float32[F, d] (0 for the source).
+  Stories have tokens int32[F, h * w], F captions and, if they were encoded with them, vectors float32[F, d] (0 for the
+  source).
   """
 
   def __init__(self, path: str | Path):
-    """Raises FileNotFoundError when the folder is not a finished encoded data set, ValueError when it is damaged."""
+    """Raises FileNotFoundError when the folder is not a complete encoded data set, ValueError when it is damaged."""
     self.path = Path(path)
     meta = self.path / 'meta.json'
     if not meta.is_file():
-      raise FileNotFoundError(f'{path} holds no encoded data set; encode one first (config.encode.enabled=True).')
+      raise FileNotFoundError(f'{path} has no encoded data set; encode one first (config.encode.enabled=True).')
     self.meta = json.loads(meta.read_text())
     count, self.frames, dim = self.meta['count'], self.meta.get('frames', 1), self.meta.get('vectors', 0)
     width = self.frames * int(np.prod(self.meta['grid']))
@@ -60,7 +61,7 @@ class Tokens:
     self._ends = np.memmap(ends, np.int64, 'r') if stored else line_ends(captions)
     if len(self._ends) != count or (count and self._ends[-1] + 1 != len(self._captions)):
       raise ValueError(
-        f'{path} is damaged: {len(self._ends)} lines of captions for {count}; delete it to encode again.'
+        f'{path} is damaged: {len(self._ends)} lines of captions for {count} records; delete it to encode again.'
       )
 
   def __reduce__(self):
@@ -85,5 +86,5 @@ class Tokens:
 
 
 def load(split: str, *, path: str) -> Tokens:
-  """The encoded pictures of PATH/SPLIT."""
+  """The encoded images of PATH/SPLIT."""
   return Tokens(Path(path).expanduser() / split)
