@@ -120,7 +120,7 @@ class Examples:
     is_story = 'frames' in record or np.ndim(record.get('tokens', ())) == 2
     captions = list(record.get('captions') or [record['caption']])
     if is_story:  # the source frame needs no caption
-      described = all(c.strip() for c in captions[1:])
+      described = len(captions) > 1 and all(c.strip() for c in captions[1:])
     else:
       captions = [c for c in captions if c.strip()]
       described = bool(captions)

@@ -268,6 +268,18 @@ def test_tokens_take_the_place_of_the_picture():
   assert batch['tokens'].shape == (8, 6) and batch['tokens'].dtype == np.int32
 
 
+def test_an_encoded_story_without_captions_is_skipped():
+  class Encoded(Numbered):
+    def __getitem__(self, index):
+      captions = [] if index in self.silent else [''] + [f'number {index}'] * 2
+      return {'tokens': np.full((3, 4), index, np.uint16), 'caption': '', 'captions': captions}
+
+  stream = loader(Encoded(4, silent=[1]), shuffle=False, batch_size=4)
+  assert next(stream)['text'][:, :, 0].tolist() == [[0, 0], [2, 2], [2, 2], [3, 3]]
+  assert stream.skipped == {'picture-1': 1}
+  stream.close()
+
+
 @pytest.mark.parametrize(
   'bad, message',
   [
