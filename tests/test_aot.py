@@ -87,7 +87,7 @@ def test_loops_count_as_often_as_they_run():
   assert not entry.each and inner.each[0] == (2 * 8 * 4 * 4, (8 * 4 + 4 * 4 + 8 * 4) * 4)
   (gather,), (reduce,) = outer.collectives, inner.collectives
   assert gather == costs.Collective('all-gather', 8 * 16 * 4, ((0, 1, 2, 3),), True)
-  assert reduce == costs.Collective('all-reduce', 8 * 4 * 4, ((0, 1), (2, 3)), False, 'a')
+  assert reduce == costs.Collective('all-reduce', 8 * 4 * 4, ((0, 1), (2, 3)), False)
   assert (gather.sent, reduce.sent) == (8 * 16 * 4 * 3 / 4, 2 * 8 * 4 * 4 / 2)
 
 
