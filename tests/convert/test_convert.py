@@ -1,6 +1,7 @@
 """Importing as a user does it: the command, what it writes, and every way in which it can go wrong in one line."""
 
 import io
+import json
 import pickle
 import random
 import shutil
@@ -100,6 +101,17 @@ def test_an_imported_vqgan_is_fine_tuned_with_its_discriminator_and_lpips(tmp_pa
   before, after = (checkpoint.load_run(path).network('discriminator') for path in (base, run))
   assert (before['norm_1']['mean'] == after['norm_1']['mean']).all()
   assert (before['norm_1']['scale'] != after['norm_1']['scale']).any()
+
+
+def test_a_rudalle_file_that_does_not_name_its_version_gets_a_note(tmp_path):
+  sizes = json.loads((FIXTURES / 'rudalle' / 'model_params.json').read_text())
+  weights = tmp_path / 'pytorch_model.bin'
+  shutil.copy(FIXTURES / 'rudalle' / 'pytorch_model_v2.bin', weights)
+  (tmp_path / 'config.json').write_text(json.dumps(sizes['v2']))
+  for version, noted in (('', True), ('v2', False)):
+    imported = rudalle.read(weights, version=version)
+    assert any('gives no version, so it was read as v3' in note for note in imported.notes) == noted
+    assert imported.config['model']['layout'] == ('no_start' if noted else 'shifted')
 
 
 def test_a_tokenizer_of_youtokentome(tmp_path):

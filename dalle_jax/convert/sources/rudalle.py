@@ -65,16 +65,16 @@ def rows(depth: int, words: int, sandwich: bool, start: bool) -> list[Row]:
 
 
 def settings(weights: Path, version: str) -> tuple[Mapping[str, Any], str]:
-  """The sizes beside the weights, of the version that the file or `version` names, and that version."""
+  """The sizes in the config next to the weights, and the version by `version` or the file name; '' if neither says."""
   file = next((p for n in ('model_params.json', 'config.json') if (p := weights.parent / n).is_file()), None)
   known = files.config(file) if file else {}
   several = {k: v for k, v in known.items() if isinstance(v, dict)}
-  named_so = version or next((v for v in VERSIONS if v in weights.stem), '')
-  if named_so and named_so not in VERSIONS:
-    raise ValueError(f'version {named_so!r} is unknown; there are {", ".join(VERSIONS)}.')
-  if several and named_so not in several:
-    raise ValueError(f'{file} has {", ".join(several)}; say which with --version.')
-  return (several[named_so] if several else known), named_so or 'v3'
+  version = version or next((v for v in VERSIONS if v in weights.stem), '')
+  if version and version not in VERSIONS:
+    raise ValueError(f'version {version!r} is unknown; the options are {", ".join(VERSIONS)}.')
+  if several and version not in several:
+    raise ValueError(f'{file} describes {", ".join(several)}; choose one with --version.')
+  return (several[version] if several else known), version
 
 
 def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Imported:
@@ -89,6 +89,9 @@ def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Im
   depth, text = files.layers(theirs, r'transformer\.layers\.(\d+)\.'), positions - 1
   sandwich = any(k.endswith('before_first_addition_layernorm.weight') for k in theirs)
   notes = []
+  if not version:
+    version = 'v3'
+    notes.append(f'the name {weights.name} gives no version, so it was read as v3; for a v2 model give --version v2')
   if not heads and 'num_attention_heads' not in known:
     notes.append(f'nothing tells the number of heads, so they have {HEAD_DIM} numbers each; give it with --heads')
   model = dict(
