@@ -127,55 +127,66 @@ def convert(
 
   Raises ValueError naming every tensor that is missing, not expected, used twice, or of another shape.
   """
-  left_out = [k for k in theirs if any(re.fullmatch(pattern, k) for pattern in ignore)]
+  if problems := _audit(rows, theirs, expected, ignore):
+    more = f'; and {len(problems) - SHOWN} more' if len(problems) > SHOWN else ''
+    raise ValueError(f'{source} does not fit its config: {"; ".join(problems[:SHOWN])}{more}.')
+  params: dict[str, np.ndarray] = {}
+  for r in rows:
+    shape = tuple(expected[r.ours].shape)
+    if _absent(r, theirs):
+      params[r.ours] = np.full(shape, r.missing, np.float32)
+      continue
+    value = np.empty(shape, np.float32)
+    for layer, names in enumerate(r.theirs):
+      target = value[layer : layer + 1] if r.stacked else value
+      target[...] = r.op(*(_read(theirs[name], name) for name in names)).reshape(target.shape)
+    params[r.ours] = value
+  return params
+
+
+def _audit(
+  rows: Sequence[Row], theirs: Mapping[str, Any], expected: Mapping[str, Any], ignore: Sequence[str]
+) -> list[str]:
+  """Every reason why the rows do not turn the checkpoint into our parameters; no tensor is read."""
+  ignored = {k for k in theirs if any(re.fullmatch(pattern, k) for pattern in ignore)}
   used = Counter((name, id(r.op)) for r in rows for names in r.theirs for name in names)
   known = {name for name, _ in used}
   ours = Counter(r.ours for r in rows)
-  present = lambda r: any(name in theirs for names in r.theirs for name in names)
-  filled = {r.ours for r in rows if r.missing is not None and not present(r)}
-  wanted = {name for r in rows if r.ours not in filled for names in r.theirs for name in names}
-  lines = [f'missing {name}' for name in sorted(wanted - set(theirs))]
-  lines += [f'unexpected {k} {list(theirs[k].shape)}' for k in sorted(set(theirs) - known - set(left_out))]
-  lines += [f'{name} is used twice' for (name, _), n in used.items() if n > 1]
-  lines += [f'our {name} comes twice' for name, n in ours.items() if n > 1]
-  lines += [f'our {name} is not in the network' for name in sorted(set(ours) - set(expected))]
-  lines += [f'our {name} comes from nowhere' for name in sorted(set(expected) - set(ours))]
-  found: dict[str, np.ndarray] = {}
+  needed = {name for r in rows if not _absent(r, theirs) for names in r.theirs for name in names}
+  problems = [f'missing {name}' for name in sorted(needed - set(theirs))]
+  problems += [f'unexpected {k} {list(theirs[k].shape)}' for k in sorted(set(theirs) - known - ignored)]
+  problems += [f'{name} is used twice' for (name, _), n in used.items() if n > 1]
+  problems += [f'our {name} is produced twice' for name, n in ours.items() if n > 1]
+  problems += [f'our {name} is not in the network' for name in sorted(set(ours) - set(expected))]
+  problems += [f'our {name} has no source' for name in sorted(set(expected) - set(ours))]
   for r in rows:
-    if lines and (r.ours not in expected or any(name not in theirs for names in r.theirs for name in names)):
-      continue
-    shape = tuple(expected[r.ours].shape)
-    if r.ours in filled:
-      found[r.ours] = np.full(shape, r.missing, np.float32)
-      continue
-    if r.stacked and len(r.theirs) != shape[0]:
-      lines.append(f'our {r.ours} has {shape[0]} layers, theirs {len(r.theirs)}')
-      continue
-    if lines:  # what follows reads whole tensors: not for an error that is known already, but for shapes
-      if r.op in (same, linear, conv) and len(r.theirs[0]) == 1:
-        lines += _misshapen(r, theirs, shape)
-      continue
-    made = np.empty(shape, np.float32)
-    for layer, names in enumerate(r.theirs):
-      value = r.op(*(_read(theirs[name], name) for name in names))
-      inner = shape[1:] if r.stacked else shape
-      if not fits(value.shape, inner):
-        lines.append(f'{", ".join(names)} gives {list(value.shape)}, expected {list(inner)} for our {r.ours}')
-        break
-      made[layer if r.stacked else ...] = value.reshape(inner)
-    found[r.ours] = made
-  if lines:
-    more = f'; and {len(lines) - SHOWN} more' if len(lines) > SHOWN else ''
-    raise ValueError(f'{source} does not fit its config: {"; ".join(lines[:SHOWN])}{more}.')
-  return found
+    if r.ours in expected and not _absent(r, theirs):
+      problems += _misshapen(r, theirs, tuple(expected[r.ours].shape))
+  return problems
+
+
+def _absent(r: Row, theirs: Mapping[str, Any]) -> bool:
+  """Whether the checkpoint has none of the tensors of a row that may do without them."""
+  return r.missing is not None and not any(name in theirs for names in r.theirs for name in names)
 
 
 def _misshapen(r: Row, theirs: Mapping[str, Any], shape: tuple[int, ...]) -> list[str]:
-  name, inner = r.theirs[0][0], shape[1:] if r.stacked else shape
-  turned = r.op(np.broadcast_to(np.float32(0), theirs[name].shape)) if r.op is not same else theirs[name]
-  return (
-    [] if fits(turned.shape, inner) else [f'{name} is {list(theirs[name].shape)}, expected what gives {list(inner)}']
-  )
+  """The tensors of a row whose shapes do not give ours, found by running its operation on zeros of those shapes."""
+  if r.stacked and len(r.theirs) != shape[0]:
+    return [f'our {r.ours} has {shape[0]} layers, theirs {len(r.theirs)}']
+  inner, problems = shape[1:] if r.stacked else shape, []
+  for names in r.theirs:
+    if any(name not in theirs for name in names):
+      continue
+    zeros = [np.broadcast_to(np.float32(0), theirs[name].shape) for name in names]
+    try:
+      fit = fits(r.op(*zeros).shape, inner)
+    except (ValueError, IndexError):  # the operation needs other axes
+      fit = False
+    if not fit:
+      given = ' and '.join(f'{name} {list(theirs[name].shape)}' for name in names)
+      problems.append(f'{given} does not give {list(inner)} for our {r.ours}')
+  return problems
 
 
 def _read(tensor: Any, name: str) -> np.ndarray:

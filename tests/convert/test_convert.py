@@ -177,7 +177,7 @@ def test_missing_and_damaged_files_are_one_line(mindalle, tmp_path, capsys):
   (folder / 'config.yaml').write_text(config.replace('n_layers: 3', 'n_layers: 2').replace('n_dense_layers: 2', ''))
   expect('unexpected blocks.2.attn.key.bias')
   (folder / 'config.yaml').write_text(config.replace('embed_dim: 48', 'embed_dim: 96'))
-  expect('expected what gives [96]')
+  expect('does not give [96] for our blocks/blocks/block_0/norm_1/scale')
   (folder / 'config.yaml').write_text(config)
   shutil.rmtree(folder / 'tokenizer')
   expect('expected the vocabulary and merges of the tokenizer')
@@ -194,14 +194,23 @@ def test_every_tensor_is_accounted_for():
   assert found['b'].shape == (3, 2) and found['a'].dtype == np.float32
   for wrong, message in (
     (rows, r'it does not fit its config: unexpected junk \[1\]'),
-    ([rows[0]], r'unexpected y \[2, 3\].*our b comes from nowhere'),
+    ([rows[0]], r'unexpected y \[2, 3\].*our b has no source'),
     ([*rows, engine.row('c', 'x')], 'x is used twice; our c is not in the network'),
-    ([*rows, engine.row('a', 'junk')], 'our a comes twice'),
+    ([*rows, engine.row('a', 'junk')], 'our a is produced twice'),
     ([rows[0], engine.row('b', 'z')], r'missing z; unexpected junk \[1\]; unexpected y'),
-    ([engine.row('a', 'y'), engine.row('b', 'x')], r'y is \[2, 3\], expected what gives \[2\]'),
+    ([engine.row('a', 'y'), engine.row('b', 'x')], r'y \[2, 3\] does not give \[2\] for our a'),
   ):
     with pytest.raises(ValueError, match=message):
       engine.convert('it', wrong, theirs, shapes)
+  # A shape that an operation cannot take is named, and no tensor is read before all of them are known to fit.
+  unread = types.SimpleNamespace(shape=(3, 2), numpy=lambda: pytest.fail('it was read'))
+  for op in (engine.conv, lambda x: x @ np.ones(3), lambda x: x[5], engine.part(0, 2)):
+    with pytest.raises(ValueError, match=r'it does not fit its config: x \[3, 2\] does not give \[2\] for our a\.'):
+      engine.convert('it', [engine.row('a', 'x', op)], {'x': unread}, {'a': np.zeros(2)})
+  layers = [engine.Row('a', (('x',), ('y',)), engine.same, stacked=True)]
+  for shape, message in (((3, 2), 'our a has 3 layers, theirs 2'), ((2, 5), r'x \[2\] does not give \[5\] for our a')):
+    with pytest.raises(ValueError, match=message):
+      engine.convert('it', layers, {'x': np.ones(2), 'y': np.ones(5)}, {'a': np.zeros(shape)})
   assert not engine.fits((2, 3), (3, 2)) and engine.fits((6, 4), (6, 2, 2)) and engine.fits((1, 5, 1, 1), (5,))
 
 
