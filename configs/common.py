@@ -92,7 +92,7 @@ def base() -> ConfigDict:
       b2=0.95,
       eps=1e-8,
       weight_decay=0.0,
-      decay='kernel$',  # regex: names of the parameters that decay
+      decay='kernel$|_head$',  # regex: names of the parameters that decay; DALL-E's heads are plain matrices
       schedule='cosine',  # constant, cosine, linear, rsqrt, halving
       half_life=0,  # steps after which the rate of schedule 'halving' is half of what it was
       lr_end=0.0,  # as a fraction of lr
