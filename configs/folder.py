@@ -5,7 +5,8 @@
   python sample.py --run runs/mine/dalle --clip runs/mine/clip --prompt "..." --n 8
 WebDataset tars instead: `--config.data.source=tars --config.data.path='DIR/shard-{000..099}.tar'`.
 Three stages: VQGAN, CLIP (for reranking), DALL-E; `:vqgan`, `:clip`, `:dalle` run one. With size=256 the networks
-are those of the paper's layout (f = 8: 32 x 32 codes), else small ones.
+are those of the paper's layout (f = 8: 32 x 32 codes), else small ones. Only the VQGAN sees mirrored images: for the
+stages that read captions they would make "left" and "right" wrong.
 A few hundred pictures are learnt by heart, no more.
 """
 
@@ -18,7 +19,7 @@ def get_config(arg: str = ''):
   arg = common.parse_arg(arg, stage='', size=64, batch=16, steps=3_000)
   c = common.base()
   c.stages, c.root = STAGES, 'runs/folder'
-  c.data.update(source='folder', image_size=arg.size, augment='random_crop,flip', batch_size=arg.batch)
+  c.data.update(source='folder', image_size=arg.size, augment='random_crop', batch_size=arg.batch)
   c.tokenizer.update(vocab_size=4_096, length=32)
   large = arg.size >= 256
 
@@ -29,6 +30,7 @@ def get_config(arg: str = ''):
     if not large:
       c.loss.update(beta=0.1, ema_decay=0.97)  # a few hundred pictures: codes must follow them fast
     c.tokenizer.vocab_size = 0
+    c.data.augment = 'random_crop,flip'
     c.optim.update(lr=1e-4 if large else 1e-3, warmup=100)
     c.train.update(steps=arg.steps, log_every=50, checkpoint_every=500, eval_every=1_000)
 

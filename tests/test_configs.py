@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import common
+from configs import common, folder
 from dalle_jax.models import dalle
 from dalle_jax.training import optim, sharding
 
@@ -20,3 +20,8 @@ def test_by_default_all_weight_matrices_decay_and_nothing_else(head):
   still = r'dalle/((text|image)_embed|\w+_positions|start)|.*(bias|scale)'
   assert {name: not re.fullmatch(still, name) for name in mask} == mask
   assert ('dalle/text_head' in mask) == ('dalle/image_head' in mask) == (head != 'tied')
+
+
+def test_only_stages_without_captions_flip_the_images_of_a_folder():
+  augment = {stage: folder.get_config(stage).data.augment for stage in folder.STAGES}
+  assert augment == {'vqgan': 'random_crop,flip', 'clip': 'random_crop', 'dalle': ''}
