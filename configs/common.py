@@ -41,6 +41,12 @@ ON_TPU = dict(
   xla_tpu_enable_windowed_einsum_for_all_gather=False,
 )
 
+# Character names that become tokens of their own.
+CHARACTERS = {
+  'pororo': ('pororo', 'loopy', 'eddy', 'harry', 'poby', 'tongtong', 'crong', 'rody', 'petty'),
+  'flintstones': ('fred', 'barney', 'wilma', 'betty', 'pebbles', 'dino', 'slate'),
+}
+
 # For train.xla_options: else XLA of jax 0.10 hands all of a small VQGAN to YNNPACK, where a step takes twice as long.
 CONVOLUTIONS_ON_CPU = dict(xla_cpu_experimental_ynn_fusion_type='LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT')
 
@@ -160,9 +166,14 @@ def story(
   c.train.update(steps=50 * stories // arg.batch, log_every=100, checkpoint_every=2_000, eval_every=2_000, pictures=4)
   c.mesh.update(MESHES['fsdp'])
   if arg.adapt == 'prompt':
-    c.model.prompt = 32
-    c.optim.groups = dict(dalle=dict(frozen=True))
+    prompt_tuning(c)
   return c
+
+
+def prompt_tuning(c: ConfigDict) -> None:
+  """Freezes the DALL-E of a StoryDALL-E and puts a learned prompt of 32 vectors before its input."""
+  c.model.prompt = 32
+  c.optim.groups = dict(dalle=dict(frozen=True))
 
 
 def storyganc(source: str, arg: ConfigDict, *, stories: int, labels: int = 0, frames: int = 4) -> ConfigDict:

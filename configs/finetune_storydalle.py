@@ -9,10 +9,6 @@ DALL-E. Every third block looks at the source frame, as in the released model (M
 from configs import common
 
 STORIES = {'pororo': 10_191, 'flintstones': 20_132, 'didemo': 11_550, 'shapes': 8_000}
-NAMES = {
-  'pororo': ('pororo', 'loopy', 'eddy', 'harry', 'poby', 'tongtong', 'crong', 'rody', 'petty'),
-  'flintstones': ('fred', 'barney', 'wilma', 'betty', 'pebbles', 'dino', 'slate'),
-}
 
 
 def get_config(arg: str = ''):
@@ -23,7 +19,9 @@ def get_config(arg: str = ''):
     raise ValueError(f'data {arg.data!r} is unknown; there are {", ".join(STORIES)}.')
   arg.variant = 'init'
   frames = 2 if arg.data == 'didemo' else 4
-  c = common.story(arg.data, arg, stories=STORIES[arg.data], new_tokens=NAMES.get(arg.data, ()), frames=frames)
+  c = common.story(
+    arg.data, arg, stories=STORIES[arg.data], new_tokens=common.CHARACTERS.get(arg.data, ()), frames=frames
+  )
   c.run_dir = f'runs/{arg.data}'
   c.model.retro = 3
   c.init.path = arg.base

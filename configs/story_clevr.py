@@ -49,8 +49,7 @@ def get_config(arg: str = ''):
     c.optim.update(lr=1e-3, b2=0.99, weight_decay=0.045, warmup=50)
     steps(300, every=150)
     if prompt:
-      c.model.prompt = 32
-      c.optim.groups = dict(dalle=dict(frozen=True))
+      common.prompt_tuning(c)
 
   if arg.stage:
     common.choose_stage(c, arg.stage, dict(vqgan=vqgan, dalle=dalle, story=story, prompt=lambda c: story(c, True)))

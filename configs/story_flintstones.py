@@ -10,9 +10,7 @@ To match on test: FID 26.49, character F1 73.43, frame accuracy 55.19; by prompt
 
 from configs import common
 
-NAMES = ('fred', 'barney', 'wilma', 'betty', 'pebbles', 'dino', 'slate')
-
 
 def get_config(arg: str = ''):
   arg = common.parse_arg(arg, adapt='finetune', variant='init', sentences='data', batch=4, lr=1e-5)
-  return common.story('flintstones', arg, stories=20_132, new_tokens=NAMES)
+  return common.story('flintstones', arg, stories=20_132, new_tokens=common.CHARACTERS['flintstones'])

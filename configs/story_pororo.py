@@ -10,9 +10,7 @@ To match on test: FID 25.90, character F1 36.97, frame accuracy 17.26; by prompt
 
 from configs import common
 
-NAMES = ('pororo', 'loopy', 'eddy', 'harry', 'poby', 'tongtong', 'crong', 'rody', 'petty')
-
 
 def get_config(arg: str = ''):
   arg = common.parse_arg(arg, adapt='finetune', variant='init', sentences='data', batch=4, lr=1e-4)
-  return common.story('pororo', arg, stories=10_191, new_tokens=NAMES)
+  return common.story('pororo', arg, stories=10_191, new_tokens=common.CHARACTERS['pororo'])

@@ -53,5 +53,4 @@ def story(c, variant: str = 'full', steps: int = 1_500):
   c.optim.update(name='adamw', lr=1e-3, b1=0.9, b2=0.99, weight_decay=0.045, warmup=50, clip=1.0, schedule='cosine')
   c.train.update(steps=steps, ema=0.0, log_every=50, checkpoint_every=500, eval_every=1_500, pictures=4)
   if variant == 'prompt':
-    c.model.prompt = 32
-    c.optim.groups = dict(dalle=dict(frozen=True))
+    common.prompt_tuning(c)
