@@ -418,7 +418,7 @@ def test_a_step_and_a_sampler_for_devices_of_this_machine(capsys):
   kinds = {c.kind for r in step.regions for c in r.collectives}
   assert 'all-gather' in kinds and kinds & {'reduce-scatter', 'all-reduce'}
   assert sampler.bytes > 0 and any(r.times > 1 for r in sampler.regions)
-  assert 'x those of the model' in capsys.readouterr().out
+  assert 'times the model FLOPs' in capsys.readouterr().out
 
 
 def test_a_step_beside_a_frozen_clip(capsys):
@@ -429,7 +429,7 @@ def test_a_step_beside_a_frozen_clip(capsys):
     plan = Plan(config, mesh, clip_variant='test', batch_per_chip=8)
     assert plan.batch['clip_text'].shape == (32, 8) and set(plan.frozen) == {'clip'}
     assert command.report(plan, plan.step(), mesh)
-  assert 'FLOPs a chip' in capsys.readouterr().out
+  assert 'FLOPs per chip' in capsys.readouterr().out
 
 
 def test_what_does_not_fit_ends_with_status_1(monkeypatch, capsys):
@@ -438,9 +438,9 @@ def test_what_does_not_fit_ends_with_status_1(monkeypatch, capsys):
   monkeypatch.setattr(command.metrics, 'peak_flops', lambda _: 1e12)
   with sharding.use(dict(data=-1), ()) as mesh:
     for compiled, said in (
-      (Program('sampler', 1.0, arguments=9 * 10**8), '0.90 GB: arguments 0.90, the rest 0.00; of 1.0 (90%), fits'),
-      (Program('sampler', 1.0, arguments=9 * 10**8, code=2 * 10**8), 'of 1.0 (110%), DOES NOT FIT'),
-      (Program('sampler', 1.0, needs='20G of 16G'), 'does not fit: it needs 20G of 16G of the memory of a chip'),
+      (Program('sampler', 1.0, arguments=9 * 10**8), '0.90 GB: arguments 0.90, other 0.00; 90% of 1.0 GB, fits'),
+      (Program('sampler', 1.0, arguments=9 * 10**8, code=2 * 10**8), '110% of 1.0 GB, DOES NOT FIT'),
+      (Program('sampler', 1.0, needs='20G of 16G'), 'does not fit: it needs 20G of 16G of memory per chip'),
     ):
       fits = command.report(None, compiled, mesh)
       assert fits == ('not' not in said.lower()) and said in capsys.readouterr().out
@@ -454,17 +454,17 @@ def test_plans_that_cannot_be_made():
   with sharding.use(config.mesh, config.rules) as mesh:
     with pytest.raises(ValueError, match='a batch of 8 is not divisible by 16'):
       Plan(config, mesh, vqgan='test', batch_per_chip=1)
-    with pytest.raises(ValueError, match='only the sampler of the objective dalle is compiled, not that of vqgan'):
+    with pytest.raises(ValueError, match='the sampler is compiled only for the objective dalle, not for vqgan'):
       command.check(ConfigDict(dict(objective='vqgan')), [], vqgan='test', programs=['sampler'])
     config.frozen.roberta = ''
-    with pytest.raises(ValueError, match='frozen has roberta; shapes can stand in for'):
+    with pytest.raises(ValueError, match='frozen has roberta; only a VQGAN and a CLIP can be replaced'):
       Plan(config, mesh, vqgan='test')
 
 
 @pytest.mark.parametrize(
   'arguments, error',
   [
-    (['--config=configs/quickstart.py'], 'choose one: --config FILE.py:STAGE'),
+    (['--config=configs/quickstart.py'], 'choose one with --config FILE.py:STAGE'),
     (['--config=configs/dalle_paper.py:1.3b'], 'libtpu, is not installed|give --topology'),
   ],
 )

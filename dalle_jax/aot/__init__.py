@@ -1,1 +1,1 @@
-"""Ahead of time: compiles training and sampling for TPUs or GPUs that are not there; do they fit, and scale?"""
+"""Ahead-of-time compilation of training and sampling for TPUs or GPUs that need not be present."""

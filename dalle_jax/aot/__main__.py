@@ -1,4 +1,6 @@
-"""Compiles training step and sampler of a config for TPUs or GPUs that are not there: do they fit, how fast at best?
+"""Compiles the training step and the sampler of a config for TPUs or GPUs that need not be present.
+
+Prints whether they fit into memory, and how fast they are at best.
 
   python -m dalle_jax.aot --config configs/dalle_paper.py:12b --topology v5p:8x8x4
   python -m dalle_jax.aot --config configs/dalle_paper.py:1.3b --topology v5e:4x4 --batch_per_chip 8 \\
@@ -7,9 +9,8 @@
     --config.mesh.data=-1 --config.mesh.fsdp=1
   python -m dalle_jax.aot --config configs/unclip_paper.py:unclip --topology v5e:16x16 --program step
   python -m dalle_jax.aot --config configs/dalle_paper.py:1.3b --topology h200:2x8    # two nodes of eight GPUs
-Needs the compiler for TPUs (pip install -e ".[aot]") or GPUs (`[cuda]`), and exits with 1 when a program does not
-fit. docs/scaling.md says what the estimates are worth. `--debug` shows the traceback of an error that is otherwise one
-line.
+Needs the compiler for TPUs (pip install -e ".[aot]") or GPUs (`[cuda]`). Exits with status 1 if a program does not fit.
+docs/scaling.md describes how far the estimates can be trusted. `--debug` shows tracebacks.
 """
 
 import sys
@@ -29,15 +30,15 @@ PROGRAMS = ('step', 'sampler')
 
 
 def own_flags() -> flags.FlagValues:
-  found = flags.FlagValues()
-  flags.DEFINE_string('topology', '', f'TPUs or GPUs: {machines.EXAMPLES}', flag_values=found)
-  flags.DEFINE_string('clip', 'vit_l14', 'variant of the frozen CLIP', flag_values=found)
-  flags.DEFINE_integer('batch_per_chip', 0, "data.batch_size / chips; 0: the config's batch", 0, flag_values=found)
-  flags.DEFINE_string('vqgan', 'f8_8192', 'variant of the frozen VQGAN', flag_values=found)
-  flags.DEFINE_multi_enum('program', PROGRAMS, PROGRAMS, 'what to compile; may be repeated', flag_values=found)
-  flags.DEFINE_integer('pictures', 1, 'pictures a chip that the sampler draws at once', 1, flag_values=found)
-  flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=found)
-  return found
+  values = flags.FlagValues()
+  flags.DEFINE_string('topology', '', f'TPUs or GPUs to compile for: {machines.EXAMPLES}', flag_values=values)
+  flags.DEFINE_string('clip', 'vit_l14', 'variant of the frozen CLIP', flag_values=values)
+  flags.DEFINE_integer('batch_per_chip', 0, "data.batch_size / chips; 0: the config's batch", 0, flag_values=values)
+  flags.DEFINE_string('vqgan', 'f8_8192', 'variant of the frozen VQGAN', flag_values=values)
+  flags.DEFINE_multi_enum('program', PROGRAMS, PROGRAMS, 'what to compile; can be repeated', flag_values=values)
+  flags.DEFINE_integer('pictures', 1, 'images per chip that the sampler generates at once', 1, flag_values=values)
+  flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=values)
+  return values
 
 
 def check(
@@ -50,9 +51,11 @@ def check(
   programs: Sequence[str] = PROGRAMS,
   pictures: int = 1,
 ) -> bool:
-  """Compiles, prints, and returns whether all of it fits. Raises ValueError when there is nothing to compile."""
+  """Compiles the programs, prints a report and returns whether all fit. Raises ValueError for an impossible request."""
   if 'step' not in programs and config.objective != 'dalle':
-    raise ValueError(f'only the sampler of the objective dalle is compiled, not that of {config.objective}; use step.')
+    raise ValueError(
+      f'the sampler is compiled only for the objective dalle, not for {config.objective}; use --program step.'
+    )
   with sharding.use(config.mesh, config.rules, devices) as mesh:
     plan = Plan(config, mesh, vqgan=vqgan, clip_variant=clip, batch_per_chip=batch_per_chip)
     shape = ', '.join(f'{k} {v}' for k, v in mesh.shape.items())
@@ -60,11 +63,11 @@ def check(
     for name, count in plan.parameters.items():
       frozen = ' (frozen)' if name in plan.optimizer.frozen else ''
       print(f'{name}: {count:,} parameters{frozen}')
-    if plan.whole > 0.01:
-      print(f'{100 * plan.whole:.0f}% of them lie whole on every chip: the mesh does not divide their sizes')
+    if plan.replicated > 0.01:
+      print(f'{100 * plan.replicated:.0f}% of them are replicated on every chip: the mesh does not divide their sizes')
     size = next(iter(plan.batch.values())).shape[0]
-    ahead = ', tokens encoded ahead, so the step runs no VQGAN' if 'tokens' in plan.batch else ''
-    print(f'batch {size:,}, {size / mesh.size:g} a chip{ahead}', flush=True)
+    note = ', tokens encoded in advance, so the step does not run the VQGAN' if 'tokens' in plan.batch else ''
+    print(f'batch {size:,}, {size / mesh.size:g} per chip{note}', flush=True)
     fits = report(plan, plan.step(), mesh) if 'step' in programs else True
     if 'sampler' in programs and config.objective == 'dalle':
       fits &= report(plan, plan.sampler(pictures), mesh)
@@ -72,29 +75,31 @@ def check(
 
 
 def report(plan: Plan, program: Program, mesh: jax.sharding.Mesh) -> bool:
-  """Prints what a program needs and, of a chip that the table has, how long it takes; returns whether it fits."""
+  """Prints what a program needs and, for a known chip, how long it takes; returns whether it fits."""
   device, network = mesh.devices.flat[0], machines.network(mesh.devices.flat)
   chip, peak = network.chip if network else None, metrics.peak_flops(device)
   print(f'--- {program.name}, compiled in {program.seconds:.0f} s')
   if program.needs:
-    print(f'does not fit: it needs {program.needs} of the memory of a chip; use more chips, a smaller batch, or remat.')
+    print(f'does not fit: it needs {program.needs} of memory per chip; use more chips, a smaller batch, or remat.')
     return False
   fits = chip is None or program.bytes <= chip.hbm
-  parts = f'arguments {program.arguments / GB:.2f}, the rest {(program.bytes - program.arguments) / GB:.2f}'
+  parts = f'arguments {program.arguments / GB:.2f}, other {(program.bytes - program.arguments) / GB:.2f}'
   if chip:
-    parts += f'; of {chip.hbm / GB:.1f} ({100 * program.bytes / chip.hbm:.0f}%), {"fits" if fits else "DOES NOT FIT"}'
-  print(f'{"memory a chip":<16}{program.bytes / GB:.2f} GB: {parts}')
+    verdict = 'fits' if fits else 'DOES NOT FIT'
+    parts += f'; {100 * program.bytes / chip.hbm:.0f}% of {chip.hbm / GB:.1f} GB, {verdict}'
+  print(f'{"memory per chip":<16}{program.bytes / GB:.2f} GB: {parts}')
   flops = sum(r.times * r.flops for r in program.regions)
-  counts = program.name == 'step' and hasattr(plan.objective, 'flops')
-  model = plan.objective.flops(plan.batch) / mesh.size if counts else 0.0
-  against = f', {flops / model:.2f} x those of the model, {model:.3e}' if model else ''
-  print(f'{"FLOPs a chip":<16}{flops:.3e}{against}')
+  model = 0.0  # FLOPs of the model, if known
+  if program.name == 'step' and hasattr(plan.objective, 'flops'):
+    model = plan.objective.flops(plan.batch) / mesh.size
+  ratio = f', {flops / model:.2f} times the model FLOPs, {model:.3e}' if model else ''
+  print(f'{"FLOPs per chip":<16}{flops:.3e}{ratio}')
   print_collectives(program, network)
   if network:
     e = roofline.estimate(program.regions, network, peak)
     print(
       f'{"estimate":<16}{e.total:.3f} s: products {e.compute:.3f}, memory {e.memory:.3f}, network {e.network:.3f} '
-      f'of which {e.exposed:.3f} hidden by nothing; {e.operations:,} operations'
+      f'of which {e.exposed:.3f} not overlapped; {e.operations:,} operations'
     )
     if model:
       print(f'{"utilisation":<16}{100 * model / (peak * e.total):.0f}% at most, of {peak / 1e12:.0f} TFLOP/s')
@@ -102,7 +107,7 @@ def report(plan: Plan, program: Program, mesh: jax.sharding.Mesh) -> bool:
 
 
 def print_collectives(program: Program, network: machines.Interconnect | None) -> None:
-  """One line for each kind, size of group, and whether it can run beside something else."""
+  """Prints one line for each kind, group size, and whether it can overlap with other operations."""
   sums: dict[tuple, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
   for region in program.regions:
     for c in region.collectives:
@@ -111,9 +116,9 @@ def print_collectives(program: Program, network: machines.Interconnect | None) -
       row[1] += region.times * c.sent
       row[2] += region.times * network.seconds(c) if network else 0.0
   for (kind, group, hidden), (count, sent, seconds) in sorted(sums.items(), key=lambda item: -item[1][1]):
-    how = 'asynchronous' if hidden else 'synchronous'
-    took = f', {seconds:.3f} s' if network else ''
-    print(f'  {kind:<20}{how:<14} of {group:<5} {count:>7,} times {sent / GB:>9.3f} GB sent a chip{took}')
+    mode = 'asynchronous' if hidden else 'synchronous'
+    time = f', {seconds:.3f} s' if network else ''
+    print(f'  {kind:<20}{mode:<14} over {group:<5} {count:>7,} times {sent / GB:>9.3f} GB sent per chip{time}')
 
 
 def main(argv: list[str]) -> int:
@@ -121,11 +126,13 @@ def main(argv: list[str]) -> int:
   if {'-h', '--help'} & set(argv[1:]):
     print(f'{__doc__}\n{options.main_module_help()}')
     return 0
-  jax.config.update('jax_platforms', 'cpu')  # nothing runs, so leave the accelerator of this machine alone
+  jax.config.update('jax_platforms', 'cpu')  # nothing runs, so the accelerator of this machine is not claimed
   try:
     config = config_lib.parse(argv, options)
     if config.stages:
-      raise ValueError(f'this config has the stages {", ".join(config.stages)}; choose one: --config FILE.py:STAGE.')
+      raise ValueError(
+        f'this config has the stages {", ".join(config.stages)}; choose one with --config FILE.py:STAGE.'
+      )
     devices = machines.devices_of(options.topology)
     config = config.copy_and_resolve_references()
     names = ('vqgan', 'clip', 'batch_per_chip', 'pictures')

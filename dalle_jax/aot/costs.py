@@ -1,9 +1,9 @@
-"""What a compiled program does in one run, read from its HLO text: products, traffic of memory, collectives.
+"""Costs of one run of a compiled program, from its HLO text: FLOPs, memory traffic, collectives.
 
-The compiler's own `cost_analysis` counts the body of a loop once. Here each computation counts as often as it runs: the
-body of a loop as many times as the compiler notes (`known_trip_count`) or, where it notes nothing, as follow from the
-counter that the loop's condition compares with a constant: its start and the step that the body adds. Of a conditional
-the branch with the most products counts. Of kernels that are no HLO those of `aot.products` are known.
+The compiler's own `cost_analysis` counts the body of a loop once. Here each computation counts as often as it runs. The
+trip count of a loop is the one that the compiler notes (`known_trip_count`); without one, it follows from the counter
+that the loop's condition compares with a constant: its initial value and the step that the body adds. Of a conditional,
+the branch with the most FLOPs counts. Kernels that are not HLO count if `aot.products` knows them.
 """
 
 import dataclasses
@@ -16,24 +16,24 @@ from dalle_jax.aot import products
 from dalle_jax.aot.hlo import Array, Computation, Instruction, parse
 
 COLLECTIVES = ('all-gather', 'reduce-scatter', 'all-reduce', 'all-to-all', 'ragged-all-to-all', 'collective-permute')
-FREE = {  # move nothing by themselves
+FREE = {  # opcodes that move no data themselves
   'parameter', 'constant', 'get-tuple-element', 'tuple', 'bitcast', 'while', 'conditional', 'call', 'after-all',
   'partition-id', 'replica-id', 'iota', 'opt-barrier', 'add-dependency', 'custom-call',
 }  # fmt: skip
-LOOPS = {'while', 'conditional', 'call'}  # what is in them does
+LOOPS = {'while', 'conditional', 'call'}  # the computations that they call do the work
 STEPS = ('-start', '-update', '-done')
-ASYNCHRONOUS = 'custom_call_target="AsyncCollective'  # how the TPU's compiler marks fusions that are steps of one
-SLICES = {'dynamic-slice', 'slice', 'gather'}  # read what they give, not all that they are given
+ASYNCHRONOUS = 'custom_call_target="AsyncCollective'  # marks the fusions that the TPU compiler makes of its steps
+SLICES = {'dynamic-slice', 'slice', 'gather'}  # read only what they return, not the whole operand
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One collective.
+  """One collective operation.
 
   Attributes:
-    bytes: of the whole array, on the larger of its two sides.
-    groups: devices that take part together; of a permutation the pairs (from, to).
-    hidden: something else can run at the same time.
+    bytes: size of the whole array, on the larger side.
+    groups: devices that take part together; for a permutation the pairs (from, to).
+    hidden: whether other operations can run at the same time.
   """
 
   kind: str
@@ -51,20 +51,20 @@ class Collective:
 
 @dataclasses.dataclass
 class Region:
-  """A computation that runs `times` times, what it calls without a loop included; figures are those of one time."""
+  """A computation that runs `times` times, including what it calls outside of loops; the figures are for one run."""
 
   name: str
   times: int
   flops: float = 0.0  # of matrix products and convolutions
   bytes: float = 0.0  # read from and written to memory
-  each: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # the same of what runs one by one
+  each: list[tuple[float, float]] = dataclasses.field(default_factory=list)  # (FLOPs, bytes) of each operation
   collectives: list[Collective] = dataclasses.field(default_factory=list)
 
 
 def regions(text: str, devices: int) -> list[Region]:
-  """The entry and the body of every loop, with how often each runs; `devices` run the program together."""
+  """Returns the entry and the body of every loop, with how often each runs; the program runs on `devices` devices."""
   computations, entry = parse(text)
-  found, channels = [], set()
+  result, channels = [], set()
 
   def visit(name: str, region: Region, fused: bool, hidden: bool) -> None:
     computation = computations[name]
@@ -75,16 +75,17 @@ def regions(text: str, devices: int) -> list[Region]:
       region.bytes += traffic
       if opcode in COLLECTIVES:
         channel = re.search(r'channel_id=(\d+)', one.attributes)
-        if channel is None or channel[1] not in channels:  # the steps of an asynchronous one repeat it
-          region.collectives.append(_collective(one, computation, devices, hidden or _beside(one, computation)))
+        if channel is None or channel[1] not in channels:  # the steps of an asynchronous collective repeat its channel
+          region.collectives.append(_collective(one, computation, devices, hidden or _overlaps(one, computation)))
         channels.add(channel and channel[1])
       elif opcode == 'while':
         (body,), (condition,) = one.called('body'), one.called('condition')
         loop(body, region.times * _trips(one, body, condition, computation, computations))
       elif opcode in ('fusion', 'call', 'async'):
         for inner in one.called('calls') or one.called('to_apply'):
-          beside = _beside(one, computation) or any(ASYNCHRONOUS in i.attributes for i in computations[inner].values())
-          visit(inner, region, fused or opcode == 'fusion', hidden or beside)
+          steps = any(ASYNCHRONOUS in i.attributes for i in computations[inner].values())
+          overlaps = steps or _overlaps(one, computation)
+          visit(inner, region, fused or opcode == 'fusion', hidden or overlaps)
       elif opcode == 'conditional':
         kinds = ('branch_computations', 'true_computation', 'false_computation')
         branch(sorted({inner for kind in kinds for inner in one.called(kind)}), region, fused, hidden)
@@ -92,25 +93,27 @@ def regions(text: str, devices: int) -> list[Region]:
         region.each.append((region.flops - before, traffic))
 
   def branch(names: list[str], region: Region, fused: bool, hidden: bool) -> None:
-    before, taken = len(found), []
+    before, branches = len(result), []
     for name in names:
-      alone = Region(name, region.times)
-      visit(name, alone, fused, hidden)
-      taken.append([alone, *found[before:]])
-      del found[before:]
-    most = max(taken, key=lambda parts: (sum(r.times * r.flops for r in parts), sum(r.times * r.bytes for r in parts)))
-    region.flops, region.bytes = region.flops + most[0].flops, region.bytes + most[0].bytes
-    region.collectives += most[0].collectives
-    region.each += most[0].each
-    found.extend(most[1:])
+      body = Region(name, region.times)
+      visit(name, body, fused, hidden)
+      branches.append([body, *result[before:]])  # the branch and the loops in it
+      del result[before:]
+    cost = lambda parts: (sum(r.times * r.flops for r in parts), sum(r.times * r.bytes for r in parts))
+    body, *loops = max(branches, key=cost)
+    region.flops += body.flops
+    region.bytes += body.bytes
+    region.collectives += body.collectives
+    region.each += body.each
+    result.extend(loops)
 
   def loop(name: str, times: int) -> None:
     region = Region(name, times)
-    found.append(region)
+    result.append(region)
     visit(name, region, False, False)
 
   loop(entry, 1)
-  return found
+  return result
 
 
 # --- Loops, collectives
@@ -145,13 +148,15 @@ def _constant(one: Instruction) -> int | None:
 
 def _collective(one: Instruction, computation: Computation, devices: int, hidden: bool) -> Collective:
   given = sum(a.bytes for name in one.operands if name in computation for a in computation[name].arrays)
-  made = sum(a.bytes for a in one.arrays) - (given if one.opcode.endswith('-start') else 0)  # it lists both
+  made = sum(a.bytes for a in one.arrays) - (
+    given if one.opcode.endswith('-start') else 0
+  )  # a start lists its operands, too
   kind = one.opcode.removesuffix('-start')
   return Collective(kind, max(given, made), _groups(one.attributes, devices), hidden)
 
 
-def _beside(one: Instruction, computation: Computation) -> bool:
-  """Whether anything runs between its start and its done: the instructions of a compiled program are in order."""
+def _overlaps(one: Instruction, computation: Computation) -> bool:
+  """Whether anything runs between a start and its done; instructions of a compiled program are in schedule order."""
   if not one.opcode.endswith('-start'):
     return False
   after, chain = list(computation.values()), {one.name}
@@ -166,20 +171,22 @@ def _beside(one: Instruction, computation: Computation) -> bool:
 
 
 def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
-  """Groups of devices, all devices if none are named. They are written in one of these ways:
+  """Parses the groups of devices; without any, all devices form one group. HLO writes them in one of these ways:
 
-  {{0,1},{2,3}}, the same as pairs; [2,2]<=[4], [2,2]<=[2,2]T(1,0), devices in order, reshaped and transposed;
-  mesh['a'=2,'b'=2] {'b'}, those that differ in some axes of a mesh, perhaps with device_ids=([2,2]T(1,0)), its order.
+  {{0,1},{2,3}}: listed, also as pairs;
+  [2,2]<=[4], [2,2]<=[2,2]T(1,0): all devices in order, reshaped and transposed;
+  mesh['a'=2,'b'=2] {'b'}: devices that differ only in these axes of a mesh, perhaps with device_ids=([2,2]T(1,0)), the
+  order of its devices.
   """
   listed = re.search(r'(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]+\})\}', attributes)
   if listed:
     return tuple(tuple(int(i) for i in part.split(',')) for part in re.findall(r'\{([\d,]+)\}', listed[1]))
   tiled = re.search(r'replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', attributes)
-  order = r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?'
-  mesh = re.search(rf'replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}]*)\}}', attributes)
+  device_ids = r'(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?'
+  mesh = re.search(rf'replica_groups=mesh\[([^\]]*)\]{device_ids} \{{([^}}]*)\}}', attributes)
   if tiled:
-    shape, dims, turned = (_numbers(part) for part in tiled.groups())
-    ids = np.arange(math.prod(dims)).reshape(dims).transpose(turned).reshape(shape)
+    shape, dims, order = (_numbers(part) for part in tiled.groups())
+    ids = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
   elif mesh:
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
     ids = np.arange(devices).reshape(_numbers(mesh[2]) or [devices]).transpose(_numbers(mesh[3]))
@@ -195,11 +202,11 @@ def _numbers(text: str | None) -> list[int] | None:
   return [int(i) for i in text.split(',')] if text else None
 
 
-# --- Traffic
+# --- Memory traffic
 
 
 def _traffic(one: Instruction, computation: Computation, computations: dict[str, Computation]) -> float:
-  """Bytes that an instruction outside of fusions reads from and writes to memory."""
+  """Bytes that an instruction outside of a fusion reads from and writes to memory."""
   if (one.opcode in FREE and not products.kernel(one)) or one.opcode.endswith(STEPS[1:]):
     return 0.0
   operands = [computation[name].arrays for name in one.operands if name in computation]
@@ -208,10 +215,10 @@ def _traffic(one: Instruction, computation: Computation, computations: dict[str,
     return 2 * far(one.arrays)
   if one.opcode == 'dynamic-update-slice':
     return 2 * far(operands[1])
-  if one.opcode in ('slice-start', 'dynamic-slice-start'):  # it gives what it takes, and then the slice
+  if one.opcode in ('slice-start', 'dynamic-slice-start'):  # it returns its operands, then the slice
     moved = one.arrays[len(operands[0])]
     return far((moved,)) + (0.0 if operands[0][0].near else moved.bytes)
-  if one.opcode.endswith('-start'):  # a copy: what it gives is the place it goes to, and what it takes once more
+  if one.opcode.endswith('-start'):  # a copy: returns its destination and its operand
     return far(one.arrays[:1]) + (far(operands[0]) if operands else 0.0)
   if one.opcode != 'fusion':
     return far(one.arrays) + sum(far(arrays) for arrays in operands)
@@ -223,7 +230,7 @@ def _traffic(one: Instruction, computation: Computation, computations: dict[str,
 
 
 def _read(parameter: Instruction, inner: Computation, arrays: tuple[Array, ...]) -> tuple[Array, ...]:
-  """What a fusion reads of an operand: the slices that it takes; nothing of what it only writes a slice into."""
+  """What a fusion reads of an operand: only the slices that it takes, and nothing if it only writes a slice into it."""
   users = [one for one in inner.values() if parameter.name in one.operands]
   if not users or arrays[0].near:
     return arrays
@@ -237,7 +244,7 @@ def _read(parameter: Instruction, inner: Computation, arrays: tuple[Array, ...])
 
 
 def _written(root: Instruction, inner: Computation, fusion: Instruction) -> tuple[Array, ...]:
-  """What a fusion writes: of an array that it changes in place, the slice."""
+  """What a fusion writes: of an array that it updates in place, only the slice."""
   parts = [inner[name] for name in root.operands] if root.opcode == 'tuple' else [root]
   if len(parts) != len(fusion.arrays):
     return fusion.arrays
@@ -246,7 +253,7 @@ def _written(root: Instruction, inner: Computation, fusion: Instruction) -> tupl
     while part.opcode in ('bitcast', 'get-tuple-element') and part.operands[0] in inner:
       part = inner[part.operands[0]]
     if part.opcode in ('parameter', *COLLECTIVES) or ASYNCHRONOUS in part.attributes:
-      continue  # passed on from step to step
+      continue  # passed on to the next step
     slice_of = inner[part.operands[1]].arrays[0] if part.opcode == 'dynamic-update-slice' else array
     written.append(dataclasses.replace(slice_of, near=array.near))
   return tuple(written)

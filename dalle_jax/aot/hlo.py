@@ -1,4 +1,4 @@
-"""The text of an HLO module as computations of instructions."""
+"""A parser for the text of an HLO module."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ _NAME = re.compile(r'%?([\w.\-]+)$')
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """`near`: not in HBM but in the memory of the core."""
+  """The type of an array; `near` if it is in the memory of the core and not in HBM."""
 
   dtype: str
   dims: tuple[int, ...]
@@ -28,31 +28,31 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-  """`arrays` are those that it gives, `operands` the names of those that it takes."""
+  """One instruction; `arrays` are its results, `operands` the names of its inputs."""
 
   name: str
   opcode: str
   arrays: tuple[Array, ...]
   operands: tuple[str, ...]
-  text: str  # what is between the parentheses: of a constant its value
+  text: str  # between the parentheses; the value of a constant
   attributes: str
   root: bool
 
   def called(self, kind: str) -> list[str]:
     """The computations that the attribute `kind` names."""
-    found = re.search(rf'\b{kind}=(\{{[^}}]*\}}|%?[\w.\-]+)', self.attributes)
-    return re.findall(r'[\w.\-]+', found[1]) if found else []
+    match = re.search(rf'\b{kind}=(\{{[^}}]*\}}|%?[\w.\-]+)', self.attributes)
+    return re.findall(r'[\w.\-]+', match[1]) if match else []
 
 
 Computation = dict[str, Instruction]
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-  """The computations of an HLO module by name, and the name of the entry. Raises ValueError without an entry."""
+  """Returns the computations of an HLO module by name, and the name of the entry. Raises ValueError if it has none."""
   computations: dict[str, Computation] = {}
   entry, body = '', None
   for line in text.splitlines():
-    # One with more behind it goes on with an attribute of several lines.
+    # A '}' with other text behind it ends an attribute that spans several lines.
     if line == '}' or line.startswith('}, execution_thread='):
       body = None
     elif body is None and line.endswith('{') and not line.startswith('HloModule'):
@@ -64,7 +64,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
       one = _instruction(line.strip())
       body[one.name] = one
   if not entry:
-    raise ValueError('the text is no HLO module: it has no ENTRY; give Compiled.as_text().')
+    raise ValueError('the text is not an HLO module: it has no ENTRY; expected the text of Compiled.as_text().')
   return computations, entry
 
 
@@ -84,17 +84,17 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-  """Where the parenthesis that opens at `start` closes."""
+  """The index of the parenthesis that closes the one at `start`."""
   depth = 0
   for i in range(start, len(text)):
     depth += (text[i] == '(') - (text[i] == ')')
     if not depth:
       return i
-  raise ValueError(f'HLO: a parenthesis is not closed in {text[:80]!r}.')
+  raise ValueError(f'a parenthesis is not closed in the HLO {text[:80]!r}.')
 
 
 def _parts(text: str) -> Iterator[str]:
-  """Splits at the commas that no bracket surrounds."""
+  """Splits at the commas outside of brackets."""
   depth, start = 0, 0
   for i, c in enumerate(text):
     depth += (c in '([{') - (c in ')]}')

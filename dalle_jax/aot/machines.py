@@ -1,4 +1,4 @@
-"""Chips that need not be here: TPUs in a torus and GPUs in nodes, as data sheets and their compilers know them."""
+"""Accelerators that need not be present: TPUs in a torus and GPUs in nodes, with figures from their data sheets."""
 
 import dataclasses
 import importlib.util
@@ -18,13 +18,13 @@ EXAMPLES = 'v5e:4x4, v6e:16x16, v5p:8x8x4, h100:8, h200:4x8'
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A TPU chip, by its page in cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); FLOP/s are in `training.metrics`.
+  """A TPU chip, from its page at cloud.google.com/tpu/docs (v4, v5e, v5p, v6e); FLOP/s are in `training.metrics`.
 
   Attributes:
     hbm: bytes of memory.
     bandwidth: bytes/s of memory.
-    link: bytes/s that a chip sends over one link to a neighbour; each axis of the torus has two.
-    ring: chips after which an axis closes to a ring; a multiple of it does, too.
+    link: bytes/s that a chip sends over one link to a neighbour; it has two links along each axis of the torus.
+    ring: an axis whose length is a multiple of this closes to a ring.
   """
 
   hbm: int
@@ -33,7 +33,7 @@ class Chip:
   ring: int
 
 
-CHIPS = {  # by a part of jax.Device.device_kind, first match wins
+CHIPS = {  # part of jax.Device.device_kind -> chip; the first match counts
   'TPU v6 lite': Chip(32 * 2**30, 1638e9, 100e9, 16),
   'TPU v5 lite': Chip(16 * 2**30, 819e9, 50e9, 16),
   'TPU v5': Chip(95 * 2**30, 2765e9, 100e9, 4),
@@ -43,18 +43,18 @@ CHIPS = {  # by a part of jax.Device.device_kind, first match wins
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """A GPU of NVIDIA's, by its data sheet; below `nic` what its compiler asks for.
+  """An NVIDIA GPU, from its data sheet; the fields after `nic` are those that its compiler asks for.
 
   Attributes:
     memory: bytes.
     bandwidth: bytes/s of memory.
-    link: bytes/s that it sends to others of its node (NVLink, of which data sheets add both directions).
-    nic: bytes/s that it sends to other nodes, with a network card for each GPU.
+    link: bytes/s that it sends to other GPUs of its node (NVLink; data sheets give the sum of both directions).
+    nic: bytes/s that it sends to other nodes, with one network card per GPU.
     capability: major version of CUDA's compute capability.
-    cores, lanes: multiprocessors, and float32 units of each.
-    clock: GHz.
-    cache: bytes of the second level.
-    near: bytes of memory of a multiprocessor.
+    cores, lanes: multiprocessors, and float32 units per multiprocessor.
+    clock: in GHz.
+    cache: bytes of L2 cache.
+    near: bytes of shared memory per multiprocessor.
   """
 
   name: str
@@ -71,13 +71,14 @@ class Gpu:
 
   @property
   def hbm(self) -> int:
-    """Bytes that JAX takes of the memory: XLA_CLIENT_MEM_FRACTION, by default three quarters."""
-    told = os.environ.get('XLA_CLIENT_MEM_FRACTION') or os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION')  # its old name
-    return int(self.memory * float(told or 0.75))
+    """Bytes of memory that JAX allocates: the fraction XLA_CLIENT_MEM_FRACTION, by default three quarters."""
+    old_name = os.environ.get('XLA_PYTHON_CLIENT_MEM_FRACTION')
+    fraction = os.environ.get('XLA_CLIENT_MEM_FRACTION') or old_name or 0.75
+    return int(self.memory * float(fraction))
 
   @property
   def target(self) -> str:
-    """The GPU as a GpuTargetConfigProto of XLA, in text."""
+    """The GPU as XLA's GpuTargetConfigProto, in text format."""
     return f"""
       platform_name: "CUDA" device_description_str: "{self.name}" dnn_version_info {{ major: 9 minor: 10 }}
       gpu_device_info {{
@@ -101,40 +102,40 @@ GPUS = {
 
 
 class Interconnect(Protocol):
-  """What connects the chips of a program."""
+  """The network between the chips of a program."""
 
   @property
   def chip(self) -> Chip | Gpu: ...
 
   @property
   def overlaps(self) -> bool:
-    """Whether a chip moves data for one operation while it computes another."""
+    """Whether a chip moves the data of one operation while it computes another."""
 
   def seconds(self, collective: Collective) -> float:
-    """Of one collective alone."""
+    """The time of one collective by itself."""
 
 
 def network(devices: Sequence[jax.Device]) -> Interconnect | None:
-  """What connects devices, None where they are of no known kind."""
+  """The network between these devices; None if their kind is unknown."""
   kind = devices[0].device_kind
-  if chip := next((found for part, found in CHIPS.items() if part in kind), None):
+  if chip := next((chip for part, chip in CHIPS.items() if part in kind), None):
     places = tuple(tuple(d.coords) for d in devices)
     return Torus(chip, tuple(max(axis) + 1 for axis in zip(*places, strict=True)), places)
-  if gpu := next((found for found in GPUS.values() if found.name == kind), None):
+  if gpu := next((gpu for gpu in GPUS.values() if gpu.name == kind), None):
     return Nodes(gpu, tuple(d.process_index for d in devices))
   return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Nodes:
-  """GPUs in nodes: `places` has the node of each, in the order of the program."""
+  """GPUs in nodes; `places` is the node of each device, in the order of the program."""
 
   chip: Gpu
   places: tuple[int, ...]
   overlaps = False
 
   def seconds(self, collective: Collective) -> float:
-    """What each GPU sends over NVLink where its group lies in one node, else over the cards of all its GPUs there."""
+    """What each GPU sends: over NVLink within a node, else over the network cards of the group's GPUs in a node."""
     if collective.kind == 'collective-permute':
       outside = any(len({self.places[i] for i in pair}) > 1 for pair in collective.groups)
       return collective.bytes / (self.chip.nic if outside else self.chip.link)
@@ -145,7 +146,7 @@ class Nodes:
 
 @dataclasses.dataclass(frozen=True)
 class Torus:
-  """Where the devices of a program lie, in the order of the program: `places` (x, y, z), of a torus of `shape`."""
+  """TPU chips in a torus of `shape`; `places` is the position (x, y, z) of each device, in the order of the program."""
 
   chip: Chip
   shape: tuple[int, ...]
@@ -153,10 +154,10 @@ class Torus:
   overlaps = True
 
   def seconds(self, collective: Collective) -> float:
-    """Of one collective alone: what each chip sends, over both links of every axis that its groups cover as rings.
+    """The time of one collective by itself: what each chip sends, over both links of every axis that its groups cover.
 
-    Of an axis that does not close to a ring one link counts, as a chip at the end has no other. A permutation takes as
-    long as its busiest link, where every pair goes along one axis after the other.
+    Along an axis that does not close to a ring only one link counts, as the chips at the ends have no other. A
+    permutation takes as long as its busiest link, where every pair is routed along one axis after the other.
     """
     if collective.kind == 'collective-permute':
       return self._busiest(collective.groups) * collective.bytes / self.chip.link
@@ -171,7 +172,7 @@ class Torus:
     return size > 1 and size % self.chip.ring == 0
 
   def _busiest(self, pairs: tuple[tuple[int, ...], ...]) -> int:
-    """How many pairs the busiest link serves."""
+    """The number of pairs that the busiest link serves."""
     load: Counter = Counter()
     for start, end in pairs:
       at = list(self.places[start])
@@ -190,29 +191,30 @@ class Torus:
 
 
 def devices_of(topology: str) -> list[jax.Device]:
-  """Devices to compile for. Raises ValueError without their compiler, or for a topology that it does not know."""
+  """Returns devices to compile for. Raises ValueError if their compiler is missing or does not know the topology."""
   if not topology:
-    raise ValueError(f'give --topology, such as {EXAMPLES}.')
+    raise ValueError(f'give --topology, for example {EXAMPLES}.')
   kind, _, shape = topology.partition(':')
-  told = _gpus(GPUS[kind], shape) if kind in GPUS else _tpus(topology)
+  options = _gpus(GPUS[kind], shape) if kind in GPUS else _tpus(topology)
   try:
-    return list(topologies.get_topology_desc(**told).devices)
-  except Exception as e:  # what the compilers raise has no common class
+    return list(topologies.get_topology_desc(**options).devices)
+  except Exception as e:  # the compilers' exceptions have no common class
     reason = ' '.join(str(e).split())[:200]
-    raise ValueError(f'--topology {topology!r} is none ({reason}); give one such as {EXAMPLES}.') from e
+    raise ValueError(f'--topology {topology!r} is invalid ({reason}); expected for example {EXAMPLES}.') from e
 
 
 def _tpus(topology: str) -> dict[str, str]:
-  """What describes them to JAX."""
+  """The description of TPUs for JAX."""
   if importlib.util.find_spec('libtpu') is None and 'TPU_LIBRARY_PATH' not in os.environ:
     raise ValueError('the compiler for TPUs, libtpu, is not installed; pip install -e ".[aot]".')
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # it holds no chip, so others may load it, too
+  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # no chip is claimed, so other processes may load it, too
   return dict(topology_name=topology, platform='tpu')
 
 
 def _gpus(gpu: Gpu, shape: str) -> dict[str, str]:
+  """The description of GPUs for JAX."""
   if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*)?', shape):
-    raise ValueError(f'GPUs are given as their number or as nodes x GPUs of each, h200:8 or h200:4x8, not {shape!r}.')
+    raise ValueError(f'expected a number of GPUs or nodes x GPUs per node, as in h200:8 or h200:4x8, not {shape!r}.')
   plugins = importlib.util.find_spec('jax_plugins')
   if plugins is None or not any(importlib.util.find_spec(f'jax_plugins.xla_cuda{n}') for n in (12, 13)):
     raise ValueError('the compiler for GPUs is not installed; pip install -e ".[cuda]".')

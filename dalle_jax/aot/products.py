@@ -1,6 +1,6 @@
-"""FLOPs of one HLO instruction: matrix products, convolutions, and the kernels that are no HLO.
+"""FLOPs of one HLO instruction: matrix products, convolutions, and some kernels that are not HLO.
 
-These are splash attention on TPUs; on GPUs the attention and the convolutions of cuDNN, and the products of cuBLAS.
+The kernels are splash attention on TPUs, and on GPUs cuDNN's attention and convolutions and cuBLAS's products.
 """
 
 import math
@@ -10,19 +10,19 @@ import numpy as np
 
 from dalle_jax.aot.hlo import Computation, Instruction
 
-SPLASH = {'splash_mha_fwd': 2, 'splash_mha_dq': 3, 'splash_mha_dkv': 4}  # products of each block of its grid
+SPLASH = {'splash_mha_fwd': 2, 'splash_mha_dq': 3, 'splash_mha_dkv': 4}  # matrix products per block of its grid
 FLASH = re.compile(r'__cudnn\$fmha\w*Softmax(Backward)?$')  # with or without ScaleBias
-KERNELS = ('tpu_custom_call', '__cudnn$', '__cublas$', '__cub$', '__gpu$', '__triton')  # what their names begin with
+KERNELS = ('tpu_custom_call', '__cudnn$', '__cublas$', '__cub$', '__gpu$', '__triton')  # prefixes of kernel names
 
 
 def kernel(one: Instruction) -> str:
-  """The name of the kernel that an instruction calls; nothing for other calls, which are marks for the compiler."""
+  """The name of the kernel that an instruction calls; '' for other custom calls, which are hints for the compiler."""
   target = re.search(r'custom_call_target="([^"]*)"', one.attributes)
   return target[1] if one.opcode == 'custom-call' and target and target[1].startswith(KERNELS) else ''
 
 
 def flops(one: Instruction, computation: Computation) -> float:
-  """Two for each product that an instruction of the computation takes part in a sum; 0 for all but sums of products."""
+  """FLOPs of an instruction of the computation: two per multiply-add; 0 for anything but sums of products."""
   given = [computation[name].arrays[0].dims for name in one.operands if name in computation]
   called = kernel(one)
   if one.opcode == 'dot':
@@ -39,9 +39,9 @@ def flops(one: Instruction, computation: Computation) -> float:
     return _convolution(one.attributes, lhs, rhs, out)
   if flash := FLASH.match(called):
     (b, queries, heads, head_dim), keys = given[0], given[1][1]
-    # Its backward pass computes the scores again. What a mask hides is computed, too.
-    seen = queries * (keys + 1) / 2 if '"CAUSAL"' in one.attributes else queries * keys
-    return 2.0 * (5 if flash[1] else 2) * b * heads * head_dim * seen
+    # The backward pass recomputes the scores. What a mask hides is computed, too.
+    scores = queries * (keys + 1) / 2 if '"CAUSAL"' in one.attributes else queries * keys
+    return 2.0 * (5 if flash[1] else 2) * b * heads * head_dim * scores
   splash = next((n for name, n in SPLASH.items() if one.name.startswith(name)), 0)
   if called and splash:
     floats = [computation[name].arrays[0] for name in one.operands]
@@ -56,10 +56,10 @@ def _matrices(one: Instruction, left: tuple[int, ...], contracted: re.Match | No
 
 
 def _convolution(attributes: str, left: tuple[int, ...], right: tuple[int, ...], made: tuple[int, ...]) -> float:
-  """Twice the products with what is not padding: the TPU's compiler writes batched products as convolutions."""
+  """Two per product with input that is not padding: the TPU compiler writes batched matrix products as convolutions."""
   lhs, rhs, out = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', attributes).groups()
   window = dict(re.findall(r'(\w+)=([\dx_\-]+)', (re.search(r'window=\{([^}]*)\}', attributes) or ['', ''])[1]))
-  taken = 1.0  # pairs of an output position and a position of the kernel that meet the input
+  pairs = 1.0  # of an output position and a kernel position that read the input and not padding
   for i in range(len(out) - 2):
     axis = str(i)
     field = lambda name, default, i=i: window[name].split('x')[i] if name in window else default
@@ -67,6 +67,6 @@ def _convolution(attributes: str, left: tuple[int, ...], right: tuple[int, ...],
     inside = np.arange(right[rhs.index(axis)])[None] * int(field('rhs_dilate', '1'))
     spread, size = int(field('lhs_dilate', '1')), left[lhs.index(axis)]
     at = steps + inside - int(field('pad', '0_0').split('_')[0])
-    taken *= np.sum((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0))
+    pairs *= np.sum((at >= 0) & (at <= (size - 1) * spread) & (at % spread == 0))
   batch, features = (made[out.index(c)] for c in 'bf')
-  return 2.0 * batch * features * right[rhs.index('i')] * float(taken)
+  return 2.0 * batch * features * right[rhs.index('i')] * float(pairs)

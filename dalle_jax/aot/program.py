@@ -1,4 +1,4 @@
-"""The training step and the sampler of a config as programs for devices that need not be there."""
+"""The training step and the sampler of a config, compiled for devices that need not be present."""
 
 import dataclasses
 import math
@@ -23,9 +23,9 @@ from dalle_jax.training.step import make_step
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """A compiled program: bytes of one device, and what it does in one run.
+  """A compiled program: memory per device in bytes, and the costs of one run.
 
-  `needs` is what its compiler says it needs where it is too large for the device, and then there is nothing else.
+  If the program is too large for the device, `needs` is the memory that its compiler reports, and nothing else is set.
   """
 
   name: str
@@ -42,32 +42,35 @@ class Program:
 
 
 class Plan:
-  """A config over a mesh: the objective, and the shapes with shardings of all that training and sampling take.
+  """A config on a mesh: the objective, and the shapes and shardings of all inputs of training and sampling.
 
   Attributes:
-    objective: of the config.
-    batch: global shapes.
-    state: that of training.
-    frozen: parameters of the networks that the step takes beside it.
+    objective: the objective of the config.
+    batch: the global batch.
+    state: the training state.
+    frozen: the parameters of the frozen networks that the step reads.
   """
 
   def __init__(
     self, config: ConfigDict, mesh: Mesh, *, vqgan: str = '', clip_variant: str = '', batch_per_chip: int = 0
   ):
-    """`vqgan` and `clip_variant` are the frozen ones; with a `batch_per_chip` of 0 the batch is that of the config.
+    """Plans a config with the variants `vqgan` and `clip_variant` as frozen networks.
 
-    Raises ValueError for a config that needs other frozen networks, or a batch that does not fit the mesh.
+    With a `batch_per_chip` of 0 the batch is that of the config. Raises ValueError for a config that needs other frozen
+    networks, or a batch that the mesh does not divide.
     """
     if others := sorted(set(config.frozen) - {'vqgan', 'clip'}):
-      raise ValueError(f'config.frozen has {", ".join(others)}; shapes can stand in for a VQGAN and a CLIP alone.')
+      raise ValueError(
+        f'config.frozen has {", ".join(others)}; only a VQGAN and a CLIP can be replaced by their shapes.'
+      )
     self.config, self.mesh = config, mesh
     self.known: dict[str, dict[str, Any]] = {}
     if 'vqgan' in config.frozen:
       self.known['vqgan'] = {'objective': 'vqgan', 'model': {'variant': vqgan}}
     if 'clip' in config.frozen:
       self.known['clip'] = clip_run(clip_variant)
-    room = config_lib.module_named('objectives', config.objective, 'config.objective')
-    self.objective = room.from_config(config, self.known)
+    module = config_lib.module_named('objectives', config.objective, 'config.objective')
+    self.objective = module.from_config(config, self.known)
     size = batch_per_chip * mesh.size or config.data.batch_size
     shards = sharding.batch_shards(mesh) * (config.train.accum * config.data.group if config.train.accum > 1 else 1)
     if size % shards:
@@ -82,17 +85,18 @@ class Plan:
 
   @property
   def parameters(self) -> dict[str, int]:
+    """The number of parameters of each player."""
     return {k: sum(math.prod(x.shape) for x in jax.tree.leaves(v)) for k, v in self.state.params.items()}
 
   @property
-  def whole(self) -> float:
+  def replicated(self) -> float:
     """The fraction of the parameters that every device holds, as no rule of the mesh divides their sizes."""
     leaves = jax.tree.leaves(self.state.params)
-    whole = sum(math.prod(x.shape) for x in leaves if x.sharding.is_fully_replicated)
-    return whole / sum(math.prod(x.shape) for x in leaves)
+    replicated = sum(math.prod(x.shape) for x in leaves if x.sharding.is_fully_replicated)
+    return replicated / sum(math.prod(x.shape) for x in leaves)
 
   def step(self) -> Program:
-    """The update of the training loop, as it is."""
+    """The update of the training loop, exactly as the loop runs it."""
     c = self.config.train
     step = make_step(
       self.objective,
@@ -108,7 +112,7 @@ class Plan:
     return self._compiled('step', step, self.state, self.frozen, self.batch)
 
   def sampler(self, rows: int) -> Program:
-    """What `sample` of the pipeline runs, a picture each for `rows` captions a device, VQGAN included."""
+    """The program that the pipeline's `sample` runs, VQGAN included, for `rows` captions a device, one image each."""
     pipeline = config_lib.module_named('pipelines', self.config.objective, 'sampling: config.objective')
     model, vqgan = self.objective.model, image_tokenizer.of_run(self.known['vqgan'])
     count = rows * self.mesh.size
@@ -119,39 +123,39 @@ class Plan:
       'name': jax.ShapeDtypeStruct((count,), jnp.uint32),
       'number': jax.ShapeDtypeStruct((count, 1), jnp.int32),
     }
-    stored, everywhere = self.state.params['dalle'], NamedSharding(self.mesh, PartitionSpec())
+    stored, replicated = self.state.params['dalle'], NamedSharding(self.mesh, PartitionSpec())
     cast = jax.eval_shape(lambda params: decode_params.compute_params(params, model.dtype), stored)
     cast = decode_params.by_layer(jax.tree.map(lambda x, y: _placed(x, y.sharding), cast, stored), _layer)
     params = {'dalle': cast, 'vqgan': self.frozen['vqgan']}
-    inputs = params, self._put(batch), _placed(jax.ShapeDtypeStruct((), jnp.uint32), everywhere)
+    inputs = params, self._put(batch), _placed(jax.ShapeDtypeStruct((), jnp.uint32), replicated)
     draw = jax.jit(lambda *inputs: pipeline.draw(model, vqgan, *inputs, sampling=decoding.Sampling()))
     return self._compiled('sampler', draw, *inputs)
 
   def _shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the data pipeline gives for this config."""
+    """The batch that the data pipeline produces for this config."""
     c, story = self.config, self.config.objective.startswith('story')
     frames = (self.config.model.get('frames', 4),) if story else ()
-    pictures = tuple(t + 1 for t in frames)  # the source, too
+    images = tuple(t + 1 for t in frames)  # with the source frame
     shapes = {}
     if c.tokenizer.vocab_size:
       shapes['text'] = jax.ShapeDtypeStruct((size, *frames, c.tokenizer.length), jnp.int32)
     if c.encode.enabled or c.data.source == 'tokens':
       length = math.prod(image_tokenizer.of_run(self.known['vqgan']).grid(c.data.image_size))
-      shapes['tokens'] = jax.ShapeDtypeStruct((size, *pictures, length), jnp.int32)
+      shapes['tokens'] = jax.ShapeDtypeStruct((size, *images, length), jnp.int32)
     else:
-      shapes['image'] = jax.ShapeDtypeStruct((size, *pictures, c.data.image_size, c.data.image_size, 3), jnp.uint8)
+      shapes['image'] = jax.ShapeDtypeStruct((size, *images, c.data.image_size, c.data.image_size, 3), jnp.uint8)
     if 'clip' in self.known:
       shapes['clip_text'] = jax.ShapeDtypeStruct((size, *frames, self.known['clip']['tokenizer']['length']), jnp.int32)
     return shapes
 
   def _network(self, name: str, run: Mapping[str, Any]) -> Any:
-    """The parameters of a frozen network, laid out as loading its run would."""
-    picture = lambda size: jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    """The parameters of a frozen network, sharded as if its run had been loaded."""
+    image = lambda size: jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     model: Any = clip.of_run(run) if name == 'clip' else image_tokenizer.of_run(run)
     if name == 'clip':
-      inputs = [picture(model.side), jax.ShapeDtypeStruct((1, model.text_length), jnp.int32)]
+      inputs = [image(model.side), jax.ShapeDtypeStruct((1, model.text_length), jnp.int32)]
     else:
-      inputs = [picture(self.config.data.image_size)]
+      inputs = [image(self.config.data.image_size)]
     boxed = jax.eval_shape(lambda *inputs: model.init(jax.random.key(0), *inputs)['params'], *inputs)
     params = sharding.unbox(boxed)
     where = sharding.shardings(params, sharding.logical_axes(boxed), self.mesh, self.config.rules)
@@ -183,7 +187,7 @@ class Plan:
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """By cuBLAS where XLA (of jaxlib 0.10) has no tiles for a product, as it cannot try any on a GPU that is not here."""
+  """Compiles, with cuBLAS if XLA finds no tiles: that of jaxlib 0.10 cannot try any on a GPU that is not present."""
   try:
     return lowered.compile()
   except jax.errors.JaxRuntimeError as e:
@@ -193,16 +197,16 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
 
 
 def clip_run(variant: str) -> dict[str, Any]:
-  """The config of a CLIP with the words of OpenAI's."""
+  """The config of a CLIP with the vocabulary of OpenAI's."""
   m = clip.build(variant)
-  words = dict(vocab_size=m.vocab_size, length=m.text_length, start=m.vocab_size - 2)
-  tokenizer = words | dict(end=m.vocab_size - 1, pad=m.vocab_size - 1)
+  start, end = m.vocab_size - 2, m.vocab_size - 1
+  tokenizer = dict(vocab_size=m.vocab_size, length=m.text_length, start=start, end=end, pad=end)
   model = dict(variant=variant)
   return {'objective': 'clip', 'model': model, 'data': {'image_size': m.image_size}, 'tokenizer': tokenizer}
 
 
 def _layer(x: jax.ShapeDtypeStruct, _: int) -> jax.ShapeDtypeStruct:
-  """One of those stacked in x, where they lie."""
+  """One layer of the stacked array x, with its sharding."""
   where = NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))
   return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=where)
 
