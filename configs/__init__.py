@@ -1,1 +1,1 @@
-"""Recipes: strings and numbers, one file each; every one starts from `common.base()`."""
+"""Recipes, one file each; they hold only strings and numbers, and all start from `common.base()`."""

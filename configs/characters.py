@@ -1,10 +1,10 @@
-"""A classifier of who is in a frame, for the character F1, frame accuracy and FID of evaluate.py.
+"""A classifier of the characters in a frame, for the character F1, frame accuracy and FID of evaluate.py.
 
   python train.py --config configs/characters.py --config.run_dir=runs/who --config.data.path=PORORO
   python train.py --config configs/characters.py:flintstones --config.run_dir=runs/who --config.data.path=FLINTSTONES
   python train.py --config configs/characters.py:clevr_sv,size=64,steps=600 --config.data.path=CLEVR_SV \\
     --config.run_dir=runs/clevr/who          # two CPU cores; labels are pairs of colour and shape
-The published figures are of an Inception-v3 at 299 pixels: compare only figures of the same classifier.
+The published figures use an Inception-v3 at 299 pixels, so compare only figures of the same classifier.
 """
 
 from configs import common

@@ -1,4 +1,4 @@
-"""What recipes share: every field with its default, arguments of a config file, mesh and rule presets."""
+"""What recipes share: all fields with their defaults, arguments of config files, presets of meshes and rules."""
 
 import difflib
 from collections.abc import Callable, Mapping
@@ -6,18 +6,18 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-# Sizes of the mesh axes; -1 takes the devices that are left.
+# Sizes of the mesh axes; -1 takes the remaining devices.
 MESHES = {
-  'data': dict(data=-1, fsdp=1, tensor=1, sequence=1),  # a copy of the model on every device
-  'fsdp': dict(data=1, fsdp=-1, tensor=1, sequence=1),  # parameters split over all devices, gathered layer by layer
-  # The same, with a copy for every 128: 256 do not divide a width of 3968.
+  'data': dict(data=-1, fsdp=1, tensor=1, sequence=1),  # the model is replicated on every device
+  'fsdp': dict(data=1, fsdp=-1, tensor=1, sequence=1),  # parameters are sharded and gathered layer by layer
+  # The same with one replica per 128 devices, as 256 does not divide a width of 3968.
   'fsdp128': dict(data=-1, fsdp=128, tensor=1, sequence=1),
-  # Layers split over the 8 devices of a host, fsdp between hosts.
+  # Layers are split over the 8 devices of a host, with fsdp between hosts.
   'tensor8': dict(data=1, fsdp=-1, tensor=8, sequence=1),
-  'sequence8': dict(data=1, fsdp=-1, tensor=1, sequence=8),  # streams (the rows of pictures) split over a host
+  'sequence8': dict(data=1, fsdp=-1, tensor=1, sequence=8),  # sequences (or image rows) are split over a host
 }
 
-# Logical axis -> mesh axes, in order of precedence; what does not divide is replicated, so is an axis without a rule.
+# Logical axis -> mesh axes, in order of precedence. An axis that does not divide or has no rule is replicated.
 RULES = (
   ('batch', ('data', 'fsdp')),
   ('vocab', 'tensor'),
@@ -30,8 +30,8 @@ RULES = (
   ('height', 'sequence'),
 )
 
-# For train.xla_options on TPUs: the parameters of a layer are gathered whole, while the one before computes, and not in
-# pieces within the product, each of which adds to all of what it gives. Gradients are scattered in pieces.
+# For train.xla_options on TPUs: the parameters of a layer are gathered at once while the layer before computes, and not
+# in pieces within the product, where each piece adds to the whole result. Gradients are scattered in pieces.
 ON_TPU = dict(
   xla_enable_async_all_gather=True,
   xla_tpu_enable_async_collective_fusion=True,
@@ -47,31 +47,32 @@ CHARACTERS = {
   'flintstones': ('fred', 'barney', 'wilma', 'betty', 'pebbles', 'dino', 'slate'),
 }
 
-# For train.xla_options: else XLA of jax 0.10 hands all of a small VQGAN to YNNPACK, where a step takes twice as long.
+# For train.xla_options on CPUs: otherwise XLA in jax 0.10 hands all of a small VQGAN to YNNPACK, which takes twice as
+# long for a step.
 CONVOLUTIONS_ON_CPU = dict(xla_cpu_experimental_ynn_fusion_type='LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT')
 
 
 def base() -> ConfigDict:
-  """Every field that the training code reads; a recipe sets the ones it cares about."""
+  """Returns every field that the training code reads, with its default."""
   c = ConfigDict()
-  c.run_dir = ''  # where config, metrics, pictures and checkpoints go; an existing run is resumed
+  c.run_dir = ''  # for config, metrics, images and checkpoints; an existing run is resumed
   c.seed = 0
   c.objective = ''  # dalle_jax/objectives/NAME.py
-  c.model = ConfigDict()  # variant and fields of the model
+  c.model = ConfigDict()  # variant, and fields of the model
   c.loss = ConfigDict()  # fields of the objective
-  c.frozen = ConfigDict()  # network -> run directory; copied into the run, so that it is self-contained
-  c.init = ConfigDict(dict(path='', new=''))  # fine-tuning: a run to start from; regex of parameters it may lack
-  c.root, c.stages = '', ()  # recipes of several runs: their common directory and their order (see choose_stage)
+  c.frozen = ConfigDict()  # network -> run directory; copied into the run, which is then self-contained
+  c.init = ConfigDict(dict(path='', new=''))  # fine-tuning: run to start from; regex of parameters it may lack
+  c.root, c.stages = '', ()  # of a recipe with several runs: their common directory and order (see choose_stage)
   c.data = ConfigDict(
     dict(
       source='',  # dalle_jax/data/sources/KIND.py, or 'tfds:NAME'
       split='train',
-      val_split='val',  # '' for none
+      val_split='val',  # '': none
       path='',
       image_size=64,
       augment='',
-      batch_size=64,  # over all devices and processes
-      group=1,  # consecutive records that stay together when shuffled
+      batch_size=64,  # global, over all devices and processes
+      group=1,  # number of consecutive records that stay together when shuffled
       workers=0,
       seed=0,
       source_args=ConfigDict(),
@@ -83,13 +84,13 @@ def base() -> ConfigDict:
       length=64,
       dropout=0.1,
       path='',
-      new_tokens=(),  # words that become tokens of their own, such as names
-      pad=-1,  # the id of the padding; -1: each position has its own
-      start=-1,  # ids that stand before and behind a caption; -1: none
+      new_tokens=(),  # words that become single tokens, such as names
+      pad=-1,  # padding id; -1: a separate one for each position
+      start=-1,  # ids before and after a caption; -1: none
       end=-1,
     )
   )
-  c.encode = ConfigDict(dict(enabled=False, batch_size=64, path=''))  # images to codes once, before training
+  c.encode = ConfigDict(dict(enabled=False, batch_size=64, path=''))  # images to tokens once, before training
   c.optim = ConfigDict(
     dict(
       name='adamw',  # adam, adamw, adafactor, lion, sgd
@@ -98,34 +99,34 @@ def base() -> ConfigDict:
       b2=0.95,
       eps=1e-8,
       weight_decay=0.0,
-      decay='kernel$|_head$',  # regex: names of the parameters that decay; DALL-E's heads are plain matrices
+      decay='kernel$|_head$',  # regex: names of the parameters that decay; *_head are DALL-E's
       schedule='cosine',  # constant, cosine, linear, rsqrt, halving
-      half_life=0,  # steps after which the rate of schedule 'halving' is half of what it was
-      lr_end=0.0,  # as a fraction of lr
+      half_life=0,  # schedule 'halving': the rate is halved every so many steps
+      lr_end=0.0,  # final rate, as a fraction of lr
       warmup=0,
-      clip=1.0,  # global norm; 0.0 for off
-      every=1,  # steps an update; for the players of a GAN
+      clip=1.0,  # global norm; 0.0: off
+      every=1,  # steps per update, for the players of a GAN
       groups=ConfigDict(),  # player -> any of these fields, or frozen=True
     )
   )
   c.train = ConfigDict(
     dict(
       steps=1000,
-      accum=1,  # micro batches an update
-      ema=0.0,
-      offload_optimizer=False,  # moments in the memory of the host between updates: slower, and room for more
+      accum=1,  # micro batches per update
+      ema=0.0,  # decay of the average of the parameters; 0.0: off
+      offload_optimizer=False,  # keep moments in host memory between updates: slower, saves device memory
       log_every=50,
-      checkpoint_every=500,  # 0: at the end alone
+      checkpoint_every=500,  # 0: only at the end
       eval_every=500,  # 0: never
       evals=('loss', 'pictures'),  # dalle_jax/evals/NAME.py
       eval_batches=8,
-      pictures=16,
-      keep=3,  # newest checkpoints
+      pictures=16,  # images that the evaluator 'pictures' samples
+      keep=3,  # number of newest checkpoints that are kept
       nan_guard=True,
-      allow_cpu=False,  # train a large model on the CPU
-      peak_flops=0.0,  # of one device; 0.0: from the table in training/metrics.py
+      allow_cpu=False,  # allow training a large model on a CPU
+      peak_flops=0.0,  # FLOP/s of one device; 0.0: from the table in training/metrics.py
       compilation_cache='',  # directory for compiled programs
-      xla_options=ConfigDict(),  # of the compiler, for the step; e.g. {'xla_cpu_enable_fast_math': True}
+      xla_options=ConfigDict(),  # compiler options for the step, e.g. {'xla_cpu_enable_fast_math': True}
     )
   )
   c.mesh = ConfigDict(MESHES['data'])
@@ -134,7 +135,7 @@ def base() -> ConfigDict:
 
 
 def vqgan(arg: ConfigDict) -> ConfigDict:
-  """What the published VQGANs share (Esser et al., 2021): `arg` has source, batch, steps."""
+  """What the published VQGANs share (Esser et al., 2021); `arg` has source, batch and steps."""
   c = base()
   c.objective = 'vqgan'
   c.data.update(source=arg.source, image_size=256, batch_size=arg.batch, augment='random_crop,flip', workers=8)
@@ -147,7 +148,7 @@ def vqgan(arg: ConfigDict) -> ConfigDict:
 def story(
   source: str, arg: ConfigDict, *, stories: int, new_tokens: tuple[str, ...] = (), frames: int = 4
 ) -> ConfigDict:
-  """What the published StoryDALL-E recipes share (Maharana et al., 2022, section 5): 50 epochs of `stories` stories.
+  """What the published StoryDALL-E recipes share (Maharana et al., 2022, section 5); 50 epochs of `stories` stories.
 
   `arg` has adapt ('finetune' or 'prompt'), variant of the DALL-E, sentences, batch and lr.
   """
@@ -177,13 +178,13 @@ def prompt_tuning(c: ConfigDict) -> None:
 
 
 def storyganc(source: str, arg: ConfigDict, *, stories: int, labels: int = 0, frames: int = 4) -> ConfigDict:
-  """What the published figures of StoryGANc and the StoryGAN family share: 120 epochs of `stories` stories.
+  """What the published StoryGANc and the other models of the StoryGAN family share: 120 epochs of `stories` stories.
 
-  `arg` has variant, captions ('roberta', 'clip' or 'own'), size and batch; the rate halves every 20 epochs. The image
-  discriminator sees the frames of the stories of a batch, where that family draws others for it.
+  `arg` has variant, captions ('roberta', 'clip' or 'own'), size and batch; the rate is halved every 20 epochs. The
+  image discriminator gets the frames of the stories in the batch, while that family samples separate ones for it.
   """
   if arg.captions not in ('own', 'clip', 'roberta') or arg.batch < 2:
-    raise ValueError(f'captions {arg.captions!r}, batch {arg.batch}: expected own, clip or roberta, and 2 or more.')
+    raise ValueError(f'captions {arg.captions!r}, batch {arg.batch}; expected own, clip or roberta, and at least 2.')
   c = base()
   c.objective = 'storyganc'
   c.model = dict(variant=arg.variant, captions=arg.captions, frames=frames, labels=labels)
@@ -200,20 +201,20 @@ def storyganc(source: str, arg: ConfigDict, *, stories: int, labels: int = 0, fr
 
 
 def gan_optimizer(lr: float) -> dict[str, Any]:
-  """Adam as GANs have it, for all players."""
+  """Adam with the usual settings for GANs, for all players."""
   return dict(name='adam', lr=lr, b1=0.5, b2=0.999, clip=0.0)
 
 
 def gan_groups(lr: float, every: int = 2) -> ConfigDict:
-  """The discriminators of a StoryGANc: their rate, and one update of theirs in `every` steps of the generator."""
+  """Settings of the discriminators of a StoryGANc: their rate, and one update per `every` steps of the generator."""
   return ConfigDict({f'{name}_discriminator': dict(lr=lr, every=every) for name in ('image', 'story')})
 
 
 def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
-  """Reads the part after the colon of `--config file.py:res=448,small`.
+  """Parses the part after the colon of `--config file.py:size=448,small`.
 
-  Values take the type of their default; a bare word switches on the bool of that name, or else is the value of the
-  first argument. Raises ValueError for a name that is not in `defaults`.
+  Values take the type of their default. A bare word sets the bool of that name, if there is one, and otherwise is the
+  value of the first argument. Raises ValueError for a name that is not in `defaults`.
   """
   result = ConfigDict(defaults)
   for item in filter(None, (arg or '').split(',')):
@@ -235,9 +236,9 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
 
 
 def choose_stage(c: ConfigDict, stage: str, stages: Mapping[str, Callable[[ConfigDict], None]]) -> None:
-  """Turns the config of a recipe with several runs into that of one: `stages[stage](c)`, in the directory root/stage.
+  """Turns the config of a recipe with several runs into that of one stage, in the directory root/stage.
 
-  Without a stage chosen, train.py runs all of `c.stages` in order.
+  `stages[stage]` sets the fields. If no stage is chosen, train.py runs all of `c.stages` in order.
   """
   if stage not in stages:
     raise ValueError(f'stage {stage!r} is unknown; there are {", ".join(stages)}.')

@@ -1,13 +1,13 @@
-"""The paper's model: 256 text + 1,024 image tokens of 8,192 codes (Ramesh et al., 2021, section 2 and appendix B).
+"""DALL-E as in the paper: 256 text tokens and 1,024 image tokens (Ramesh et al., 2021, section 2 and appendix B).
 
   python train.py --config configs/dalle_paper.py:12b --config.run_dir=runs/12b --config.data.path=PICTURES \\
-    --config.frozen.vqgan=runs/f8                                    # 128 devices or a multiple
+    --config.frozen.vqgan=runs/f8                                    # a multiple of 128 devices
   python train.py --config configs/dalle_paper.py:12b,tpu ... --distributed           # a TPU pod
   python train.py --config configs/dalle_paper.py:1.3b,tpu,accum=8 ... --distributed  # 16 TPU v5e
   python train.py --config configs/dalle_paper.py:300m,batch=64 ...  # one GPU of 80 GB
-  python train.py --config configs/dalle_paper.py:smoke              # both stages at a tiny width, one step each, CPU
-Variants: small (123M parameters), 300m (353M), 1.3b (1.31B), 12b (12.2B). Images are encoded to tokens once, before
-training. What fits on which TPUs is in docs/scaling.md.
+  python train.py --config configs/dalle_paper.py:smoke              # both stages, tiny, one step each, on a CPU
+Variants: small (123M parameters), 300m (353M), 1.3b (1.31B), 12b (12.2B). An image is 32 x 32 tokens from 8,192 codes;
+all images are encoded once, before training. docs/scaling.md says what fits on which TPUs.
 """
 
 from configs import common
@@ -41,7 +41,7 @@ def dalle(c, variant: str, steps: int):
 
 
 def smoke(stage: str):
-  """The whole way at full token counts, with networks of a tiny width, on pictures that need no download."""
+  """Both stages at the full token counts, with networks of a tiny width, on images that need no download."""
   c = common.base()
   c.stages, c.root = ('vqgan', 'dalle'), 'runs/paper_smoke'
   c.data.update(source='shapes', image_size=256, batch_size=2, source_args=dict(image_size=256, count=16))

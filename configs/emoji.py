@@ -1,7 +1,7 @@
-"""Emoji from their names: VQGAN and DALL-E on the colour-emoji font of this machine, on two CPU cores.
+"""Emoji from their names: VQGAN and DALL-E on the colour emoji font of this machine, on two CPU cores.
 
-sudo apt-get install fonts-noto-color-emoji        # unless there is one; macOS and Windows have their own
-python train.py --config configs/emoji.py          # all stages
+sudo apt-get install fonts-noto-color-emoji        # if there is no such font; macOS and Windows have one
+python train.py --config configs/emoji.py          # both stages; `:vqgan` and `:dalle` run one
 python sample.py --run runs/emoji/dalle --prompt "grinning face" --prompt "red apple" --temperature 0.5
 """
 

@@ -1,9 +1,9 @@
-"""Fine-tunes an imported minDALL-E, or any other DALL-E run, on a folder of captioned pictures.
+"""Fine-tuning of an imported minDALL-E, or any other DALL-E run, on a folder of captioned images.
 
   python -m dalle_jax.convert --from mindalle --path 1.3B/ --out runs/mindalle
   python train.py --config configs/finetune_mindalle.py --config.data.path=PICTURES --config.run_dir=runs/mine
 Architecture, tokenizer and VQGAN are those of the run (`base=runs/mindalle`). 1.3e9 parameters with AdamW and gradients
-in float32 are 21 GB, beside activations (by arithmetic: not tried); `config.mesh` splits them over devices.
+in float32 take 21 GB without activations (calculated, not tried); `config.mesh` shards them over devices.
 """
 
 from configs import common
@@ -17,7 +17,7 @@ def get_config(arg: str = ''):
   c.model = dict(variant='init')
   c.init.path = arg.base
   c.frozen = dict(vqgan=f'{arg.base}/frozen/vqgan')
-  c.tokenizer.update(vocab_size=1, dropout=0.0)  # any number but 0: the tokenizer is that of the run
+  c.tokenizer.update(vocab_size=1, dropout=0.0)  # any number but 0; the tokenizer is that of the run
   c.loss = dict(text_weight=0.5, image_weight=0.5)
   c.data.update(source='folder', image_size=arg.size, augment='random_crop', batch_size=arg.batch, workers=8)
   c.optim.update(lr=arg.lr, b1=0.9, b2=0.95, weight_decay=1e-4, warmup=500, clip=4.0, schedule='cosine')

@@ -1,9 +1,10 @@
-"""Retro-fits an imported minDALL-E, or goes on with an imported StoryDALL-E, on stories of a public data set.
+"""Fine-tuning of an imported minDALL-E or StoryDALL-E to the stories of a public data set.
 
   python -m dalle_jax.convert --from mindalle --path 1.3B/ --out runs/mindalle
   python train.py --config configs/finetune_storydalle.py:pororo --config.data.path=PORORO --config.run_dir=runs/pororo
-`:flintstones`, `:didemo`, `:shapes` are the other data; `base=RUN` the run to start from; `adapt=prompt` freezes its
-DALL-E. Every third block looks at the source frame, as in the released model (Maharana et al., 2022, section 5).
+`:flintstones`, `:didemo` and `:shapes` are the other data sets; `base=RUN` is the run to start from; `adapt=prompt`
+freezes its DALL-E. Every third block has cross-attention to the source frame, as in the released model (Maharana et
+al., 2022, section 5).
 """
 
 from configs import common
@@ -19,9 +20,8 @@ def get_config(arg: str = ''):
     raise ValueError(f'data {arg.data!r} is unknown; there are {", ".join(STORIES)}.')
   arg.variant = 'init'
   frames = 2 if arg.data == 'didemo' else 4
-  c = common.story(
-    arg.data, arg, stories=STORIES[arg.data], new_tokens=common.CHARACTERS.get(arg.data, ()), frames=frames
-  )
+  names = common.CHARACTERS.get(arg.data, ())
+  c = common.story(arg.data, arg, stories=STORIES[arg.data], new_tokens=names, frames=frames)
   c.run_dir = f'runs/{arg.data}'
   c.model.retro = 3
   c.init.path = arg.base

@@ -1,9 +1,9 @@
-"""Fine-tunes an imported VQGAN with its discriminator and LPIPS on a folder of pictures.
+"""Fine-tuning of an imported VQGAN with its discriminator and LPIPS on a folder of images.
 
   python -m dalle_jax.convert --from taming --path vqgan_imagenet_f16_1024/ --out runs/f16
   python train.py --config configs/finetune_vqgan.py --config.data.path=PICTURES --config.run_dir=runs/mine
-The checkpoint has to hold discriminator and LPIPS, as those of taming-transformers do; without a discriminator
-`--config.loss.disc_weight=0.0`. Its batch statistics stay as they are.
+The checkpoint must have a discriminator and LPIPS, as those of taming-transformers do; without a discriminator give
+`--config.loss.disc_weight=0.0`. The batch statistics of the discriminator stay fixed.
 """
 
 from configs import common

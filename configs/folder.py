@@ -1,13 +1,13 @@
-"""Your own pictures: a folder of NAME.jpg (png, webp) with the caption in NAME.txt, sub-folders too.
+"""Your own images: a folder of NAME.jpg (png, webp) with captions in NAME.txt, including sub-folders.
 
   python train.py --config configs/folder.py --config.data.path=PICTURES --config.root=runs/mine   # on a CPU
   python train.py --config configs/folder.py:size=256,batch=32,steps=100000 --config.data.path=PICTURES  # on a GPU
   python sample.py --run runs/mine/dalle --clip runs/mine/clip --prompt "..." --n 8
 WebDataset tars instead: `--config.data.source=tars --config.data.path='DIR/shard-{000..099}.tar'`.
-Three stages: VQGAN, CLIP (for reranking), DALL-E; `:vqgan`, `:clip`, `:dalle` run one. With size=256 the networks
-are those of the paper's layout (f = 8: 32 x 32 codes), else small ones. Only the VQGAN sees mirrored images: for the
-stages that read captions they would make "left" and "right" wrong.
-A few hundred pictures are learnt by heart, no more.
+There are three stages: VQGAN, CLIP (for reranking) and DALL-E; `:vqgan`, `:clip` and `:dalle` run one. From size=256 on
+the networks have the paper's layout (f = 8, 32 x 32 codes at 256 pixels), otherwise small ones are used. Only the VQGAN
+sees mirrored images: in the stages that read captions, "left" and "right" would become wrong. A few hundred images are
+only memorised.
 """
 
 from configs import common
@@ -28,7 +28,7 @@ def get_config(arg: str = ''):
     c.model = dict(variant='f8_8192', dtype='bfloat16') if large else dict(variant='small')
     c.loss = dict(l2_weight=1.0, disc_weight=0.75 if large else 0.0, disc_start=0.5)
     if not large:
-      c.loss.update(beta=0.1, ema_decay=0.97)  # a few hundred pictures: codes must follow them fast
+      c.loss.update(beta=0.1, ema_decay=0.97)  # with a few hundred images, codes must adapt fast
     c.tokenizer.vocab_size = 0
     c.data.augment = 'random_crop,flip'
     c.optim.update(lr=1e-4 if large else 1e-3, warmup=100)
@@ -45,7 +45,7 @@ def get_config(arg: str = ''):
     c.model = dict(variant='small') if large else dict(variant='mini')
     c.frozen = dict(vqgan=c.get_ref('root') + '/vqgan')
     c.loss = dict(caption_dropout=0.1, guidance=2.0)
-    c.encode.enabled, c.data.augment = True, ''  # encoded once
+    c.encode.enabled, c.data.augment = True, ''  # images are encoded once
     c.optim.update(lr=5e-4, b2=0.96, weight_decay=0.045, warmup=100)
     c.train.update(steps=arg.steps, log_every=50, checkpoint_every=500, eval_every=1_000)
 

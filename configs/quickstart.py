@@ -1,14 +1,14 @@
-"""The quickstart: VQGAN, CLIP, DALL-E and StoryDALL-E on the procedural world, on two CPU cores.
+"""The quickstart: VQGAN, CLIP, DALL-E and StoryDALL-E on the procedural world, in 18 to 65 minutes on two CPU cores.
 
   python train.py --config configs/quickstart.py            # all four stages
-  python train.py --config configs/quickstart.py:vqgan      # one of them
-`python quickstart.py` (`make quickstart`) does the same and then scores held-out captions with the oracle.
+  python train.py --config configs/quickstart.py:vqgan      # one stage
+`python quickstart.py` (`make quickstart`) does the same, then samples and scores held-out captions with the oracle.
 """
 
 from configs import common, story_shapes
 
 SIZE = 36  # 3 x 3 cells of 12 pixels; f = 4 gives 9 x 9 codes
-TEXT = 24  # tokens a caption at most
+TEXT = 24  # maximum tokens per caption
 
 
 def get_config(arg: str = ''):
@@ -28,8 +28,8 @@ def vqgan(c):
   c.objective = 'vqgan'
   c.model = dict(variant='quickstart')
   c.loss = dict(l2_weight=1.0, disc_weight=0.0, beta=0.1, ema_decay=0.97)
-  c.data.source_args.max_objects = 9  # crowded pictures: three times as many looks to learn from
-  c.data.source_args.accessories = 0.5  # heroes of stories wear them
+  c.data.source_args.max_objects = 9  # crowded images: three times as many appearances to learn from
+  c.data.source_args.accessories = 0.5  # which the heroes of stories wear
   c.data.batch_size = 16
   c.optim.update(name='adamw', lr=3e-3, b1=0.9, b2=0.95, weight_decay=1e-4, warmup=100, clip=1.0, schedule='cosine')
   c.train.xla_options = common.CONVOLUTIONS_ON_CPU
@@ -53,7 +53,7 @@ def dalle(c):
   c.tokenizer.update(vocab_size=512, length=TEXT)
   c.encode.enabled = True
   c.data.source_args.count = 30_000
-  c.loss = dict(token_noise=0.3)  # without it, pairs of shape and colour that training never showed are not drawn
+  c.loss = dict(token_noise=0.3)  # without it, unseen pairs of shape and colour are not generated
   c.data.batch_size = 64
   c.optim.update(name='adamw', lr=2e-3, b1=0.9, b2=0.96, weight_decay=0.045, warmup=100, clip=1.0, schedule='cosine')
   c.train.update(steps=1_500, ema=0.0, log_every=50, checkpoint_every=500, eval_every=750)

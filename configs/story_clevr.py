@@ -2,10 +2,12 @@
 
   python train.py --config configs/story_clevr.py --config.data.path=CLEVR_SV --config.root=runs/clevr
   python evaluate.py --run runs/clevr/story --path CLEVR_SV
-`:prompt` adapts by prompt tuning, `:vqgan`, `:dalle`, `:story` run one stage; steps=0.1 a tenth of the steps. CLEVR_SV
-has images/ and CLEVR_dict.npy. A frame shows one object more than the last, its caption tells that one alone: what else
-is there, the model knows from the source and from the other captions. Pictures are cropped anew every time, tokens are
-noisy and steps few: else, with 66 stories, the tokens of held-out ones are soon less probable than by chance.
+`:vqgan`, `:dalle` and `:story` run one stage, `:prompt` the last one with prompt tuning; steps=0.1 trains for a tenth
+of the steps. CLEVR_SV has images/ and CLEVR_dict.npy.
+
+Each frame shows one object more than the last, and its caption describes only that one: the others the model knows from
+the source and the other captions. Images are cropped randomly each time, tokens are noisy and steps are few: otherwise,
+with 66 stories for training, the tokens of held-out stories soon become less probable than by chance.
 """
 
 from configs import common

@@ -1,11 +1,12 @@
-"""DiDeMoSV: StoryDALL-E from a trained DALL-E (Maharana et al., 2022).
+"""StoryDALL-E on DiDeMoSV, from a trained DALL-E (Maharana et al., 2022).
 
   python train.py --config configs/story_didemo.py --config.data.path=DIDEMO \\
     --config.run_dir=runs/didemo --config.init.path=runs/dalle --config.frozen.vqgan=runs/f8
-  python train.py --config configs/story_didemo.py:prompt ...       # the DALL-E frozen: prompt tuning
-dalle_jax/data/sources/didemo.py tells the layout of DIDEMO. The DALL-E may have any size: config.init.path.
-Sentence vectors come with the data; `sentences=own` does without them, `sentences=clip` takes --config.frozen.clip=RUN.
-To match on test: FID 32.92; by prompt tuning 64.58.
+  python train.py --config configs/story_didemo.py:prompt ...       # prompt tuning: the DALL-E is frozen
+The layout of DIDEMO is described in dalle_jax/data/sources/didemo.py. The DALL-E may have any size. Sentence
+vectors come with the data; `sentences=own` does without them, `sentences=clip` needs --config.frozen.clip=RUN.
+Published test results to match:
+FID 32.92; with prompt tuning 64.58.
 """
 
 from configs import common

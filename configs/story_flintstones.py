@@ -1,11 +1,12 @@
-"""FlintstonesSV: StoryDALL-E from a trained DALL-E (Maharana et al., 2022).
+"""StoryDALL-E on FlintstonesSV, from a trained DALL-E (Maharana et al., 2022).
 
   python train.py --config configs/story_flintstones.py --config.data.path=FLINTSTONES \\
     --config.run_dir=runs/flintstones --config.init.path=runs/dalle --config.frozen.vqgan=runs/f8
-  python train.py --config configs/story_flintstones.py:prompt ...       # the DALL-E frozen: prompt tuning
-dalle_jax/data/sources/flintstones.py tells the layout of FLINTSTONES. The DALL-E may have any size: config.init.path.
-Sentence vectors come with the data; `sentences=own` does without them, `sentences=clip` takes --config.frozen.clip=RUN.
-To match on test: FID 26.49, character F1 73.43, frame accuracy 55.19; by prompt tuning 53.71, 42.48, 32.54.
+  python train.py --config configs/story_flintstones.py:prompt ...       # prompt tuning: the DALL-E is frozen
+The layout of FLINTSTONES is described in dalle_jax/data/sources/flintstones.py. The DALL-E may have any size. Sentence
+vectors come with the data; `sentences=own` does without them, `sentences=clip` needs --config.frozen.clip=RUN.
+Published test results to match:
+FID 26.49, character F1 73.43, frame accuracy 55.19; with prompt tuning 53.71, 42.48, 32.54.
 """
 
 from configs import common

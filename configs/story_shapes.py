@@ -1,8 +1,8 @@
-"""Stories of the procedural world: the DALL-E of the quickstart, retro-fitted (needs its stages vqgan and dalle).
+"""StoryDALL-E on the procedural world, from the DALL-E of the quickstart (needs its stages vqgan and dalle).
 
-  python train.py --config configs/story_shapes.py           # full fine-tuning
-  python train.py --config configs/story_shapes.py:prompt    # the DALL-E frozen, what is added trained
-Also `:no_retro` (no cross-attention) and `:no_story_encoder` (no story token): what each part is good for. `make
+  python train.py --config configs/story_shapes.py           # full fine-tuning: 15 minutes on two CPU cores
+  python train.py --config configs/story_shapes.py:prompt    # prompt tuning: the DALL-E is frozen
+The ablations are `:no_retro` (without cross-attention) and `:no_story_encoder` (without the story token). `make
 ablations` trains and scores all four.
 
   python -m dalle_jax.sweep --config configs/story_shapes.py --config.train.steps=400    # learning rates
@@ -46,9 +46,9 @@ def story(c, variant: str = 'full', steps: int = 1_500):
   c.data.source = 'story_shapes'
   c.data.source_args = dict(image_size=c.data.image_size, count=8_000)
   c.data.batch_size = 16  # stories
-  # The first token of a frame decides its setting, which after a silent change the story token alone knows: as one of
-  # 81 it was still ignored after 500 steps. From none to most tokens are read as noise, so that they are explained by
-  # captions and source and not by their neighbours.
+  # The first token of a frame decides its setting, and after a silent change only the story token knows that setting:
+  # weighted like the other 80 tokens, it was still ignored after 500 steps. Between none and most of the input tokens
+  # are noise, so that the model explains tokens by the captions and the source and not by their neighbours.
   c.loss = dict(text_weight=0.125, image_weight=0.875, first=10.0, token_noise=0.4, noise_spread=0.4)
   c.optim.update(name='adamw', lr=1e-3, b1=0.9, b2=0.99, weight_decay=0.045, warmup=50, clip=1.0, schedule='cosine')
   c.train.update(steps=steps, ema=0.0, log_every=50, checkpoint_every=500, eval_every=1_500, pictures=4)

@@ -1,9 +1,9 @@
-"""StoryGANc on stories of the procedural world, 36 x 36, on two CPU cores: the task of configs/story_shapes.py.
+"""StoryGANc on stories of the procedural world at 36 x 36 pixels; the task of configs/story_shapes.py.
 
-  python train.py --config configs/storyganc_shapes.py
-  python train.py --config configs/storyganc_shapes.py:no_attention    # knows nothing of the source frame
+  python train.py --config configs/storyganc_shapes.py                 # 17 to 24 minutes on two CPU cores
+  python train.py --config configs/storyganc_shapes.py:no_attention    # without the source frame
   python train.py --config configs/storyganc_shapes.py:variant=paper,size=64,steps=20000   # the paper's size, on a GPU
-`make storyganc` trains and scores the first two beside the quickstart.
+`make storyganc` trains the first two and compares them with the StoryDALL-E of the quickstart.
 """
 
 from configs import common
@@ -16,7 +16,7 @@ def get_config(arg: str = ''):
   c.root = 'runs/quickstart'
   c.run_dir = c.get_ref('root') + ('/storyganc_no_attention' if arg.no_attention else '/storyganc')
   c.model = dict(variant=arg.variant, attention=not arg.no_attention)
-  c.loss = dict(l2_weight=arg.l2)  # the paper has no such term, and many more steps
+  c.loss = dict(l2_weight=arg.l2)  # the paper has no such term, but trains for many more steps
   c.tokenizer.update(vocab_size=512, length=24, dropout=0.0)
   c.data.update(source='story_shapes', image_size=arg.size, batch_size=arg.batch)
   c.data.source_args = dict(image_size=arg.size)

@@ -1,13 +1,14 @@
-"""unCLIP at the paper's sizes (Ramesh et al., 2022, appendix C), for a frozen CLIP, one run a stage.
+"""unCLIP at the paper's sizes (Ramesh et al., 2022, appendix C) with a frozen CLIP, one run per stage.
 
   python -m dalle_jax.convert --from clip --path clip-vit-large-patch14/ --out runs/clip
   python train.py --config configs/unclip_paper.py:unclip --config.root=runs/mine --config.data.path=PICTURES \\
-    --config.frozen.clip=runs/clip                                   # and prior; upsampler, upsampler_2 without it
+    --config.frozen.clip=runs/clip                                   # `:prior` likewise
   python sample.py --run runs/mine/unclip --prior runs/mine/prior --upsampler runs/mine/upsampler \\
     --upsampler runs/mine/upsampler_2 --prompt "..." --guidance 4 --steps 250 --prior_steps 64
-Stages: prior (1.2B parameters), unclip (2.2B), upsampler (64 to 256 pixels, 0.7B), upsampler_2 (256 to 1,024, 0.3B).
-Unlike the paper's: text is read by CLIP alone, networks have no dropout, small pictures are blurred and no more,
-upsamplers draw as the decoder does, all by as many steps.
+Stages: prior (1.2B parameters) and unclip (2.2B), with a CLIP; upsampler (64 to 256 pixels, 0.7B) and upsampler_2 (256
+to 1,024 pixels, 0.3B), without one.
+Differences from the paper: only CLIP encodes text, networks have no dropout, the upsamplers' inputs are corrupted by
+blur only, and the upsamplers sample like the decoder and all with the same number of steps.
 """
 
 from configs import common

@@ -1,8 +1,8 @@
 """unCLIP on the procedural world, on two CPU cores: CLIP, prior, upsampler and decoder.
 
-  python train.py --config configs/unclip_shapes.py                # all four, in runs/unclip
+  python train.py --config configs/unclip_shapes.py                # all four stages, in runs/unclip
   python sample.py --run runs/unclip/unclip --prompt "a large red circle at the top" --guidance 2
-The decoder draws 36 x 36 pixels, the upsampler makes 72 x 72 of them. The decoder's run has all that sampling needs.
+The decoder generates 36 x 36 pixels, the upsampler 72 x 72 from these. The decoder's run has all that sampling needs.
 """
 
 from configs import common, quickstart
@@ -24,7 +24,7 @@ def get_config(arg: str = ''):
 
 
 def clip(c):
-  """That of the quickstart, for longer: shapes are what it learns last, and the decoder has no other eyes."""
+  """The CLIP of the quickstart, trained longer: it learns shapes last, and the decoder sees only through it."""
   quickstart.clip(c)
   c.train.update(steps=5_000, checkpoint_every=1_000, eval_every=5_000)
 
@@ -54,7 +54,7 @@ def unclip(c):
   c.model = dict(variant='quickstart')
   root = c.get_ref('root')
   c.frozen = dict(clip=root + '/clip', prior=root + '/prior', upsampler=root + '/upsampler')
-  c.loss = dict(caption_dropout=0.2)  # the paper's half would leave less than there is time for
+  c.loss = dict(caption_dropout=0.2)  # the paper's 0.5 would leave too few captioned steps
   c.data.batch_size = 32
   c.optim.update(lr=2e-3, warmup=100)
   c.train.xla_options = common.CONVOLUTIONS_ON_CPU

@@ -1,10 +1,10 @@
-"""The image tokenizer of DALL-E's layout: 256 x 256 pictures -> 32 x 32 of 8,192 codes, Gumbel quantiser.
+"""A VQGAN with DALL-E's layout: 256 x 256 pixels to 32 x 32 tokens from 8,192 codes, Gumbel quantizer.
 
   python train.py --config configs/vqgan_f8_8192.py --config.run_dir=runs/f8 --config.data.path=PICTURES
   python train.py --config configs/vqgan_f8_8192.py:source=tfds:imagenet2012,batch=96 --config.run_dir=runs/f8
-Numbers: Esser et al., 2021, and the public vqgan_gumbel_f8. Perceptual loss: `python -m dalle_jax.convert --from lpips
---path FOLDER --out runs/lpips`, then --config.frozen.lpips=runs/lpips; without it the loss is L1, and says so. To match
-on ImageNet val: reconstruction FID 1.49.
+Hyperparameters are those of Esser et al., 2021, and the public vqgan_gumbel_f8. For the perceptual loss give
+--config.frozen.lpips=runs/lpips, after `python -m dalle_jax.convert --from lpips --path FOLDER --out runs/lpips`;
+without it the loss is L1, and the log says so. Published result to match: reconstruction FID 1.49 on ImageNet val.
 """
 
 from configs import common
