@@ -1,6 +1,6 @@
-"""Pictures a second of each source through the loader, and how workers and encoding ahead compare with threads.
+"""Images per second of each data source through the loader, with threads and with worker processes.
 
-python benchmarks/data.py --image_size=256 --path=FOLDER_OF_PICTURES
+python benchmarks/data.py --image_size=256 --path=FOLDER_OF_IMAGES
 """
 
 import io
@@ -18,17 +18,17 @@ from PIL import Image
 from dalle_jax.data import bpe, pipeline, sources
 from dalle_jax.data.sources import shapes
 
-_SIZE = flags.DEFINE_integer('image_size', 64, 'side of the pictures')
-_BATCH = flags.DEFINE_integer('batch_size', 64, 'pictures a batch')
-_BATCHES = flags.DEFINE_integer('batches', 40, 'batches a measurement')
-_WORKERS = flags.DEFINE_multi_integer('workers', [0, 2], 'numbers of worker processes; 0: threads')
-_PATH = flags.DEFINE_string('path', '', 'folder of NAME.jpg with NAME.txt; a drawn one of 200 pictures without it')
+_SIZE = flags.DEFINE_integer('image_size', 64, 'side of the images')
+_BATCH = flags.DEFINE_integer('batch_size', 64, 'images per batch')
+_BATCHES = flags.DEFINE_integer('batches', 40, 'batches per measurement')
+_WORKERS = flags.DEFINE_multi_integer('workers', [0, 2], 'numbers of worker processes; 0: threads only')
+_PATH = flags.DEFINE_string('path', '', 'folder of NAME.jpg with NAME.txt; default: 200 generated images')
 
 
 def main(_):
   with tempfile.TemporaryDirectory() as temporary:
     path = _PATH.value or draw_folder(Path(temporary) / 'pictures')
-    print(f'{"source":<16}{"workers":>8}{"pictures/s":>12}{"ratio":>8}')
+    print(f'{"source":<16}{"workers":>8}{"images/s":>12}{"ratio":>8}')
     first = None
     for kind, kwargs in (
       ('shapes', dict(source_args=dict(image_size=max(_SIZE.value, 24)))),
@@ -59,19 +59,19 @@ def measure(
   augment: str = '',
   source_args: dict | None = None,
 ) -> tuple[float, float]:
-  """Pictures a second after the first batches, with text of `length` tokens; seconds of a core here for each.
+  """Returns images per second after the first batches, with text of `length` tokens, and CPU seconds per image.
 
-  The latter is not all where there are workers.
+  The CPU seconds are those of this process, without its workers.
   """
   fields = dict(source=kind, path=path, augment=augment, source_args=source_args or {})
   config = ConfigDict(dict(fields, image_size=size, group=1, workers=workers))
   source = sources.load(config, 'train')
-  words = bpe.train((source[i]['caption'] for i in range(min(len(source), 200))), 512)
-  encoder = bpe.TextEncoder(words, length, 0.1)
+  tokenizer = bpe.train((source[i]['caption'] for i in range(min(len(source), 200))), 512)
+  encoder = bpe.TextEncoder(tokenizer, length, 0.1)
   loader = pipeline.make_loader(
     source, config, encode_text=encoder, batch_size=_BATCH.value, seed=0, shuffle=True, start_step=0
   )
-  for _ in range(2 * pipeline.AHEAD):  # what was read ahead while workers started
+  for _ in range(2 * pipeline.AHEAD):  # read ahead while the workers started
     next(loader)
   start, cpu = time.perf_counter(), time.process_time()
   for _ in range(_BATCHES.value):
@@ -82,7 +82,7 @@ def measure(
 
 
 def draw_folder(path: Path) -> str:
-  """Writes 200 JPEGs of 512 x 384 with captions."""
+  """Writes 200 JPEGs of 512 x 384 pixels with captions."""
   path.mkdir()
   source = shapes.load('train', image_size=384)
   for i in range(200):
@@ -94,7 +94,7 @@ def draw_folder(path: Path) -> str:
 
 
 def pack(folder: Path, path: Path) -> str:
-  """Puts the files of a folder into a tar, in the order of their names."""
+  """Packs the files of a folder into a tar, in the order of their names."""
   with tarfile.open(path, 'w') as tar:
     for file in sorted(folder.iterdir()):
       tar.add(file, file.name)
@@ -102,7 +102,7 @@ def pack(folder: Path, path: Path) -> str:
 
 
 def write_tokens(path: Path) -> str:
-  """Writes what `pipelines.encode` would: 10,000 pictures of 32 x 32 codes."""
+  """Writes 10,000 images of 32 x 32 tokens in the format of `pipelines.encode`."""
   folder = path / 'train'
   folder.mkdir(parents=True)
   source, count = shapes.load('train'), 10_000

@@ -1,8 +1,8 @@
-"""Seconds a token with and without the cache of keys and values, for a full 1,024-token picture.
+"""Time per token of sampling with and without the KV cache, for a full image of 1,024 tokens.
 
-python -m benchmarks.decoding --variant=small --batch_size=4
-Without a cache each token needs a pass over everything before it; that is timed at eight lengths and averaged, which
-favours it: a real one would compile for each length or always pass over the whole stream (also shown).
+  python -m benchmarks.decoding --variant=small --batch_size=4
+Without a cache, each token needs a forward pass over everything before it. That is timed at eight lengths and averaged,
+which favours it: real code would compile for each length, or always run the whole sequence (also shown).
 """
 
 import functools
@@ -17,11 +17,11 @@ from benchmarks import limits
 from dalle_jax.functional import decoding
 from dalle_jax.models import dalle, decode_params
 
-_VARIANT = flags.DEFINE_string('variant', 'small', 'of dalle_jax/models/dalle.py')
-_BATCH = flags.DEFINE_integer('batch_size', 1, 'pictures at once')
-_WIDTH = flags.DEFINE_integer('d_model', 0, 'another width; 0: that of the variant')
-_DEPTH = flags.DEFINE_integer('depth', 0, 'another depth; 0: that of the variant')
-_DTYPE = flags.DEFINE_string('dtype', '', 'float32 or bfloat16; empty: bfloat16, float32 on a CPU')
+_VARIANT = flags.DEFINE_string('variant', 'small', 'variant in dalle_jax/models/dalle.py')
+_BATCH = flags.DEFINE_integer('batch_size', 1, 'images at once')
+_WIDTH = flags.DEFINE_integer('d_model', 0, 'width; 0: that of the variant')
+_DEPTH = flags.DEFINE_integer('depth', 0, 'depth; 0: that of the variant')
+_DTYPE = flags.DEFINE_string('dtype', '', 'float32 or bfloat16; default: bfloat16, or float32 on a CPU')
 
 
 def main(_):
@@ -36,7 +36,7 @@ def main(_):
   params = nn.unbox(jax.jit(model.init)(jax.random.key(0), text, image)['params'])
   keys = jax.random.split(jax.random.key(1), batch)
 
-  # As a pipeline keeps them for drawing.
+  # As the pipelines prepare them for sampling.
   ready = decode_params.by_layer(decode_params.compute_params(params, model.dtype, few_rows=on_cpu))
 
   @jax.jit
@@ -53,12 +53,18 @@ def main(_):
   lengths = [count * (2 * i + 1) // 16 for i in range(8)]
   each = [limits.seconds(prefix, params, image[:, :n], repeats=3) for n in lengths]
   full = limits.seconds(whole, params, image, repeats=3)
-  print(f'{"":<28}{"ms a token":>12}{"ratio":>8}')
-  for name, value in (('cached', one), ('uncached, growing prefix', float(np.mean(each))), ('uncached, whole', full)):
+  print(f'{"":<28}{"ms per token":>12}{"ratio":>8}')
+  for name, value in (
+    ('cached', one),
+    ('uncached, growing prefix', float(np.mean(each))),
+    ('uncached, whole sequence', full),
+  ):
     print(f'{name:<28}{1e3 * value:>12.2f}{value / one:>8.1f}')
   codes = cached(ready)
   logits = whole(params, codes)
-  print(f'greedy codes equal to those of the whole pass: {100 * float((codes == logits.argmax(-1)).mean()):.2f}%')
+  print(
+    f'greedy tokens equal to those of a whole forward pass: {100 * float((codes == logits.argmax(-1)).mean()):.2f}%'
+  )
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
-"""How often the emoji drawn from a name is nearer to the one of that name than to any other.
+"""How often the emoji generated from a name is nearer to the emoji of that name than to any other.
 
-python benchmarks/emoji.py --run=runs/emoji/dalle --names=200
-Distances are L2 to the VQGAN's reconstructions of all emoji. Writes OUT, a grid: the true emoji, then what was drawn.
+  python benchmarks/emoji.py --run=runs/emoji/dalle --names=200
+Distances are L2 to the VQGAN's reconstructions of all emoji. --out writes a grid of true and generated emoji.
 """
 
 from pathlib import Path
@@ -15,11 +15,11 @@ from dalle_jax.pipelines.dalle import DallE
 from dalle_jax.pipelines.grids import caption_grid
 
 _RUN = flags.DEFINE_string('run', 'runs/emoji/dalle', 'run directory of a DALL-E')
-_NAMES = flags.DEFINE_integer('names', 200, 'captions a split')
-_SPLITS = flags.DEFINE_list('splits', ['train', 'test'], 'of the emoji')
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'of sampling')
-_GUIDANCE = flags.DEFINE_float('guidance', 1.0, 'of sampling')
-_OUT = flags.DEFINE_string('out', '', 'a PNG to write')
+_NAMES = flags.DEFINE_integer('names', 200, 'captions per split')
+_SPLITS = flags.DEFINE_list('splits', ['train', 'test'], 'splits of the emoji')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, 'sampling temperature')
+_GUIDANCE = flags.DEFINE_float('guidance', 1.0, 'sampling guidance')
+_OUT = flags.DEFINE_string('out', '', 'PNG file to write')
 
 
 def main(_):
@@ -35,13 +35,13 @@ def main(_):
     mine = [i for i, (s, _) in enumerate(records) if s == split]
     chosen = np.random.default_rng(0).permutation(mine)[: _NAMES.value]
     names = [records[i][1]['caption'] for i in chosen]
-    drawn = model.sample(names, temperature=_TEMPERATURE.value, guidance=_GUIDANCE.value)
-    pictures = np.stack([s.images[0] for s in drawn])
-    flat = pictures.reshape(len(pictures), -1).astype(np.float32)
+    samples = model.sample(names, temperature=_TEMPERATURE.value, guidance=_GUIDANCE.value)
+    images = np.stack([s.images[0] for s in samples])
+    flat = images.reshape(len(images), -1).astype(np.float32)
     distance = np.square(flat).sum(1)[:, None] - 2 * flat @ known.T + np.square(known).sum(1)
     right = distance.argmin(1) == chosen
-    print(f'{split}: the nearest of {len(known)} emoji is the named one for {right.sum()} of {len(names)} names')
-    rows += [(name, [true[i], picture]) for name, i, picture in list(zip(names, chosen, pictures, strict=True))[:12]]
+    print(f'{split}: for {right.sum()} of {len(names)} names, the nearest of {len(known)} emoji is the named one')
+    rows += [(name, [true[i], image]) for name, i, image in list(zip(names, chosen, images, strict=True))[:12]]
   if _OUT.value:
     Path(_OUT.value).parent.mkdir(parents=True, exist_ok=True)
     caption_grid(rows).save(_OUT.value)

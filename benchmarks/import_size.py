@@ -1,8 +1,8 @@
-"""Imports a minDALL-E of its real size: seconds and peak memory.
+"""Time and peak memory of importing a minDALL-E of the real size.
 
-  python benchmarks/import_size.py --dir /tmp/mindalle   # 1.3e9 random weights: 11 GB on the disk
-The files are written without PyTorch, in the layout of torch 1.6 and later: an archive with one record a tensor. The
-import runs in a process of its own, whose peak memory is that of `ru_maxrss`.
+  python benchmarks/import_size.py --dir /tmp/mindalle   # 1.3e9 random weights: 11 GB on disk
+The files are written without PyTorch, in the layout of torch 1.6 and later: an archive with one record per tensor. The
+import runs in a separate process, whose peak memory is read from `ru_maxrss`.
 """
 
 import collections
@@ -20,25 +20,25 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-_DIR = flags.DEFINE_string('dir', '', 'where the files go; what is there is kept')
-_DEPTH = flags.DEFINE_integer('depth', 42, 'layers', 1)
-_WIDTH = flags.DEFINE_integer('width', 1536, 'of the transformer', 64)
+_DIR = flags.DEFINE_string('dir', '', 'folder for the files; existing files are reused')
+_DEPTH = flags.DEFINE_integer('depth', 42, 'number of layers', 1)
+_WIDTH = flags.DEFINE_integer('width', 1536, 'width of the transformer', 64)
 VQGAN = dict(
   double_z=False, z_channels=256, resolution=256, in_channels=3, out_ch=3, ch=128, ch_mult=[1, 1, 2, 2, 4],
   num_res_blocks=2, attn_resolutions=[16], pdrop=0.0,
 )  # fmt: skip
-WORDS, CODES, TEXT, IMAGE = 16_384, 16_384, 64, 256
+TEXT_VOCAB, CODES, TEXT, IMAGE = 16_384, 16_384, 64, 256
 
 
 class Name:
-  """Pickles as the global MODULE.NAME of a package that need not be there."""
+  """Pickles as the global MODULE.NAME, whose package need not be installed."""
 
   def __init__(self, module: str, name: str):
     self.module, self.name = module, name
 
 
 class Pickler(pickle._Pickler):
-  """Writes names as globals and tensors as torch does: a call of _rebuild_tensor_v2 on a storage."""
+  """Pickles names as globals, and tensors as torch does: a call of _rebuild_tensor_v2 on a storage."""
 
   def save(self, value, save_persistent_id=True):
     if isinstance(value, Name):
@@ -71,11 +71,11 @@ class Tensor:
 
 
 def write(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-  """A state_dict of random weights."""
+  """Writes a state_dict of random weights."""
   text, rng = io.BytesIO(), np.random.default_rng(0)
   tensors = {name: Tensor(str(i), shape) for i, (name, shape) in enumerate(shapes.items())}
   Pickler(text, protocol=2).dump({'state_dict': tensors})
-  with zipfile.ZipFile(path, 'w') as archive:  # stored, as torch does
+  with zipfile.ZipFile(path, 'w') as archive:  # uncompressed, as torch does
     archive.writestr('archive/data.pkl', text.getvalue())
     for tensor in tensors.values():
       with archive.open(f'archive/data/{tensor.storage.key}', 'w', force_zip64=True) as record:
@@ -88,7 +88,7 @@ def write(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def transformer(depth: int, d: int) -> dict[str, tuple[int, ...]]:
-  shapes = {'tok_emb_img.weight': (CODES, d), 'tok_emb_txt.weight': (WORDS, d)}
+  shapes = {'tok_emb_img.weight': (CODES, d), 'tok_emb_txt.weight': (TEXT_VOCAB, d)}
   shapes |= {'pos_emb_img.weight': (IMAGE, d), 'pos_emb_txt.weight': (TEXT, d)}
   for i in range(depth):
     block = {'ln1.weight': (d,), 'ln1.bias': (d,), 'ln2.weight': (d,), 'ln2.bias': (d,)}
@@ -96,12 +96,12 @@ def transformer(depth: int, d: int) -> dict[str, tuple[int, ...]]:
       block |= {f'attn.{name}.weight': (d, d), f'attn.{name}.bias': (d,)}
     block |= {'mlp.0.weight': (4 * d, d), 'mlp.0.bias': (4 * d,), 'mlp.2.weight': (d, 4 * d), 'mlp.2.bias': (d,)}
     shapes |= {f'blocks.{i}.{k}': v for k, v in block.items()}
-  shapes |= {'ln_f.weight': (d,), 'ln_f.bias': (d,), 'head_img.weight': (CODES, d), 'head_txt.weight': (WORDS, d)}
+  shapes |= {'ln_f.weight': (d,), 'ln_f.bias': (d,), 'head_img.weight': (CODES, d), 'head_txt.weight': (TEXT_VOCAB, d)}
   return shapes
 
 
 def vqgan() -> dict[str, tuple[int, ...]]:
-  """Shapes by the table of our importer, turned round."""
+  """Shapes in their layout, from the inverse of our import table."""
   from dalle_jax.convert.sources import taming
 
   model = taming.fields(Path('config.yaml'), VQGAN, 256, CODES)
@@ -117,13 +117,13 @@ def make(folder: Path, depth: int, width: int) -> None:
   (folder / 'tokenizer').mkdir(parents=True, exist_ok=True)
   letters = [chr(c) for c in range(33, 127)]
   vocab = {w: i for i, w in enumerate(['[PAD]', '[UNK]', *letters, *(f'{c}</w>' for c in letters)])}
-  vocab |= {f'unused{i}': i for i in range(len(vocab), WORDS)}
+  vocab |= {f'unused{i}': i for i in range(len(vocab), TEXT_VOCAB)}
   (folder / 'tokenizer' / 'bpe-16k-vocab.json').write_text(json.dumps(vocab))
   (folder / 'tokenizer' / 'bpe-16k-merges.txt').write_text('#version: 0.2\n')
   hparams = dict(embed_dim=width, n_layers=depth, n_heads=width // 64, ctx_len_img=IMAGE, ctx_len_txt=TEXT)
   config = dict(
     stage1=dict(embed_dim=256, n_embed=CODES, hparams=VQGAN),
-    stage2=dict(vocab_size_txt=WORDS, vocab_size_img=CODES, hparams=hparams),
+    stage2=dict(vocab_size_txt=TEXT_VOCAB, vocab_size_img=CODES, hparams=hparams),
   )
   (folder / 'config.yaml').write_text(json.dumps(config))  # JSON is YAML
   write(folder / 'stage1_last.ckpt', vqgan())
@@ -132,7 +132,7 @@ def make(folder: Path, depth: int, width: int) -> None:
 
 def main(argv):
   if len(argv) > 1 or not _DIR.value:
-    sys.exit('error: give --dir FOLDER, with 11 GB free')
+    sys.exit('error: give --dir FOLDER, on a disk with 11 GB free')
   folder, out = Path(_DIR.value) / '1.3B', Path(_DIR.value) / 'run'
   if not (folder / 'stage2_last.ckpt').is_file():
     make(folder, _DEPTH.value, _WIDTH.value)
@@ -141,7 +141,7 @@ def main(argv):
   command = ['-m', 'dalle_jax.convert', '--from=mindalle', f'--path={folder}', f'--out={out}']
   code = subprocess.run([sys.executable, *command], check=False).returncode
   seconds, peak = time.monotonic() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-  print(f'import: {seconds:.0f} s (limit 180), {peak:.1f} GiB at peak (limit 12), exit code {code}')
+  print(f'import: {seconds:.0f} s (limit 180), peak memory {peak:.1f} GiB (limit 12), exit code {code}')
   sys.exit(code)
 
 

@@ -1,9 +1,9 @@
-"""Tokens a second of the input for the paper's model (256 text + 1,024 image tokens) against what its steps take.
+"""Tokens per second of the input pipeline for the paper's model (256 + 1,024 tokens), against what its steps consume.
 
-  python -m benchmarks.input --rate=50000 --gpus=8       # the rate is that of `python -m benchmarks.step` on one GPU
-A row a source: codes that were encoded ahead, or JPEGs of some short sides in tars, which are decoded, cropped to
-256 x 256 and left for a VQGAN on the GPU. `cores` is how many of this machine the steps need, by the time that threads
-of one process spend on a sample.
+  python -m benchmarks.input --rate=50000 --gpus=8       # the rate that `python -m benchmarks.step` gives for one GPU
+There is one row per source: tokens that were encoded in advance, or JPEGs of several short sides in tars, which are
+decoded, cropped to 256 x 256 and left for a VQGAN on the GPU. `cores` is the number of cores like those of this machine
+that the steps need, from the CPU time that the threads of one process spend per sample.
 """
 
 import tempfile
@@ -17,16 +17,16 @@ from benchmarks import data
 from dalle_jax.data.sources import shapes
 
 TEXT, IMAGE, SIZE = 256, 1024, 256
-_RATE = flags.DEFINE_float('rate', 50_000, 'tokens a second that a step takes on one GPU')
-_GPUS = flags.DEFINE_integer('gpus', 8, 'of one host')
+_RATE = flags.DEFINE_float('rate', 50_000, 'tokens per second that the steps consume on one GPU')
+_GPUS = flags.DEFINE_integer('gpus', 8, 'GPUs of one host')
 _SIDES = flags.DEFINE_multi_integer('side', [256, 512, 1024], 'short sides of the JPEGs')
-_COUNT = flags.DEFINE_integer('count', 64, 'different JPEGs of a side')
+_COUNT = flags.DEFINE_integer('count', 64, 'number of JPEGs per short side')
 
 
 def main(_):
   need = _RATE.value * _GPUS.value
-  print(f'{_GPUS.value} GPUs at {_RATE.value:,.0f} tokens/s each take {need / (TEXT + IMAGE):,.0f} samples/s')
-  print(f'{"source":<28}{"workers":>8}{"samples/s":>11}{"tokens/s":>12}{"of the need":>13}{"cores":>7}')
+  print(f'{_GPUS.value} GPUs at {_RATE.value:,.0f} tokens/s each consume {need / (TEXT + IMAGE):,.0f} samples/s')
+  print(f'{"source":<28}{"workers":>8}{"samples/s":>11}{"tokens/s":>12}{"of demand":>13}{"cores":>7}')
   with tempfile.TemporaryDirectory() as temporary:
     root = Path(temporary)
     rows = [('tokens', 'tokens', dict(path=data.write_tokens(root / 'tokens')))]
@@ -48,19 +48,19 @@ def main(_):
 
 
 def draw(path: Path, side: int) -> Path:
-  """JPEGs of 4/3 side x side with as much detail at every scale as photographs have, and captions of the world."""
+  """Writes JPEGs of 4/3 side x side pixels with detail at all scales, like photographs, and procedural captions."""
   path.mkdir()
-  rng, told = np.random.default_rng(0), shapes.load('train')
+  rng, source = np.random.default_rng(0), shapes.load('train')
   for i in range(_COUNT.value):
-    picture = np.full((side, side * 4 // 3, 3), 128.0, np.float32)
+    image = np.full((side, side * 4 // 3, 3), 128.0, np.float32)
     scale = side
     while scale >= 1:
-      noise = rng.normal(128, 24, (-(-side // scale), -(-picture.shape[1] // scale), 3)).clip(0, 255).astype(np.uint8)
-      grown = Image.fromarray(noise).resize(picture.shape[1::-1], Image.Resampling.BICUBIC)
-      picture += (np.asarray(grown, np.float32) - 128) * min(1.0, scale / 8)
+      noise = rng.normal(128, 24, (-(-side // scale), -(-image.shape[1] // scale), 3)).clip(0, 255).astype(np.uint8)
+      grown = Image.fromarray(noise).resize(image.shape[1::-1], Image.Resampling.BICUBIC)
+      image += (np.asarray(grown, np.float32) - 128) * min(1.0, scale / 8)
       scale //= 2
-    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(path / f'{i:04d}.jpg', quality=90)
-    (path / f'{i:04d}.txt').write_text(told[i]['caption'])
+    Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(path / f'{i:04d}.jpg', quality=90)
+    (path / f'{i:04d}.txt').write_text(source[i]['caption'])
   return path
 
 

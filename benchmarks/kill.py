@@ -1,7 +1,7 @@
-"""Kills a training run with SIGKILL at random moments, starts it again by the same command, and compares the end.
+"""Kills a training run with SIGKILL at random moments, restarts it with the same command, and compares the result.
 
-python benchmarks/kill.py --config=configs/quickstart.py:vqgan --override=--config.train.steps=300
-Prints where it was killed and whether every parameter is equal to the bit to that of a run left alone.
+  python benchmarks/kill.py --config=configs/quickstart.py:vqgan --override=--config.train.steps=300
+Prints when it was killed, and whether all parameters are bit-identical to those of an uninterrupted run.
 """
 
 import random
@@ -18,11 +18,13 @@ from absl import app, flags
 
 from dalle_jax.training import checkpoint
 
-_CONFIG = flags.DEFINE_string('config', 'configs/quickstart.py:vqgan', 'of one run')
-_OVERRIDES = flags.DEFINE_multi_string('override', ['--config.train.steps=300'], 'passed on to train.py')
-_EVERY = flags.DEFINE_integer('checkpoint_every', 25, 'steps')
-_KILLS = flags.DEFINE_integer('kills', 3, 'how often')
-_SEED = flags.DEFINE_integer('seed', 0, 'of the moments')
+_CONFIG = flags.DEFINE_string('config', 'configs/quickstart.py:vqgan', 'config of a single run')
+_OVERRIDES = flags.DEFINE_multi_string(
+  'override', ['--config.train.steps=300'], 'argument for train.py; can be repeated'
+)
+_EVERY = flags.DEFINE_integer('checkpoint_every', 25, 'steps between checkpoints')
+_KILLS = flags.DEFINE_integer('kills', 3, 'number of kills')
+_SEED = flags.DEFINE_integer('seed', 0, 'seed of the random moments')
 
 
 def main(_):
@@ -31,7 +33,6 @@ def main(_):
 
 
 def compare(work: Path) -> None:
-
   def command(name):
     every = f'--config.train.checkpoint_every={_EVERY.value}'
     return [
@@ -40,10 +41,10 @@ def compare(work: Path) -> None:
     ]  # fmt: skip
 
   start = time.monotonic()
-  subprocess.run(command('alone'), check=True, stdout=subprocess.DEVNULL)
+  subprocess.run(command('uninterrupted'), check=True, stdout=subprocess.DEVNULL)
   seconds = time.monotonic() - start
-  last = checkpoint.steps(work / 'alone')[0]
-  print(f'left alone: {last} steps in {seconds:.0f} s')
+  last = checkpoint.steps(work / 'uninterrupted')[0]
+  print(f'uninterrupted: {last} steps in {seconds:.0f} s')
   rng = random.Random(_SEED.value)
   for _ in range(_KILLS.value):
     child = subprocess.Popen(command('killed'), stdout=subprocess.DEVNULL)
@@ -53,14 +54,14 @@ def compare(work: Path) -> None:
     code = child.wait()
     print(f'killed after {wait:.1f} s (exit {code}); checkpoints on disk: {checkpoint.steps(work / "killed")}')
     if code != -signal.SIGKILL:
-      sys.exit('error: the run had ended before it was killed; give it more steps')
+      sys.exit('error: the run ended before it was killed; give it more steps')
   subprocess.run(command('killed'), check=True, stdout=subprocess.DEVNULL)
-  a, b = (checkpoint.load_run(work / name, ema=False) for name in ('alone', 'killed'))
+  a, b = (checkpoint.load_run(work / name, ema=False) for name in ('uninterrupted', 'killed'))
   pairs = list(zip(*(jax.tree.leaves(run.params) for run in (a, b)), strict=True))
   same = sum(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
-  print(f'step {a.step} and {b.step}: {same} of {len(pairs)} parameters are equal to the bit')
+  print(f'step {a.step} and {b.step}: {same} of {len(pairs)} parameters are bit-identical')
   if same != len(pairs) or a.step != b.step:
-    sys.exit('error: they differ')
+    sys.exit('error: the two runs differ')
 
 
 if __name__ == '__main__':

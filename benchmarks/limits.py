@@ -1,4 +1,4 @@
-"""What a device can do at best, measured: FLOP/s of a large matrix product, bytes/s of memory.
+"""Measured limits of a device: FLOP/s of a large matrix product, bytes/s of memory.
 
 python -m benchmarks.limits
 """
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def seconds(function, *args, repeats: int = 5) -> float:
-  """The fastest of `repeats` calls after one that compiles."""
+  """The time of the fastest of `repeats` calls, after one that compiles."""
   jax.block_until_ready(function(*args))
   times = []
   for _ in range(repeats):
@@ -21,21 +21,21 @@ def seconds(function, *args, repeats: int = 5) -> float:
 
 
 def matmul() -> float:
-  """FLOP/s of a product of square matrices of random numbers: bfloat16 of 8,192, on a CPU float32 of 2,048."""
+  """FLOP/s of a product of random square matrices: 8,192 in bfloat16, or 2,048 in float32 on a CPU."""
   n, dtype, chain = (2048, jnp.float32, 2) if jax.default_backend() == 'cpu' else (8192, jnp.bfloat16, 8)
   a, b = jax.random.normal(jax.random.key(0), (2, n, n), dtype)
 
   @jax.jit
   def products(a, b):
     for _ in range(chain):
-      a = (a @ b) * (n**-0.5)  # so that numbers keep their size
+      a = (a @ b) * (n**-0.5)  # keeps the scale of the numbers
     return a
 
   return chain * 2 * n**3 / seconds(products, a, b)
 
 
 def bandwidth() -> float:
-  """Bytes read from memory a second, by the sum of a GB."""
+  """Bytes read from memory per second, from the sum of an array of one GiB."""
   x = jax.random.normal(jax.random.key(0), (2**28,), jnp.float32)
   return x.nbytes / seconds(jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32)), x)
 

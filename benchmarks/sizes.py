@@ -1,4 +1,4 @@
-"""Fixed sizes at which benchmarks compare, by name; beside them, any variant of `dalle_jax/models/dalle.py`."""
+"""The fixed model sizes of the benchmarks, by name; any variant in `dalle_jax/models/dalle.py` can be used, too."""
 
 import importlib
 from types import ModuleType
@@ -23,24 +23,24 @@ def dtype() -> str:
 
 
 def peer(name: str) -> ModuleType | None:
-  """What compares with `--peer NAME`; None for none. Ends the program with a line where that cannot be, at once."""
+  """Imports the peer of `--peer NAME`, None for ''. Exits with a one-line message if the peer cannot run here."""
   if not name:
     return None
   if jax.default_backend() != 'cpu':
-    raise SystemExit('--peer=torch compares on a CPU alone, this is a run on an accelerator; leave it out.')
+    raise SystemExit('--peer=torch compares only on a CPU, but this is an accelerator; leave it out.')
   try:
     return importlib.import_module(f'benchmarks.{name}_peer')
   except ModuleNotFoundError as e:
-    raise SystemExit(f'--peer={name} needs a package that is not here ({e}): pip install {e.name}.') from None
+    raise SystemExit(f'--peer={name} needs a package that is not installed ({e}); pip install {e.name}.') from None
 
 
 def model(size: str, **changes: Any) -> dalle.DALLE:
-  """The DALL-E of SIZES[size], or of the variant of that name, in the type that suits this machine."""
+  """Builds the DALL-E of SIZES[size], or of the variant `size`, in the dtype that suits this machine."""
   changes = {'dtype': dtype(), **changes}
   return dalle.build('small', **{**SIZES[size], **changes}) if size in SIZES else dalle.build(size, **changes)
 
 
 def story(size: str, **changes: Any) -> story_dalle.StoryDALLE:
-  """That DALL-E with cross-attention in every block and a story encoder."""
+  """Builds the same DALL-E with cross-attention in every block and a story encoder."""
   fields = {'dtype': dtype(), **SIZES.get(size, {}), **changes}
   return story_dalle.build('small' if size in SIZES else size, **fields)

@@ -1,9 +1,9 @@
-"""Tokens a second and model-FLOPs utilisation of a training step, per rematerialisation and kernel of attention.
+"""Tokens per second and model FLOPs utilisation of a training step, by rematerialisation and attention kernel.
 
-python -m benchmarks.step --size=t_base --batch_size=4 --peer=torch
-python -m benchmarks.step --size=mindalle --batch_size=64 --remat=dots --unroll=14    (1.3B, on a GPU)
-Utilisation is against the rate of a large matrix product that is measured in the same run (`benchmarks/limits.py`).
-With --story the batch is stories of four frames with cross-attention to their source.
+  python -m benchmarks.step --size=t_base --batch_size=4 --peer=torch
+  python -m benchmarks.step --size=mindalle --batch_size=64 --remat=dots --unroll=14    # 1.3B, on a GPU
+Utilisation is relative to the rate of a large matrix product measured in the same run (`benchmarks/limits.py`). With
+--story the batch consists of stories of four frames with cross-attention to their source.
 """
 
 import itertools
@@ -22,21 +22,21 @@ from dalle_jax.training import host, optim, sharding
 from dalle_jax.training import state as state_lib
 from dalle_jax.training.step import make_step
 
-_SIZE = flags.DEFINE_string('size', 't_base', 'of benchmarks/sizes.py, or a variant of dalle_jax/models/dalle.py')
-_BATCH = flags.DEFINE_integer('batch_size', 4, 'streams of text and image, or stories')
-_STORY = flags.DEFINE_bool('story', False, 'four frames a story, with cross-attention in every block')
+_SIZE = flags.DEFINE_string('size', 't_base', 'name in benchmarks/sizes.py or variant in dalle_jax/models/dalle.py')
+_BATCH = flags.DEFINE_integer('batch_size', 4, 'sequences or stories')
+_STORY = flags.DEFINE_bool('story', False, 'stories of four frames, with cross-attention in every block')
 _REMAT = flags.DEFINE_list('remat', ['none'], 'see layers.transformer.Stack')
 _KERNEL = flags.DEFINE_list('kernel', ['auto'], 'see layers.kernels.stream_attention')
-_UNROLL = flags.DEFINE_integer('unroll', 1, 'see layers.transformer.Stack; all turns for a GPU', 1)
-_STEPS = flags.DEFINE_integer('steps', 5, 'steps a measurement')
-_MESH = flags.DEFINE_string('mesh', 'data', 'of configs.common.MESHES')
-_PEER = flags.DEFINE_enum('peer', '', ['', 'torch'], 'also plain PyTorch, eager and compiled')
+_UNROLL = flags.DEFINE_integer('unroll', 1, 'see layers.transformer.Stack; on a GPU, all scan steps', 1)
+_STEPS = flags.DEFINE_integer('steps', 5, 'steps per measurement')
+_MESH = flags.DEFINE_string('mesh', 'data', 'name in configs.common.MESHES')
+_PEER = flags.DEFINE_enum('peer', '', ['', 'torch'], 'compare with plain PyTorch, eager and compiled')
 FRAMES = 4
-_WARM_UP = 3  # the first compiles; memory is as large as it gets after the third
+_WARM_UP = 3  # the first step compiles; from the third on, memory no longer grows
 
 
 def objective_of(**changes):
-  """The objective and a batch for it."""
+  """Returns the objective and a batch for it."""
   rng, batch = np.random.default_rng(0), _BATCH.value
   draw = lambda vocab, *shape: rng.integers(0, vocab, (batch, *shape)).astype(np.int32)
   tokenizer = vqgan.build('test')
@@ -54,7 +54,7 @@ def objective_of(**changes):
 
 
 def measure(remat: str, kernel: str, mesh: jax.sharding.Mesh) -> tuple[float, float, float]:
-  """Steps, tokens and model FLOPs a second, by the fastest of --steps, as of the peer."""
+  """Returns steps, tokens and model FLOPs per second of the fastest of --steps; the peer is measured likewise."""
   objective, data = objective_of(remat=remat, kernel=kernel, unroll=_UNROLL.value)
   c, spec = common.base(), state_lib.batch_spec(data)
   params, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
@@ -77,11 +77,13 @@ def measure(remat: str, kernel: str, mesh: jax.sharding.Mesh) -> tuple[float, fl
 def main(_):
   other = sizes.peer(_PEER.value)
   if jax.default_backend() == 'cpu':
-    host.keep_memory()  # as train.py does; the peer has it, too
+    host.keep_memory()  # as train.py does; the peer benefits, too
   limit, count = limits.matmul(), jax.device_count()
-  what = f'{_SIZE.value}, {_BATCH.value} {"stories" if _STORY.value else "streams"}'
-  print(f'{count} x {jax.devices()[0].device_kind}, {limit / 1e12:.2f} TFLOP/s each measured; {what}, {sizes.dtype()}')
-  print(f'{"":<16}{"ms a step":>12}{"tokens/s":>12}{"utilisation":>14}{"peer":>8}')
+  what = f'{_SIZE.value}, {_BATCH.value} {"stories" if _STORY.value else "sequences"}'
+  print(
+    f'{count} x {jax.devices()[0].device_kind}, {limit / 1e12:.2f} TFLOP/s measured on one; {what}, {sizes.dtype()}'
+  )
+  print(f'{"":<16}{"ms per step":>12}{"tokens/s":>12}{"utilisation":>14}{"peer":>8}')
   ours = []
   for remat, kernel in itertools.product(_REMAT.value, _KERNEL.value):
     with sharding.use(common.MESHES[_MESH.value], common.RULES) as mesh:
@@ -91,7 +93,7 @@ def main(_):
     print(f'{f"{remat}, {kernel}":<16}{1e3 / rate:>12.1f}{tokens:>12,.0f}{used:>14}', flush=True)
   if other is None:
     return
-  print(f'the same product by torch: {other.matmul() / 1e12:.2f} TFLOP/s', flush=True)
+  print(f'the same product in torch: {other.matmul() / 1e12:.2f} TFLOP/s', flush=True)
   for compiled in (False, True):
     rows = _BATCH.value * (FRAMES if _STORY.value else 1)
     peer = other.step_seconds(sizes.model(_SIZE.value), rows, compiled, _STORY.value)

@@ -1,10 +1,10 @@
-"""The transformers of `benchmarks/sizes.py` in plain PyTorch, written as public code of this family is; needs torch.
+"""The models of the benchmarks in plain PyTorch, written like the public code of this family. Needs torch; CPU only.
 
-Eager by default. Attention is one linear layer each for queries, keys and values, scores, a mask, softmax; sparse kinds
-are computed over rows, columns and windows of the picture as DALLE-pytorch computes them; where attention is sparse,
-sampling runs the whole stream again for every token. Where it is full, keys and values are kept in one of two ways:
-'layers', those of each layer grow by concatenation, or 'steps', as minDALL-E and the StoryDALL-E release keep them, in
-a list of what each step found, which every step joins anew before the layers. On the CPU alone.
+Eager by default. Attention is a linear layer each for queries, keys and values, then scores, a mask and softmax. Sparse
+kinds are computed over rows, columns and windows of the image, as in DALLE-pytorch; with them, sampling runs the whole
+sequence again for every token. With full attention there are two kinds of cache: 'layers' appends to the keys and
+values of each layer, and 'steps', as in minDALL-E and the StoryDALL-E release, keeps a list of the keys and values of
+each step, which every step concatenates again before the layers.
 """
 
 import time
@@ -61,8 +61,8 @@ class Attention(nn.Module):
       keys, values = (
         torch.cat([t.expand(-1, -1, x.shape[2], -1, -1), x], 3) for t, x in zip(words, image[1:], strict=True)
       )
-      see = torch.cat([torch.ones(length, p, dtype=torch.bool), causal(length, length, q.device)], 1)
-      y = attend(image[0], keys, values, see)
+      mask = torch.cat([torch.ones(length, p, dtype=torch.bool), causal(length, length, q.device)], 1)
+      y = attend(image[0], keys, values, mask)
       y = (y.transpose(2, 3) if self.kind == 'column' else y).flatten(2, 3)
     return torch.cat([text, y[:, :, : n - p]], 2)
 
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """The sizes of `model`; with `cross` every block looks at a source frame."""
+  """A transformer with the sizes of `model`; with `cross` every block has cross-attention to a source frame."""
 
   def __init__(self, model: DALLE, cross: bool = False):
     super().__init__()
@@ -122,10 +122,10 @@ class Transformer(nn.Module):
 
   @torch.no_grad()
   def sample(self, text, count: int, source=None, keep: str = 'layers') -> float:
-    """Draws `count` tokens after the first; the seconds each took. `keep` is 'layers' or 'steps'."""
+    """Samples `count` tokens after the first; returns the seconds per token. `keep` is 'layers' or 'steps'."""
     x = self.text(text) + self.positions[: self.prefix]
     frame = None if source is None else self.image(source) + self.positions[self.prefix :]
-    past, found, start, tokens = [()] * len(self.blocks), [], 0.0, text[:, :0]
+    past, steps, start, tokens = [()] * len(self.blocks), [], 0.0, text[:, :0]
     for i in range(count + 1):
       if i == 1:
         start = time.perf_counter()
@@ -136,12 +136,12 @@ class Transformer(nn.Module):
         last = stream
       else:
         last = x
-        if keep == 'steps' and found:
-          past = [tuple(pair) for pair in torch.cat(found, -2)]
+        if keep == 'steps' and steps:
+          past = [tuple(pair) for pair in torch.cat(steps, -2)]
         for j, block in enumerate(self.blocks):
           last, past[j] = block(last, past[j], frame)
         if keep == 'steps':
-          found.append(torch.stack([torch.stack(pair)[..., -last.shape[1] :, :] for pair in past]))
+          steps.append(torch.stack([torch.stack(pair)[..., -last.shape[1] :, :] for pair in past]))
       token = torch.multinomial(self.image_head(self.norm(last[:, -1])).softmax(-1), 1)
       tokens = torch.cat([tokens, token], 1)
       x = self.image(token) + self.positions[self.prefix + i]
@@ -149,14 +149,14 @@ class Transformer(nn.Module):
 
 
 def inputs(model: DALLE, batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-  """Random text, image and source."""
+  """Random tokens of text, image and source."""
   draw = lambda vocab, n: torch.randint(0, vocab, (batch, n))
   n = model.image_length
   return draw(model.text_vocab, model.text_length), draw(model.image_vocab, n), draw(model.image_vocab, n)
 
 
 def step_seconds(model: DALLE, batch: int, compiled: bool = False, cross: bool = False, repeats: int = 3) -> float:
-  """Of one update by AdamW, the fastest of `repeats` after one that warms up."""
+  """Seconds of one update with AdamW: the fastest of `repeats`, after one to warm up."""
   net = Transformer(model, cross)
   optimizer, run = torch.optim.AdamW(net.parameters(), 1e-3), torch.compile(net) if compiled else net
   text, image, source = inputs(model, batch)
@@ -173,7 +173,7 @@ def step_seconds(model: DALLE, batch: int, compiled: bool = False, cross: bool =
 
 
 def token_seconds(model: DALLE, batch: int, count: int, cross: bool = False) -> dict[str, float]:
-  """Of one token of each of `batch` pictures, the mean of the first `count`, by how keys and values are kept."""
+  """Seconds per token for `batch` images at once, as the mean of the first `count` tokens, by kind of cache."""
   text, _, source = inputs(model, batch)
   net, seconds = Transformer(model, cross).eval(), {}
   for keep in ('layers',) if net.sparse else ('layers', 'steps'):
@@ -183,6 +183,7 @@ def token_seconds(model: DALLE, batch: int, count: int, cross: bool = False) -> 
 
 
 def fastest(call: Callable[[], object], repeats: int) -> float:
+  """Seconds of the fastest of `repeats` calls, after one to warm up."""
   call()
   times = []
   for _ in range(repeats):
@@ -193,7 +194,7 @@ def fastest(call: Callable[[], object], repeats: int) -> float:
 
 
 def matmul(n: int = 2048) -> float:
-  """FLOP/s of the product of `benchmarks.limits.matmul`, by PyTorch."""
+  """FLOP/s of the product of `benchmarks.limits.matmul` in PyTorch."""
   a, b = torch.randn(2, n, n)
   return 2 * n**3 / fastest(lambda: a @ b, 10)
 
@@ -238,7 +239,7 @@ class Down(nn.Module):
 
 
 class VQGAN(nn.Module):
-  """Encoder and decoder of taming-transformers at the sizes of our `model`."""
+  """The VQGAN of taming-transformers with the sizes of our `model`."""
 
   def __init__(self, model):
     super().__init__()
@@ -277,7 +278,7 @@ class VQGAN(nn.Module):
 
 
 def vqgan_seconds(model, size: int, batch: int, names: tuple[str, ...]) -> dict[str, float]:
-  """Of 'encode', 'decode' and 'train', an update by Adam on the L1 error, of `batch` pictures of size x size."""
+  """Seconds of 'encode', 'decode' and 'train' (an update by Adam on the L1 error) of `batch` images of size x size."""
   net, x = VQGAN(model), torch.rand(batch, 3, size, size) * 2 - 1
   optimizer = torch.optim.Adam(net.parameters(), 1e-4)
   codes = torch.randint(0, model.num_codes, (batch, *model.grid(size)))

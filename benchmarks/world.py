@@ -1,4 +1,4 @@
-"""The procedural world: pictures a second on one core, and how often the oracle is right.
+"""The procedural world: images per second on one core, and the accuracy of the oracle.
 
 python benchmarks/world.py --image_size=48
 """
@@ -12,9 +12,9 @@ from absl import app, flags
 from dalle_jax.data.sources import shapes
 from dalle_jax.evals.oracle import Oracle
 
-_SIZE = flags.DEFINE_integer('image_size', 48, 'side of the pictures')
-_COUNT = flags.DEFINE_integer('count', 4_000, 'pictures')
-WANTED = 1_500  # pictures a second
+_SIZE = flags.DEFINE_integer('image_size', 48, 'side of the images')
+_COUNT = flags.DEFINE_integer('count', 4_000, 'number of images')
+TARGET = 1_500  # images per second
 
 
 def other(value, values, rng):
@@ -23,7 +23,7 @@ def other(value, values, rng):
 
 
 def changed(scene: shapes.Scene, rng: np.random.Generator) -> shapes.Scene:
-  """The scene with any one attribute changed."""
+  """Returns the scene with one random attribute changed."""
   which = ('background', 'count', 'position', 'shape', 'color', 'size')[int(rng.integers(6))]
   free = [p for p in range(shapes.GRID**2) if p not in {o.position for o in scene.objects}]
   k = int(rng.integers(len(scene.objects)))
@@ -49,14 +49,14 @@ def main(_):
   for k in range(count):
     source[k]
   rate = count / (time.process_time() - start)
-  print(f'{size} x {size} pictures with captions: {rate:,.0f} a second of one core, {rate / WANTED:.1f} x {WANTED:,}')
+  print(f'{size} x {size} images with captions: {rate:,.0f} per second on one core, {rate / TARGET:.1f} x {TARGET:,}')
   oracle, rng = Oracle(size), np.random.default_rng(0)
   right = wrong = 0
   for first in range(0, count, 500):
     scenes = [source.scene(k) for k in range(first, min(first + 500, count))]
     right += oracle.score(np.stack([shapes.render(s, size) for s in scenes]), scenes)['all'].sum()
     wrong += oracle.score(np.stack([shapes.render(changed(s, rng), size) for s in scenes]), scenes)['all'].sum()
-  print(f'oracle: {100 * right / count:.2f}% of true pictures accepted, {100 * wrong / count:.2f}% of changed ones')
+  print(f'oracle: accepts {100 * right / count:.2f}% of true images, {100 * wrong / count:.2f}% of changed ones')
   noise = rng.integers(0, 256, (200, size, size, 3), np.uint8)
   blank = np.repeat(rng.integers(0, 256, (200, 1, 1, 3), np.uint8), size, 1).repeat(size, 2)
   scenes = [source.scene(k) for k in range(200)]
