@@ -1,1 +1,1 @@
-"""Public checkpoints as runs of this project: python -m dalle_jax.convert --help."""
+"""Import of public checkpoints as run directories; see `python -m dalle_jax.convert --help`."""

@@ -1,9 +1,9 @@
-"""Turns a public checkpoint into a run directory, on which sample.py, fine-tuning and the pipelines work as on our own.
+"""Converts a public checkpoint to a run directory that sample.py, fine-tuning and the pipelines use like any other run.
 
   python -m dalle_jax.convert --from mindalle --path 1.3B/ --out runs/mindalle
   python -m dalle_jax.convert --from storydalle --path pororo/Model/49.pth --config 1.3B/config.yaml --out runs/pororo
   python -m dalle_jax.convert --from rudalle --path pytorch_model.bin --vqgan runs/sber_vqgan --out runs/malevich
-Nothing in a checkpoint is run, and PyTorch is not needed. `--debug` shows tracebacks.
+No code in a checkpoint is executed, and PyTorch is not needed. `--debug` shows tracebacks.
 """
 
 import importlib
@@ -20,20 +20,20 @@ from dalle_jax.training import checkpoint, errors, host, sharding
 SOURCES = sorted(p.stem for p in (Path(__file__).parent / 'sources').glob('*.py') if p.stem != '__init__')
 FLAGS = flags.FlagValues()
 string = lambda name, text: flags.DEFINE_string(name, '', text, flag_values=FLAGS)
-string('from', f'what the checkpoint is of: {", ".join(SOURCES)}')
+string('from', f'where the checkpoint comes from: {", ".join(SOURCES)}')
 string('path', 'the checkpoint: a folder or a file')
 string('out', 'the run directory to write')
-string('config', 'storydalle: the config.yaml of minDALL-E, where it is not beside the checkpoint')
-string('cross', 'storydalle: a file with cross-attention layers')
+string('config', 'storydalle: the config.yaml of minDALL-E, if it is not next to the checkpoint')
+string('cross', 'storydalle: a file with the cross-attention layers')
 string('version', 'rudalle: v3 or v2')
-flags.DEFINE_integer('heads', 0, 'rudalle: attention heads, where no config tells them', 0, flag_values=FLAGS)
-string('image_encoder', 'karlo: the folder image_encoder of the other repository')
-string('vqgan', 'rudalle: the run of its image tokenizer')
+flags.DEFINE_integer('heads', 0, 'rudalle: number of attention heads, if no config gives it', 0, flag_values=FLAGS)
+string('image_encoder', 'karlo: the image_encoder folder of karlo-v1-alpha-image-variations')
+string('vqgan', 'rudalle: run directory of its image tokenizer')
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
 
 def read(source: str, path: str | Path, **options) -> engine.Imported:
-  """The checkpoint in `path`, as the source of this name lays it out. Raises ValueError and OSError of one line."""
+  """Reads the checkpoint at `path` with sources/SOURCE.py. Raises ValueError or OSError with a one-line message."""
   if source not in SOURCES:
     raise ValueError(f'--from {source!r} is unknown; there are {", ".join(SOURCES)}.')
   return importlib.import_module(f'dalle_jax.convert.sources.{source}').read(Path(path).expanduser(), **options)
@@ -45,14 +45,14 @@ def run() -> None:
     raise ValueError(f'give --from ({", ".join(SOURCES)}), --path CHECKPOINT and --out RUN.')
   out = Path(out).expanduser()
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise ValueError(f'{out} is there already; give another --out.')
+    raise ValueError(f'{out} already exists; give another --out.')
   host.give_back_memory()
   names = ('config', 'cross', 'version', 'heads', 'image_encoder')
   options = {name: getattr(FLAGS, name) for name in names}
   imported = read(source, path, **options)
   if FLAGS.vqgan:
     imported.frozen['vqgan'] = _of_run(FLAGS.vqgan)
-  partial = out.with_name(f'{out.name}.partial')  # what cannot be written whole is no run
+  partial = out.with_name(f'{out.name}.partial')  # renamed at the end, so that an interrupted write leaves no run
   shutil.rmtree(partial, ignore_errors=True)
   engine.write(imported, partial, f'{source} {path}')
   partial.replace(out)
@@ -67,7 +67,7 @@ def _of_run(path: str) -> engine.Imported:
   loaded = checkpoint.load_run(path)
   if loaded.config.get('objective') not in image_tokenizer.TOKENIZERS:
     raise ValueError(
-      f'{path} is a run of {loaded.config.get("objective")!r}; --vqgan takes that of an image tokenizer.'
+      f'{path} is a run of {loaded.config.get("objective")!r}; --vqgan needs a run of an image tokenizer.'
     )
   return engine.Imported(loaded.config, sharding.flatten(loaded.params), loaded.axes)
 

@@ -1,7 +1,7 @@
-"""From tensors of a public checkpoint to the parameters of our modules, by a table of rows (ours, theirs, operation).
+"""Converts the tensors of a public checkpoint to the parameters of our modules by a table of rows (ours, theirs, op).
 
-Every tensor has to be accounted for: what is missing, unknown, used twice or of another shape is an error that names
-it. Shapes are those of our modules, which are built from the config beside the checkpoint.
+Every tensor has to be accounted for: one that is missing, unknown, used twice or of the wrong shape is an error that
+names it. The expected shapes are those of our modules, which are built from the config next to the checkpoint.
 """
 
 import dataclasses
@@ -19,19 +19,19 @@ from flax import traverse_util
 from dalle_jax.training import checkpoint, sharding
 
 Op = Callable[..., np.ndarray]
-SHOWN = 12  # lines of an error
+SHOWN = 12  # problems listed in an error message
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """One of our tensors.
+  """How one of our tensors is made.
 
   Attributes:
-    ours: its name in our tree.
-    theirs: what it is made of, for each layer of a stacked tensor, else once: names in their state dict.
-    op: makes it of those arrays.
-    stacked: whether ours has an axis of layers in front.
-    missing: what it is filled with where the checkpoint has none of `theirs`; None: that is an error.
+    ours: its name in our parameter tree.
+    theirs: the names in their state dict that it is made from: one tuple per layer of a stacked tensor, otherwise one.
+    op: computes our tensor from those arrays.
+    stacked: whether our tensor has a leading layer axis.
+    missing: the fill value if the checkpoint has none of `theirs`; with None that is an error.
   """
 
   ours: str
@@ -42,24 +42,24 @@ class Row:
 
 
 def row(ours: str, theirs: str | Sequence[str], op: Op | None = None, missing: float | None = None) -> Row:
-  """A tensor by itself."""
+  """A row for a tensor without a layer axis."""
   names = (theirs,) if isinstance(theirs, str) else tuple(theirs)
   return Row(ours, (names,), op or same, missing=missing)
 
 
 def stacked(rows: Iterable[Row], depth: int, period: int = 1) -> list[Row]:
-  """Rows of one block as those of a `layers.transformer.Stack`, in whose tree `{block}` names the block of a period.
+  """Turns the rows of one block into those of a `layers.transformer.Stack` with `depth` layers.
 
-  `{i}` in their names is the number of the layer, from 0.
+  In our names `{block}` stands for the block of the period, in theirs `{i}` for the layer number, from 0.
   """
-  found = []
+  result = []
   for r in rows:
     for j in range(period):
       layers = range(j, depth, period)
       theirs = tuple(tuple(name.replace('{i}', str(i)) for name in r.theirs[0]) for i in layers)
       ours = r.ours.replace('{block}', f'block_{j}')
-      found.append(Row(ours, theirs, r.op, stacked=True, missing=r.missing))
-  return found
+      result.append(Row(ours, theirs, r.op, stacked=True, missing=r.missing))
+  return result
 
 
 # --- Operations
@@ -80,17 +80,17 @@ def conv(x: np.ndarray) -> np.ndarray:
 
 
 def part(index: int, count: int, op: Op = same) -> Op:
-  """One of `count` equal parts of the first axis."""
+  """Applies `op` to part `index` of `count` equal parts along the first axis."""
   return lambda x: op(np.split(x, count)[index])
 
 
 def norm(ours: str, theirs: str) -> list[Row]:
-  """scale and bias of a LayerNorm or GroupNorm."""
+  """Scale and bias of a LayerNorm or GroupNorm."""
   return [row(f'{ours}/scale', f'{theirs}.weight'), row(f'{ours}/bias', f'{theirs}.bias')]
 
 
 def dense(ours: str, theirs: str, bias: bool = True, missing: float | None = None) -> list[Row]:
-  """kernel and bias of a linear map, whatever heads ours has."""
+  """Kernel and bias of a linear map; our kernel may have separate axes for heads."""
   rows = [row(f'{ours}/kernel', f'{theirs}.weight', linear)]
   return [*rows, row(f'{ours}/bias', f'{theirs}.bias', missing=missing)] if bias else rows
 
@@ -101,7 +101,7 @@ def conv2d(ours: str, theirs: str, bias: bool = True) -> list[Row]:
 
 
 def fits(shape: Sequence[int], wanted: Sequence[int]) -> bool:
-  """Whether neighbouring axes of one, split or merged, give the other: [D, D] is [D, H, K], [1, C, 1, 1] is [C]."""
+  """Whether splitting or merging neighbouring axes converts one shape: [D, D] to [D, H, K], [1, C, 1, 1] to [C]."""
   ends = lambda s: set(np.cumprod([n for n in s if n != 1]).tolist())
   a, b = ends(shape), ends(wanted)
   return math.prod(shape) == math.prod(wanted) and (a <= b or b <= a)
@@ -117,15 +117,15 @@ def convert(
   expected: Mapping[str, Any],
   ignore: Sequence[str] = (),
 ) -> dict[str, np.ndarray]:
-  """Our parameters by name, float32.
+  """Returns our parameters by name, as float32 arrays.
 
   Args:
-    source: what an error calls the checkpoint.
-    theirs: tensors by name: arrays, or anything with `shape` and `numpy()`, which are read one after the other.
-    expected: names and shapes of our parameters.
-    ignore: regular expressions of names that are knowingly left out.
+    source: the name of the checkpoint in error messages.
+    theirs: tensors by name: arrays, or anything with `shape` and `numpy()`; they are read one at a time.
+    expected: our parameters by name; only their shapes are read.
+    ignore: regular expressions for the names of tensors that are left out on purpose.
 
-  Raises ValueError naming every tensor that is missing, not expected, used twice, or of another shape.
+  Raises ValueError naming every tensor that is missing, unexpected, used twice, or of the wrong shape.
   """
   if problems := _audit(rows, theirs, expected, ignore):
     more = f'; and {len(problems) - SHOWN} more' if len(problems) > SHOWN else ''
@@ -149,6 +149,7 @@ def _audit(
 ) -> list[str]:
   """Every reason why the rows do not turn the checkpoint into our parameters; no tensor is read."""
   ignored = {k for k in theirs if any(re.fullmatch(pattern, k) for pattern in ignore)}
+  # One tensor may go into several of ours by different operations, such as `part`.
   used = Counter((name, id(r.op)) for r in rows for names in r.theirs for name in names)
   known = {name for name, _ in used}
   ours = Counter(r.ours for r in rows)
@@ -192,7 +193,7 @@ def _misshapen(r: Row, theirs: Mapping[str, Any], shape: tuple[int, ...]) -> lis
 def _read(tensor: Any, name: str) -> np.ndarray:
   value = tensor.numpy() if hasattr(tensor, 'numpy') else np.asarray(tensor)
   if value.dtype.kind not in 'fiu' and value.dtype.name != 'bfloat16':
-    raise ValueError(f'the tensor {name} has numbers of the kind {value.dtype}; expected floating point.')
+    raise ValueError(f'the tensor {name} has dtype {value.dtype}; expected floating point or integers.')
   return value.astype(np.float32, copy=False)
 
 
@@ -201,15 +202,15 @@ def _read(tensor: Any, name: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-  """A public checkpoint as a run of this project.
+  """An imported checkpoint: everything a run directory holds.
 
   Attributes:
-    config: as much of a config as sampling and fine-tuning need.
+    config: the part of a config that sampling and fine-tuning need.
     params: arrays by player and name, {'vqgan/encoder/conv_in/kernel': ...}.
-    axes: their logical axes.
-    tokenizer: of the captions, as JSON.
-    frozen: networks that belong to it.
-    notes: what the user should know, a line each.
+    axes: the logical axes of the parameters.
+    tokenizer: the caption tokenizer as JSON.
+    frozen: frozen networks that belong to the model, by name.
+    notes: what the user should know, one line each.
   """
 
   config: dict[str, Any]
@@ -220,7 +221,7 @@ class Imported:
   notes: tuple[str, ...] = ()
 
   def network(self, player: str) -> dict[str, Any]:
-    """The parameters of one player, nested."""
+    """The parameters of one player as a nested dict."""
     prefix = f'{player}/'
     return traverse_util.unflatten_dict(
       {k.removeprefix(prefix): v for k, v in self.params.items() if k.startswith(prefix)}, sep='/'
@@ -228,16 +229,16 @@ class Imported:
 
 
 def named(player: str, flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Names with that of their player in front."""
+  """Prefixes every name with that of the player."""
   return {f'{player}/{k}': v for k, v in flat.items()}
 
 
 def write(imported: Imported, out: Path, origin: str) -> None:
-  """Writes a run directory. Raises OSError when that fails."""
+  """Writes the run directory `out`. Raises OSError if that fails."""
   frozen = {name: out / 'frozen' / name for name in imported.frozen}
   for name, other in imported.frozen.items():
     write(other, frozen[name], origin)
-  # As arrays of JAX: of those of numpy Orbax would make a copy each, all at once.
+  # JAX arrays, as Orbax would copy NumPy arrays, all of them at once.
   arrays = {name: jax.device_put(value, jax.devices('cpu')[0]) for name, value in imported.params.items()}
   params = traverse_util.unflatten_dict(arrays, sep='/')
   paths = {name: str(path) for name, path in frozen.items()}
@@ -247,7 +248,7 @@ def write(imported: Imported, out: Path, origin: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ModuleSpec:
-  """A module with the shapes of its parameters by name, and their logical axes."""
+  """A module with the shapes and logical axes of its parameters, by name."""
 
   module: Any
   shapes: Mapping[str, Any]
@@ -255,7 +256,7 @@ class ModuleSpec:
 
   @classmethod
   def of(cls, module: Any, *inputs: Any, method: str | None = None) -> 'ModuleSpec':
-    """`inputs` are shapes (of float32) or arrays that the module is initialised with."""
+    """Initialises the module abstractly; each input is a shape (of float32), an array or a `jax.ShapeDtypeStruct`."""
     arrays = [jax.ShapeDtypeStruct(x, np.float32) if isinstance(x, tuple) else x for x in inputs]
     options = {'method': method} if method else {}
     boxed = jax.eval_shape(lambda key, *x: module.init(key, *x, **options)['params'], jax.random.key(0), *arrays)

@@ -1,4 +1,4 @@
-"""The files beside public checkpoints: weights of every kind, YAML and JSON configs, vocabularies."""
+"""Readers for the files of public checkpoints: weights in all formats, YAML and JSON configs, vocabularies."""
 
 import json
 import re
@@ -12,19 +12,19 @@ import yaml
 
 from dalle_jax.convert import torch_file
 
-STATE_KEYS = ('state_dict', 'model_state_dict', 'model')  # what trainers call the tensors of the network
+STATE_KEYS = ('state_dict', 'model_state_dict', 'model')  # under which trainers store the tensors of the network
 
 
 def find(folder: Path, *patterns: str, expected: str) -> Path:
-  """The file in `folder` that the first matching glob pattern names, or `folder` itself when it is such a file.
+  """Returns the first file in `folder` that matches a pattern, earlier patterns first, or `folder` if it is a file.
 
-  Raises FileNotFoundError naming what is there.
+  Raises FileNotFoundError listing what is there.
   """
   folder = Path(folder).expanduser()
   if folder.is_file():
     return folder
   if not folder.is_dir():
-    raise FileNotFoundError(f'there is no {folder}; expected {expected}.')
+    raise FileNotFoundError(f'{folder} does not exist; expected {expected}.')
   for pattern in patterns:
     for path in sorted(folder.glob(pattern)):
       if path.is_file():
@@ -34,9 +34,9 @@ def find(folder: Path, *patterns: str, expected: str) -> Path:
 
 
 def state_dict(path: Path) -> dict[str, Any]:
-  """Tensors by dotted name from .safetensors or what torch.save wrote, without the boxes around them.
+  """Reads the tensors of a .safetensors or torch.save file by dotted name, unwrapped from the trainer's dicts.
 
-  Raises ValueError of one line for a damaged file, or one without tensors.
+  Raises ValueError with a one-line message for a file that is damaged or has no tensors.
   """
   if path.suffix == '.safetensors':
     return _safetensors(path)
@@ -47,11 +47,11 @@ def state_dict(path: Path) -> dict[str, Any]:
     if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
       value = value[key]
       break
-  found = torch_file.flat(value)
-  if not found:
+  tensors = torch_file.flat(value)
+  if not tensors:
     keys = ', '.join(map(str, list(value)[:8])) if isinstance(value, Mapping) else type(value).__name__
     raise ValueError(f'{path} has no tensors (it has {keys}); expected a state_dict.')
-  return found
+  return tensors
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
@@ -59,60 +59,60 @@ def _safetensors(path: Path) -> dict[str, Any]:
     raise FileNotFoundError(f'{path} is missing; expected a .safetensors file.')
   try:
     return safetensors.numpy.load_file(path)
-  except Exception as e:  # the library has its own class, and passes on others
-    raise ValueError(f'{path} cannot be read ({" ".join(str(e).split())[:200]}); is it whole?') from e
+  except Exception as e:  # the library raises its own class and others
+    raise ValueError(f'{path} cannot be read ({" ".join(str(e).split())[:200]}); is it complete?') from e
 
 
 def config(path: Path) -> dict[str, Any]:
-  """A mapping from a .yaml, .yml or .json file. Raises ValueError of one line for another."""
+  """Reads a mapping from a .yaml, .yml or .json file. Raises ValueError with a one-line message for other content."""
   try:
     text = path.read_text(encoding='utf-8')
     value = json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
   except (ValueError, yaml.YAMLError) as e:
     raise ValueError(f'{path} cannot be read ({" ".join(str(e).split())[:200]}); expected YAML or JSON.') from e
   if not isinstance(value, dict):
-    raise ValueError(f'{path} holds {type(value).__name__}; expected fields with their values.')
+    raise ValueError(f'{path} holds {type(value).__name__}; expected a mapping of fields.')
   return value
 
 
 def fields(path: Path, value: Mapping[str, Any], *names: str) -> dict[str, Any]:
-  """The fields of these dotted names. Raises ValueError naming the file for one that is missing."""
-  found = {}
+  """Returns the fields at these dotted paths, by last name. Raises ValueError naming the file if one is missing."""
+  result = {}
   for name in names:
     node: Any = value
     for key in name.split('.'):
       if not isinstance(node, Mapping) or key not in node:
         raise ValueError(f'{path} has no field {name}; is it the config of this model?')
       node = node[key]
-    found[name.rpartition('.')[2]] = node
-  return found
+    result[name.rpartition('.')[2]] = node
+  return result
 
 
 def vocabulary(path: Path) -> dict[str, int]:
-  """Words and ids of a vocab.json. Raises ValueError of one line for another file."""
+  """Reads the token ids of a vocab.json. Raises ValueError with a one-line message for any other file."""
   value = config(path)
   if not all(isinstance(i, int) for i in value.values()):
-    raise ValueError(f'{path} is no vocabulary; expected words with their ids.')
+    raise ValueError(f'{path} is not a vocabulary; expected tokens with their ids.')
   return value
 
 
 def merges(path: Path) -> list[tuple[str, str]]:
-  """The merges of a merges.txt, best first. Raises ValueError of one line for another file."""
+  """Reads the merges of a merges.txt, best first. Raises ValueError with a one-line message for any other file."""
   try:
     lines = path.read_text(encoding='utf-8').splitlines()
   except ValueError as e:
-    raise ValueError(f'{path} is no text ({e}); expected the merges of a BPE.') from e
+    raise ValueError(f'{path} is not a text file ({e}); expected the merges of a BPE.') from e
   pairs = [tuple(line.split(' ')) for line in lines if line and not line.startswith('#version')]
   if bad := [p for p in pairs if len(p) != 2]:
-    raise ValueError(f'{path} has the line {" ".join(bad[0])[:50]!r}; expected pairs of pieces.')
+    raise ValueError(f'{path} has the line {" ".join(bad[0])[:50]!r}; expected two pieces separated by a space.')
   return pairs  # type: ignore[return-value]
 
 
 def layers(theirs: Mapping[str, Any], pattern: str) -> int:
-  """How many numbers, from 0 on, the group of the regular expression `pattern` takes in the names."""
+  """Counts layers: 1 + the highest number that the group of the regular expression `pattern` matches in the names."""
   return 1 + max((int(m[1]) for k in theirs if (m := re.match(pattern, k))), default=-1)
 
 
 def under(theirs: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-  """The tensors whose names begin with `prefix`, without it."""
+  """The tensors whose names begin with `prefix`, with the prefix removed."""
   return {k.removeprefix(prefix): v for k, v in theirs.items() if k.startswith(prefix)}

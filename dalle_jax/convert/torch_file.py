@@ -1,11 +1,11 @@
-"""Checkpoints of PyTorch (.ckpt, .pt, .pth, .pkl, .bin), read without PyTorch and without running what is in them.
+"""Reads PyTorch checkpoints (.ckpt, .pt, .pth, .pkl, .bin) without PyTorch and without executing code in them.
 
-Two layouts: the zip archive of torch 1.6 and later (data.pkl beside one record a storage) and the stream before it
-(pickles, then storages one after the other). Their pickles may call anything. Here they can make tensors, what
-`data.restricted` admits (arrays, containers, numbers, strings) and inert records of classes of the packages in
-STUBBED, which real checkpoints are full of; whatever else one asks for is refused.
+There are two layouts: the zip archive of torch 1.6 and later (data.pkl and one record per storage), and the older
+stream (pickles, then the storages one after the other). A pickle may call anything. Here it can build tensors, what
+`data.restricted` allows (arrays, containers, numbers, strings), and inert records in place of objects from the packages
+in STUBBED, which real checkpoints are full of; everything else is refused.
 
-Tensors stay in the file until they are asked for: a model of any size can be looked through first.
+Tensors stay in the file until they are read, so a model of any size can be inspected first.
 """
 
 import io
@@ -22,7 +22,7 @@ import numpy as np
 
 from dalle_jax.data.restricted import GLOBALS, Holder, Refused, plain
 
-STORAGES = {  # class of a storage -> how its numbers are stored; bfloat16 becomes float32 when read
+STORAGES = {  # storage class -> dtype in the file; bfloat16 becomes float32 when read
   'FloatStorage': 'f4', 'HalfStorage': 'f2', 'BFloat16Storage': 'bf16', 'DoubleStorage': 'f8', 'LongStorage': 'i8',
   'IntStorage': 'i4', 'ShortStorage': 'i2', 'CharStorage': 'i1', 'ByteStorage': 'u1', 'BoolStorage': '?',
 }  # fmt: skip
@@ -30,16 +30,16 @@ DTYPES = {
   'float32': 'f4', 'float16': 'f2', 'bfloat16': 'bf16', 'float64': 'f8', 'int64': 'i8', 'int32': 'i4', 'int16': 'i2',
   'int8': 'i1', 'uint8': 'u1', 'bool': '?',
 }  # fmt: skip
-STUBBED = (  # packages whose classes become inert records
+STUBBED = (  # packages whose objects become inert records
   'torch', 'torchvision', 'pytorch_lightning', 'lightning', 'lightning_fabric', 'torchmetrics', 'omegaconf', 'argparse',
   'dall_e', 'taming', 'dalle', 'rudalle', 'pathlib', 'datetime', 'numpy.random',
 )  # fmt: skip
-MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the stream
-LIMIT = 2**29  # bytes of a pickle: they name tensors, they do not hold them
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # at the start of the stream layout
+LIMIT = 2**29  # bytes of a pickle, which only names tensors and does not hold them
 
 
 class Stub(Holder):
-  """An object of a class that is not ours to make: its name, what it was made of, its attributes."""
+  """An inert record in place of an object: the name of its class, its constructor arguments, its attributes."""
 
   kind = ''
 
@@ -70,7 +70,7 @@ class Stub(Holder):
 
 
 class Storage:
-  """Numbers in the file, `count` of the kind `dtype`; `read` gives them as an array of one axis."""
+  """`count` numbers of type `dtype` in the file; `read` returns them as a one-dimensional array."""
 
   __slots__ = ('count', 'dtype', 'read')
   __hash__ = None  # type: ignore[assignment]
@@ -80,7 +80,7 @@ class Storage:
     self.read: Callable[[], np.ndarray] = self._absent
 
   def __setstate__(self, state: Any) -> None:
-    raise Refused('a change of a storage')
+    raise Refused('a modified storage')
 
   @property
   def bytes(self) -> int:
@@ -91,7 +91,7 @@ class Storage:
 
 
 class Tensor:
-  """A tensor that is still in its file: `shape`, `dtype`, and `numpy()`."""
+  """A tensor that is still in its file, with `shape`, `dtype` and `numpy()`."""
 
   __slots__ = ('_offset', '_storage', '_strides', 'shape')
 
@@ -99,21 +99,21 @@ class Tensor:
     shape, strides = tuple(shape), tuple(strides)
     numbers = (offset, *shape, *strides)
     if type(storage) is not Storage or not all(type(n) is int and n >= 0 for n in numbers):
-      raise Refused('a tensor of something else than a storage')
+      raise Refused('a tensor without a valid storage')
     last = offset + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if len(shape) > 32 or math.prod(shape) > max(storage.count, LIMIT) or (math.prod(shape) and last >= storage.count):
       raise ValueError(f'a tensor {list(shape)} reaches past the {storage.count} numbers of its storage')
     self._storage, self._offset, self.shape, self._strides = storage, offset, shape, strides
 
   def __setstate__(self, state: Any) -> None:
-    raise Refused('a change of a tensor')
+    raise Refused('a modified tensor')
 
   @property
   def dtype(self) -> np.dtype:
     return np.dtype('f4' if self._storage.dtype == 'bf16' else self._storage.dtype)
 
   def numpy(self) -> np.ndarray:
-    """The numbers, in an array that may share memory with other tensors. Raises ValueError for a damaged file."""
+    """Reads the tensor; its memory may be shared with other tensors. Raises ValueError for a damaged file."""
     if not math.prod(self.shape):
       return np.zeros(self.shape, self.dtype)
     flat = self._storage.read()[self._offset :]
@@ -124,7 +124,7 @@ class Tensor:
 
 
 class _Class:
-  """A function or class of torch that stands for a value: may be called, or be the name of a dtype or storage."""
+  """Stands for a function or class of torch: something to call, or only the name of a dtype or storage."""
 
   __slots__ = ('call', 'name')
 
@@ -137,7 +137,7 @@ class _Class:
     return self.call(*args)
 
   def __setstate__(self, state: Any) -> None:
-    raise Refused(f'a change of {self.name}')
+    raise Refused(f'a modified {self.name}')
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> Tensor:
@@ -145,10 +145,10 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *rest: Any) -> 
 
 
 def _tensor_v3(storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, dtype: Any, *rest) -> Tensor:
-  """Of a storage of bytes."""
+  """A tensor whose storage is untyped bytes."""
   kind = DTYPES.get(getattr(dtype, 'name', '').removeprefix('torch.'))
   if kind is None or type(storage) is not Storage or storage.dtype != 'u1':
-    raise Refused('a tensor of an unknown kind')
+    raise Refused('a tensor of an unknown dtype')
   width = 2 if kind == 'bf16' else np.dtype(kind).itemsize
   typed, raw = Storage(kind, storage.count // width), storage
   typed.read = lambda: raw.read()[: typed.count * width].view('u2' if kind == 'bf16' else kind)
@@ -178,7 +178,7 @@ TORCH |= {('torch', name): _Class(f'torch.{name}') for name in DTYPES}
 
 
 class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
-  """The one in Python: a damaged file makes the one in C ask for any amount of memory."""
+  """The pure Python unpickler, as a damaged file can make the C one allocate any amount of memory."""
 
   def __init__(self, file: Any, storage: Callable[[tuple], Storage]):
     super().__init__(file, encoding='latin1')
@@ -198,16 +198,16 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined, misc]
     return self._storage(saved)
 
   def get_extension(self, code: int) -> None:
-    raise Refused('an extension of pickle')
+    raise Refused('a pickle extension')
 
 
 def _kind(saved: Any) -> tuple[str, str, int]:
-  """dtype, key and count of the name of a storage: ('storage', class, key, device, count, ...)."""
+  """The dtype, key and count in a storage's persistent id: ('storage', class, key, device, count, ...)."""
   if not isinstance(saved, tuple) or len(saved) < 5 or saved[0] != 'storage':
-    raise ValueError('the name of a storage')
+    raise ValueError('a persistent id does not name a storage')
   name, key, count = getattr(saved[1], 'name', ''), saved[2], saved[4]
   if name not in STORAGES or type(count) is not int or count < 0:
-    raise ValueError(f'a storage of the kind {str(name)[:50]!r}')
+    raise ValueError(f'a storage of type {str(name)[:50]!r}')
   return STORAGES[name], str(key), count
 
 
@@ -218,13 +218,13 @@ def _array(data: Any, storage: Storage) -> np.ndarray:
 
 
 def _in_one_line(path: Path, read: Callable[[], np.ndarray]) -> Callable[[], np.ndarray]:
-  """`read`, whose errors are ValueErrors that name the file."""
+  """Wraps `read` so that every error becomes a one-line ValueError that names the file."""
 
   def guarded() -> np.ndarray:
     try:
       return read()
     except Exception as e:  # a damaged archive makes zipfile raise nearly anything
-      raise ValueError(f'{path} is damaged ({_line(e)}): get it anew.') from e
+      raise ValueError(f'{path} is damaged ({_line(e)}); download it again.') from e
 
   return guarded
 
@@ -237,13 +237,13 @@ def _zip(path: Path) -> Any:
     names = {i.filename: i for i in archive.infolist()}
     pickles = [n for n in names if n.endswith('/data.pkl') and n.count('/') == 1]
     if len(pickles) != 1:
-      raise ValueError('there is no data.pkl in it')
+      raise ValueError('it does not contain exactly one data.pkl')
     root = pickles[0].removesuffix('data.pkl')
     order = f'{root}byteorder'
     if order in names and archive.read(order) != b'little':
       raise ValueError('its numbers are big-endian')
     if names[pickles[0]].file_size > LIMIT:
-      raise ValueError(f'its pickle has {names[pickles[0]].file_size} bytes')
+      raise ValueError(f'its pickle has {names[pickles[0]].file_size} bytes, more than {LIMIT}')
     text = archive.read(pickles[0])
   storages: dict[str, Storage] = {}
 
@@ -254,10 +254,10 @@ def _zip(path: Path) -> Any:
       name = f'{root}data/{key}'
       record = names.get(name)
       if record is None or record.file_size != made.bytes or record.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f'the storage {key[:50]} is missing, cut off or compressed')
+        raise ValueError(f'the storage {key[:50]} is missing, truncated or compressed')
 
       def read() -> np.ndarray:
-        with zipfile.ZipFile(path) as archive:  # checks the sum of the bytes
+        with zipfile.ZipFile(path) as archive:  # verifies the checksum
           return _array(archive.read(name), made)
 
       made.read = _in_one_line(path, read)
@@ -272,7 +272,7 @@ def _stream(file: io.BufferedReader, path: Path) -> Any:
   limited = _Limited(file)
   magic, version = (_Unpickler(limited, refuse).load() for _ in range(2))
   if magic != MAGIC or version != PROTOCOL:
-    raise ValueError('it does not begin as a checkpoint of PyTorch does')
+    raise ValueError('it does not begin like a PyTorch checkpoint')
   system = _Unpickler(limited, refuse).load()
   if not isinstance(system, dict) or not system.get('little_endian', True):
     raise ValueError('its numbers are big-endian')
@@ -285,7 +285,7 @@ def _stream(file: io.BufferedReader, path: Path) -> Any:
     view = saved[5] if len(saved) > 5 else None
     if view is None:
       return made
-    name, offset, size = view  # of a part of a storage, as before torch 0.4
+    name, offset, size = view  # part of a storage, as torch wrote it before 0.4
     if not all(type(n) is int and n >= 0 for n in (offset, size)) or offset + size > count:
       raise ValueError('a view reaches past its storage')
     part = views.setdefault(str(name), Storage(dtype, size))
@@ -299,10 +299,10 @@ def _stream(file: io.BufferedReader, path: Path) -> Any:
   for key in map(str, keys):
     head = file.read(8)
     if key not in storages or len(head) != 8 or struct.unpack('<q', head)[0] != storages[key].count:
-      raise ValueError(f'the storage {key[:50]} is missing or cut off')
+      raise ValueError(f'the storage {key[:50]} is missing or truncated')
     made, start = storages[key], file.tell()
     if start + made.bytes > path.stat().st_size:
-      raise ValueError(f'the storage {key[:50]} is cut off')
+      raise ValueError(f'the storage {key[:50]} is truncated')
 
     def read(made: Storage = made, start: int = start) -> np.ndarray:
       with path.open('rb') as again:
@@ -315,7 +315,7 @@ def _stream(file: io.BufferedReader, path: Path) -> Any:
 
 
 class _Limited:
-  """A file of pickles that gives no more than LIMIT bytes at once."""
+  """A file of pickles that returns at most LIMIT bytes at once."""
 
   def __init__(self, file: io.BufferedReader):
     self._file = file
@@ -323,18 +323,18 @@ class _Limited:
 
   def read(self, count: int) -> bytes:
     if count > LIMIT:
-      raise ValueError('a pickle that is too long')
+      raise ValueError(f'its pickle asks for {count} bytes, more than {LIMIT}')
     return self._file.read(count)
 
 
 def load(path: str | Path) -> Any:
-  """What torch.save wrote, with `Tensor` for tensors and `Stub` for objects of other packages.
+  """Reads a torch.save file, with `Tensor` for tensors and `Stub` for objects of other packages.
 
-  Raises FileNotFoundError, or ValueError of one line for a file that is damaged or of another kind or, in a message
-  that names it, asks for anything but data.
+  Raises FileNotFoundError, or ValueError with a one-line message for a file that is damaged, in another format, or asks
+  for anything but data, which the message names.
   """
   path = Path(path).expanduser()
-  expected = 'a checkpoint as torch.save writes it'
+  expected = 'a checkpoint written by torch.save'
   if not path.is_file():
     raise FileNotFoundError(f'{path} is missing; expected {expected}.')
   try:
@@ -344,15 +344,15 @@ def load(path: str | Path) -> Any:
     return plain(value, {})
   except Refused as e:
     raise ValueError(
-      f'{path} is refused, as it asks for {_line(e)}; expected {expected}, of tensors, containers, numbers and '
-      'strings: do not trust it, get it anew.'
+      f'{path} is refused because it asks for {_line(e)}; expected {expected} with only tensors, containers, numbers '
+      'and strings. Do not trust this file; get it from another source.'
     ) from None
   except MemoryError:
     raise ValueError(
-      f'{path} cannot be read (it asks for too much memory); expected {expected}: is it whole?'
+      f'{path} cannot be read (it asks for too much memory); expected {expected}. Is it complete?'
     ) from None
   except Exception as e:  # a damaged pickle makes the reader raise nearly anything
-    raise ValueError(f'{path} cannot be read ({_line(e)}); expected {expected}: is it whole?') from e
+    raise ValueError(f'{path} cannot be read ({_line(e)}); expected {expected}. Is it complete?') from e
 
 
 def _line(error: Exception) -> str:
@@ -360,23 +360,24 @@ def _line(error: Exception) -> str:
 
 
 def flat(tree: Any, prefix: str = '') -> dict[str, Tensor]:
-  """The tensors in nested dicts and lists by dotted name."""
+  """Flattens nested dicts and lists to tensors by dotted name."""
   if isinstance(tree, Tensor):
     return {prefix: tree}
   items = tree.items() if isinstance(tree, Mapping) else enumerate(tree) if isinstance(tree, (list, tuple)) else ()
-  found = {}
+  tensors = {}
   for key, value in items:
-    found |= flat(value, f'{prefix}.{key}' if prefix else str(key))
-  return found
+    tensors |= flat(value, f'{prefix}.{key}' if prefix else str(key))
+  return tensors
 
 
 def module(stub: Any, prefix: str = '') -> dict[str, Tensor]:
-  """The state_dict of a whole module that was pickled. Raises ValueError for another object."""
+  """The state_dict of a pickled module. Raises ValueError for any other object."""
   state = stub.state if isinstance(stub, Stub) else {}
   if not isinstance(state.get('_parameters'), Mapping) or not isinstance(state.get('_modules'), Mapping):
-    raise ValueError(f'{stub!r:.100} is no module of PyTorch.')
-  own = {**state['_parameters'], **state.get('_buffers', {})}
-  found = {f'{prefix}{name}': t for name, t in own.items() if isinstance(t, Tensor)}
+    raise ValueError(f'{stub!r:.100} is not a PyTorch module.')
+  direct = {**state['_parameters'], **state.get('_buffers', {})}
+  tensors = {f'{prefix}{name}': t for name, t in direct.items() if isinstance(t, Tensor)}
   for name, child in state['_modules'].items():
-    found |= module(child, f'{prefix}{name}.') if child is not None else {}
-  return found
+    if child is not None:
+      tensors |= module(child, f'{prefix}{name}.')
+  return tensors

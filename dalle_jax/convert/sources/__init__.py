@@ -1,1 +1,1 @@
-"""Public layouts; one file each, with `EXPECTED`, `read(path)` and its table of rows."""
+"""One module per public format, with `EXPECTED`, `read(path)` and its table of rows."""

@@ -1,7 +1,7 @@
-"""The Inception-v3 of published FIDs, in the file of mseitzer/pytorch-fid (and toshas/torch-fidelity).
+"""The Inception-v3 of published FIDs, from the file of mseitzer/pytorch-fid (and toshas/torch-fidelity).
 
-File: pt_inception-2015-12-05-6726825d.pth, or a folder that has it. It is not torchvision's Inception-v3, whose layers
-have the same names and which has 1,000 classes instead of 1,008: that one is refused.
+File: pt_inception-2015-12-05-6726825d.pth, or a folder that has it. torchvision's Inception-v3 has the same layer names
+but 1,000 classes instead of 1,008, and other weights; it is refused.
 """
 
 from pathlib import Path
@@ -24,13 +24,13 @@ IGNORED = (r'fc\.(weight|bias)', r'.*\.num_batches_tracked')
 
 
 def read(path: Path, **options: Any) -> Imported:
-  """Raises ValueError and OSError of one line."""
+  """Reads the network without its classifier. Raises ValueError or OSError with a one-line message."""
   file = files.find(path, 'pt_inception*.pth', 'weights-inception*.pth', expected=EXPECTED)
   theirs = files.state_dict(file)
   head, first = theirs.get('fc.weight'), theirs.get('Conv2d_1a_3x3.conv.weight')
   if head is not None and head.shape[0] != CLASSES:
     raise ValueError(
-      f'{file} has {head.shape[0]} classes, as that of torchvision; FIDs see through {EXPECTED}, which has {CLASSES}.'
+      f'{file} has {head.shape[0]} classes, like that of torchvision; FID needs {EXPECTED}, which has {CLASSES}.'
     )
   model = dict(variant='fid', shrink=max(1, 32 // first.shape[0]) if first is not None else 1)
   ours = ModuleSpec.of(inception.build(**model), (1, 299, 299, 3))

@@ -1,6 +1,6 @@
-"""LPIPS of taming-transformers: VGG16 of torchvision and five linear maps (Zhang et al., 2018).
+"""LPIPS as in taming-transformers: torchvision's VGG16 and five linear maps (Zhang et al., 2018).
 
-Files: vgg16.pth (torchvision's state_dict, under any name that begins with vgg16) and vgg.pth, in one folder.
+Files, in one folder: vgg16.pth (torchvision's state_dict; its name has to begin with vgg16) and vgg.pth (linear maps).
 """
 
 from collections.abc import Mapping
@@ -12,21 +12,21 @@ from dalle_jax.convert.engine import Imported, ModuleSpec, conv2d, convert, name
 from dalle_jax.models import lpips
 
 EXPECTED = 'a folder with vgg16.pth (torchvision) and vgg.pth (the linear maps of LPIPS)'
-DEPTHS = (2, 2, 3, 3, 3)  # convolutions of each stage of VGG16
+DEPTHS = (2, 2, 3, 3, 3)  # convolutions per stage of VGG16
 IGNORED = (r'classifier\..*', r'scaling_layer\..*')
 
 
 def numbers() -> list[list[int]]:
-  """Where torchvision's `features` has the convolutions: each is followed by a ReLU, each stage by a pool."""
-  at, found = 0, []
+  """Indices of the convolutions in torchvision's `features`, by stage: a ReLU follows each one, a pool each stage."""
+  at, stages = 0, []
   for depth in DEPTHS:
-    found.append([at + 2 * i for i in range(depth)])
+    stages.append([at + 2 * i for i in range(depth)])
     at += 2 * depth + 1
-  return found
+  return stages
 
 
 def of_tensors(source: str, theirs: Mapping[str, Any], convolution: str) -> Imported:
-  """`convolution` is what a convolution is called: {stage} from 1, {i} its number in VGG16."""
+  """Converts the tensors; `convolution` is a convolution's name, with {stage} from 1 and its index {i} in VGG16."""
   table, widths = [], []
   for stage, where in enumerate(numbers()):
     names = [convolution.format(stage=stage + 1, i=i) for i in where]
@@ -42,7 +42,7 @@ def of_tensors(source: str, theirs: Mapping[str, Any], convolution: str) -> Impo
 
 
 def read(path: Path, **options: Any) -> Imported:
-  """Raises ValueError and OSError of one line."""
+  """Reads both files. Raises ValueError or OSError with a one-line message."""
   features = files.find(path, 'vgg16*.pth', 'vgg16*.safetensors', expected=EXPECTED)
   maps = files.find(features.parent, 'vgg.pth', 'lin*.pth', expected=EXPECTED)
   theirs = {**files.state_dict(features), **files.state_dict(maps)}

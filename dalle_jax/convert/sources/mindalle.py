@@ -1,6 +1,6 @@
-"""minDALL-E (Kakao Brain, 2021): a VQGAN, a transformer over 64 + 256 tokens and a tokenizer.
+"""minDALL-E (Kakao Brain, 2021): a VQGAN, a transformer over 64 text and 256 image tokens, and a tokenizer.
 
-Files: the folder of the release with config.yaml, stage1_last.ckpt, stage2_last.ckpt and tokenizer/.
+Files: the folder of the release, with config.yaml, stage1_last.ckpt, stage2_last.ckpt and tokenizer/.
 """
 
 import math
@@ -22,7 +22,7 @@ UNKNOWN, PADDING = '[UNK]', '[PAD]'
 
 
 def block(ours: str, theirs: str) -> list[Row]:
-  """A transformer block; the models may be without biases."""
+  """Rows of a transformer block; biases that the model lacks are zero."""
   rows = [*norm(f'{ours}/norm_1', f'{theirs}.ln1'), *norm(f'{ours}/norm_2', f'{theirs}.ln2')]
   names = {'attention/query': 'attn.query', 'attention/key': 'attn.key', 'attention/value': 'attn.value'}
   names |= {'attention/out': 'attn.proj', 'mlp_in': 'mlp.0', 'mlp_out': 'mlp.2'}
@@ -32,7 +32,7 @@ def block(ours: str, theirs: str) -> list[Row]:
 
 
 def rows(depth: int, period: int) -> list[Row]:
-  """Of the transformer."""
+  """Rows of the transformer."""
   tables = {
     'text_embed': 'tok_emb_txt', 'image_embed': 'tok_emb_img', 'text_positions': 'pos_emb_txt',
     'image_position': 'pos_emb_img', 'text_head': 'head_txt', 'image_head': 'head_img',
@@ -45,64 +45,66 @@ def rows(depth: int, period: int) -> list[Row]:
 
 
 def model_fields(path: Path, stage2: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-  """Fields of our DALLE, and the numbers of image tokens and text tokens."""
+  """The fields of our DALLE, and the numbers of image and text tokens."""
   known = files.fields(path, stage2, *(f'hparams.{k}' for k in ('embed_dim', 'n_layers', 'n_heads')))
   lengths = files.fields(path, stage2, 'hparams.ctx_len_img', 'hparams.ctx_len_txt')
   if math.isqrt(lengths['ctx_len_img']) ** 2 != lengths['ctx_len_img']:
-    raise ValueError(f'{path}: {lengths["ctx_len_img"]} image tokens make no square.')
+    raise ValueError(f'{path} has ctx_len_img {lengths["ctx_len_img"]}; expected a square number.')
   model = dict(
     variant='mindalle',
     d_model=known['embed_dim'],
     depth=known['n_layers'],
     heads=known['n_heads'],
     activation='quick_gelu' if stage2['hparams'].get('gelu_use_approx') else 'gelu',
-    # Blocks 3, 6, ... may look at a source: the same tree with and without that.
+    # StoryDALL-E adds cross-attention to blocks 3, 6, ...; the tree is the same with and without it.
     period=3 if known['n_layers'] % 3 == 0 else 1,
   )
   return model, lengths
 
 
-def network(model: Mapping[str, Any], words: int, pad: int, codes: int, lengths: Mapping[str, int]) -> ModuleSpec:
+def network(model: Mapping[str, Any], vocab_size: int, pad: int, codes: int, lengths: Mapping[str, int]) -> ModuleSpec:
   side, text = math.isqrt(lengths['ctx_len_img']), lengths['ctx_len_txt']
-  module = dalle.build(**model, text_vocab=words, text_length=text, image_vocab=codes, grid=(side, side), pad=pad)
+  module = dalle.build(**model, text_vocab=vocab_size, text_length=text, image_vocab=codes, grid=(side, side), pad=pad)
   return ModuleSpec.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (text, side * side)))
 
 
 def tokenizer(folder: Path, new: tuple[str, ...] = ()) -> CharBPETokenizer:
-  """The tokenizer of a folder, with `new` words at its end. Raises ValueError and OSError of one line."""
+  """Reads the tokenizer of a folder and adds the tokens `new`. Raises ValueError or OSError with a one-line message."""
   expected = 'the vocabulary and merges of the tokenizer'
-  words = files.find(folder, 'bpe-16k-vocab.json', '*vocab.json', expected=expected)
+  vocab_file = files.find(folder, 'bpe-16k-vocab.json', '*vocab.json', expected=expected)
   merges = files.find(folder, 'bpe-16k-merges.txt', '*merges.txt', expected=expected)
-  vocab, pairs = files.vocabulary(words), files.merges(merges)
+  vocab, pairs = files.vocabulary(vocab_file), files.merges(merges)
   if UNKNOWN not in vocab:
-    raise ValueError(f'{words} has no {UNKNOWN}; expected the vocabulary of minDALL-E.')
+    raise ValueError(f'{vocab_file} has no {UNKNOWN}; expected the vocabulary of minDALL-E.')
   try:
-    made = CharBPETokenizer(vocab, pairs, unk_token=UNKNOWN, lowercase=True)
+    bpe = CharBPETokenizer(vocab, pairs, unk_token=UNKNOWN, lowercase=True)
   except Exception as e:  # the library raises bare Exception for merges that the vocabulary lacks
-    raise ValueError(f'{words} and {merges.name} do not belong together ({" ".join(str(e).split())[:200]}).') from e
-  made.add_special_tokens([PADDING])
-  made.add_tokens(list(new))
-  return made
+    raise ValueError(
+      f'{vocab_file} and {merges.name} do not belong together ({" ".join(str(e).split())[:200]}).'
+    ) from e
+  bpe.add_special_tokens([PADDING])
+  bpe.add_tokens(list(new))
+  return bpe
 
 
 def read(path: Path, **options: Any) -> Imported:
-  """Both stages and the tokenizer. Raises ValueError and OSError of one line."""
+  """Reads both stages and the tokenizer. Raises ValueError or OSError with a one-line message."""
   folder = Path(path).expanduser()
   description = files.find(folder, 'config.yaml', expected=EXPECTED)
   folder, config = description.parent, files.config(description)
   first, second = (files.find(folder, f'stage{i}_last.ckpt', f'stage{i}*', expected=EXPECTED) for i in (1, 2))
   stage1 = files.fields(description, config, 'stage1.embed_dim', 'stage1.n_embed', 'stage1.hparams')
-  words = tokenizer(folder / 'tokenizer')
+  bpe = tokenizer(folder / 'tokenizer')
   known = files.fields(description, config, 'stage2', 'stage2.vocab_size_txt', 'stage2.vocab_size_img')
-  if words.get_vocab_size() != known['vocab_size_txt']:
+  if bpe.get_vocab_size() != known['vocab_size_txt']:
     raise ValueError(
-      f'{folder}/tokenizer has {words.get_vocab_size()} words, config.yaml says {known["vocab_size_txt"]}; expected '
-      'the tokenizer of this model.'
+      f'{folder}/tokenizer has {bpe.get_vocab_size()} tokens, config.yaml {known["vocab_size_txt"]}; expected the '
+      'tokenizer of this model.'
     )
   model, lengths = model_fields(description, known['stage2'])
   sizes = taming.fields(description, stage1['hparams'], stage1['embed_dim'], stage1['n_embed'])
   vqgan = taming.tokenizer(str(first), sizes, files.state_dict(first))
-  pad = words.token_to_id(PADDING)
+  pad = bpe.token_to_id(PADDING)
   ours = network(model, known['vocab_size_txt'], pad, known['vocab_size_img'], lengths)
   params = convert(str(second), rows(model['depth'], model['period']), files.state_dict(second), ours.shapes)
   return Imported(
@@ -110,10 +112,10 @@ def read(path: Path, **options: Any) -> Imported:
       'objective': 'dalle',
       'model': model,
       'data': {'image_size': sizes['image_size']},
-      'tokenizer': {'vocab_size': words.get_vocab_size(), 'length': lengths['ctx_len_txt'], 'pad': pad},
+      'tokenizer': {'vocab_size': bpe.get_vocab_size(), 'length': lengths['ctx_len_txt'], 'pad': pad},
     },
     named('dalle', params),
     named('dalle', ours.axes),
-    words.to_str(),
+    bpe.to_str(),
     {'vqgan': vqgan},
   )

@@ -1,6 +1,6 @@
-"""The dVAE of OpenAI's DALL-E (Ramesh et al., 2021, section 2.1), a second image tokenizer.
+"""The dVAE of OpenAI's DALL-E (Ramesh et al., 2021, section 2.1), an image tokenizer.
 
-Files: encoder.pkl and decoder.pkl, which hold whole modules. Their sizes are attributes of these.
+Files: encoder.pkl and decoder.pkl, which hold pickled modules; the sizes are attributes of the modules.
 """
 
 from pathlib import Path
@@ -10,11 +10,11 @@ from dalle_jax.convert import files, torch_file
 from dalle_jax.convert.engine import Imported, ModuleSpec, Row, conv, convert, named, row
 from dalle_jax.models import dvae
 
-EXPECTED = 'a folder with encoder.pkl and decoder.pkl of DALL-E'
+EXPECTED = "a folder with encoder.pkl and decoder.pkl of OpenAI's DALL-E"
 
 
 def table(side: str, blocks: int) -> list[Row]:
-  """Of one of the two networks; the first block of a group may have a convolution in its shortcut."""
+  """Rows of one of the two networks; the first block of a group may have a convolution in its shortcut."""
   names = {f'{side}_in': 'blocks.input', f'{side}_out': 'blocks.output.conv'}
   for g in range(dvae.GROUPS):
     for b in range(blocks):
@@ -28,7 +28,7 @@ def table(side: str, blocks: int) -> list[Row]:
 
 
 def read(path: Path, **options: Any) -> Imported:
-  """Raises ValueError and OSError of one line."""
+  """Reads both networks. Raises ValueError or OSError with a one-line message."""
   folder = Path(path).expanduser()
   folder = folder.parent if folder.is_file() else folder
   theirs, sizes = {}, {}
@@ -36,12 +36,14 @@ def read(path: Path, **options: Any) -> Imported:
     file = files.find(folder, f'{side}.pkl', f'{side}*.pkl', expected=EXPECTED)
     whole = torch_file.load(file)
     if not isinstance(whole, torch_file.Stub):
-      raise ValueError(f'{file} holds {type(whole).__name__}; expected the module of a dVAE.')
+      raise ValueError(f'{file} holds {type(whole).__name__}; expected a pickled dVAE module.')
     theirs[side] = torch_file.module(whole)
     wanted = ('n_hid', 'n_blk_per_group', 'vocab_size', *(('n_init',) if side == 'decoder' else ()))
     sizes[side] = files.fields(file, whole.state, *wanted)
   if sizes['encoder']['vocab_size'] != sizes['decoder']['vocab_size']:
-    raise ValueError(f'{folder} has an encoder and a decoder of different numbers of codes; expected a pair.')
+    raise ValueError(
+      f'the encoder and the decoder in {folder} have different numbers of codes; expected a matching pair.'
+    )
   model = dict(
     variant='openai',
     width=sizes['encoder']['n_hid'],

@@ -1,4 +1,4 @@
-"""RoBERTa as the transformers library lays it out (Liu et al., 2019).
+"""RoBERTa in the format of the transformers library (Liu et al., 2019).
 
 Files: config.json, model.safetensors or pytorch_model.bin, vocab.json and merges.txt, in one folder.
 """
@@ -15,7 +15,7 @@ from dalle_jax.convert.engine import Imported, ModuleSpec, Row, convert, dense, 
 from dalle_jax.convert.sources.clip import ACTIVATIONS
 from dalle_jax.models import roberta
 
-EXPECTED = 'a folder of a RoBERTa of transformers with config.json, model.safetensors, vocab.json and merges.txt'
+EXPECTED = 'the folder of a RoBERTa from transformers with config.json, model.safetensors, vocab.json and merges.txt'
 IGNORED = (r'lm_head\..*', r'.*position_ids', r'classifier\..*')
 START, PADDING, END, UNKNOWN, MASK = '<s>', '<pad>', '</s>', '<unk>', '<mask>'
 
@@ -36,42 +36,44 @@ def rows(layers: int) -> list[Row]:
     row('positions', 'embeddings.position_embeddings.weight'),
     row('type_embed', 'embeddings.token_type_embeddings.weight', lambda x: x[0]),
     *norm('norm_in', 'embeddings.LayerNorm'),
-    *pooler,  # models for other heads have none
+    *pooler,  # zero in models with another head, which have no pooler
     *stacked(block, layers),
   ]
 
 
 def tokenizer(folder: Path) -> Tokenizer:
-  """The byte-level BPE of GPT-2. Raises ValueError and OSError of one line."""
-  words = files.find(folder, 'vocab.json', expected='the vocabulary of the tokenizer')
+  """Reads the byte-level BPE, as in GPT-2. Raises ValueError or OSError with a one-line message."""
+  vocab_file = files.find(folder, 'vocab.json', expected='the vocabulary of the tokenizer')
   merges = files.find(folder, 'merges.txt', expected='the merges of the tokenizer')
-  vocab, pairs = files.vocabulary(words), files.merges(merges)
+  vocab, pairs = files.vocabulary(vocab_file), files.merges(merges)
   if missing := [w for w in (START, PADDING, END) if w not in vocab]:
-    raise ValueError(f'{words} has no {missing[0]}; expected the vocabulary of a RoBERTa.')
+    raise ValueError(f'{vocab_file} has no {missing[0]}; expected the vocabulary of a RoBERTa.')
   try:
-    made = Tokenizer(models.BPE(vocab, pairs, unk_token=UNKNOWN if UNKNOWN in vocab else None))
+    bpe = Tokenizer(models.BPE(vocab, pairs, unk_token=UNKNOWN if UNKNOWN in vocab else None))
   except Exception as e:  # the library raises bare Exception for merges that the vocabulary lacks
-    raise ValueError(f'{words} and {merges.name} do not belong together ({" ".join(str(e).split())[:200]}).') from e
-  made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  made.decoder = decoders.ByteLevel()
-  made.add_special_tokens([w for w in (START, PADDING, END, UNKNOWN) if w in vocab])
+    raise ValueError(
+      f'{vocab_file} and {merges.name} do not belong together ({" ".join(str(e).split())[:200]}).'
+    ) from e
+  bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  bpe.decoder = decoders.ByteLevel()
+  bpe.add_special_tokens([w for w in (START, PADDING, END, UNKNOWN) if w in vocab])
   if MASK in vocab:
-    made.add_special_tokens([AddedToken(MASK, lstrip=True)])
-  return made
+    bpe.add_special_tokens([AddedToken(MASK, lstrip=True)])
+  return bpe
 
 
 def read(path: Path, **options: Any) -> Imported:
-  """Raises ValueError and OSError of one line."""
+  """Reads a RoBERTa and its tokenizer. Raises ValueError or OSError with a one-line message."""
   file = files.find(Path(path).expanduser(), 'config.json', expected=EXPECTED)
   folder, config = file.parent, files.config(file)
   weights = files.find(folder, 'model.safetensors', 'pytorch_model.bin', expected=EXPECTED)
   if config.get('model_type') != 'roberta':
-    raise ValueError(f'{file} describes a {config.get("model_type")}; expected a roberta.')
+    raise ValueError(f"{file} has model_type {config.get('model_type')!r}; expected 'roberta'.")
   sizes = ('hidden_size', 'intermediate_size', 'num_hidden_layers', 'num_attention_heads', 'vocab_size')
   known = files.fields(file, config, *sizes, 'max_position_embeddings')
   activation, pad = config.get('hidden_act', 'gelu'), config.get('pad_token_id', 1)
   if activation not in ACTIVATIONS:
-    raise ValueError(f'{file} has the activation {activation}; expected one of {", ".join(ACTIVATIONS)}.')
+    raise ValueError(f'{file} has hidden_act {activation!r}; expected one of {", ".join(ACTIVATIONS)}.')
   length = known['max_position_embeddings'] - pad - 1
   model = dict(
     variant='base',

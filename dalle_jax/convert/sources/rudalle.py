@@ -1,12 +1,12 @@
 """ru-DALLE (Sber, 2021): Malevich, Kandinsky, Emojich; a transformer with row, column and convolutional masks.
 
-Files: a state_dict (pytorch_model*.bin), if possible with its sizes in model_params.json or config.json beside it, and
-the tokenizer bpe.model (of YouTokenToMe). The image tokenizer is the VQGAN of taming-transformers: convert it by itself
-and give the run with --vqgan.
+Files: a state_dict (pytorch_model*.bin), preferably with its sizes in model_params.json or config.json next to it, and
+the tokenizer bpe.model (YouTokenToMe). The image tokenizer is a VQGAN of taming-transformers: convert it separately and
+give the run with --vqgan.
 
-Two kinds of models have the same tensors: 'v3' reads text and image, 'v2' (Malevich_v2, Emojich) puts one token more in
-front, but has masks as if it did not, and the window of its convolution goes on at the opposite edges of the picture.
-The attention kinds follow from the number of layers.
+There are two versions with the same tensors. 'v3' reads text and image. 'v2' (Malevich_v2, Emojich) puts a start token
+in front, but its masks are built as if there were none, and the window of its convolutional attention wraps around at
+the edges of the image. The attention kinds follow from the number of layers.
 """
 
 from collections.abc import Mapping
@@ -23,20 +23,25 @@ from dalle_jax.convert.engine import Imported, ModuleSpec, Row, convert, dense, 
 from dalle_jax.models import dalle
 
 EXPECTED = 'a state_dict of ru-DALLE (pytorch_model*.bin)'
-VERSIONS = {'v3': 'no_start', 'v2': 'shifted'}  # -> layout of our DALLE
-HEAD_DIM = 128  # of Malevich, where nothing tells the number of heads
-START, END = 2, 3  # ids before and behind a caption
+VERSIONS = {'v3': 'no_start', 'v2': 'shifted'}  # version -> layout of our DALLE
+HEAD_DIM = 128  # that of Malevich, used if nothing gives the number of heads
+START, END = 2, 3  # ids before and after a caption
 IGNORED = (r'.*(row|col|conv)_mask',)
 
 
 def kinds(depth: int, last: str) -> str:
-  """The attention kind of each layer; `last` is the convolution."""
-  kind = lambda i: 'column' if i % 4 == 1 else 'row' if i + 1 < depth else last
+  """The attention kind of each layer, joined by commas; `last`, that of the last layer, is convolutional."""
+
+  def kind(i: int) -> str:
+    if i % 4 == 1:
+      return 'column'
+    return last if i == depth - 1 else 'row'
+
   return ','.join(map(kind, range(depth)))
 
 
-def rows(depth: int, words: int, sandwich: bool, start: bool) -> list[Row]:
-  """`words` text ids come first in the joint head."""
+def rows(depth: int, text_vocab: int, sandwich: bool, start: bool) -> list[Row]:
+  """Rows of the transformer; the first `text_vocab` ids of the joint head are those of text."""
   one, ours = 'transformer.layers.{i}.', 'blocks/blocks/{block}/'
   block = [*norm(f'{ours}norm_1', f'{one}input_layernorm'), *norm(f'{ours}norm_2', f'{one}post_attention_layernorm')]
   if sandwich:
@@ -59,8 +64,8 @@ def rows(depth: int, words: int, sandwich: bool, start: bool) -> list[Row]:
     *stacked(block, depth),
   ]
   for leaf, their in (('head', 'weight'), ('bias', 'bias')):
-    table.append(row(f'text_{leaf}', f'to_logits.1.{their}', lambda x: x[:words]))
-    table.append(row(f'image_{leaf}', f'to_logits.1.{their}', lambda x: x[words:]))
+    table.append(row(f'text_{leaf}', f'to_logits.1.{their}', lambda x: x[:text_vocab]))
+    table.append(row(f'image_{leaf}', f'to_logits.1.{their}', lambda x: x[text_vocab:]))
   return [*table, row('start', 'text_embeddings.weight', lambda x: x[START])] if start else table
 
 
@@ -71,21 +76,21 @@ def settings(weights: Path, version: str) -> tuple[Mapping[str, Any], str]:
   several = {k: v for k, v in known.items() if isinstance(v, dict)}
   version = version or next((v for v in VERSIONS if v in weights.stem), '')
   if version and version not in VERSIONS:
-    raise ValueError(f'version {version!r} is unknown; the options are {", ".join(VERSIONS)}.')
+    raise ValueError(f'version {version!r} is unknown; there are {", ".join(VERSIONS)}.')
   if several and version not in several:
     raise ValueError(f'{file} describes {", ".join(several)}; choose one with --version.')
   return (several[version] if several else known), version
 
 
 def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Imported:
-  """The transformer and, where it is there, its tokenizer. Raises ValueError and OSError of one line."""
+  """Reads the transformer and, if present, its tokenizer. Raises ValueError or OSError with a one-line message."""
   weights = files.find(path, 'pytorch_model*.bin', '*.bin', '*.pt', '*.safetensors', expected=EXPECTED)
   theirs = files.state_dict(weights)
   known, version = settings(weights, version)
   tables = ('text_embeddings', 'image_embeddings', 'text_pos_embeddings', 'image_row_embeddings')
   if missing := [t for t in tables if f'{t}.weight' not in theirs]:
     raise ValueError(f'{weights} has no {missing[0]}.weight; expected {EXPECTED}.')
-  (words, width), (codes, _), (positions, _), (side, _) = (theirs[f'{t}.weight'].shape for t in tables)
+  (text_vocab, width), (codes, _), (positions, _), (side, _) = (theirs[f'{t}.weight'].shape for t in tables)
   depth, text = files.layers(theirs, r'transformer\.layers\.(\d+)\.'), positions - 1
   sandwich = any(k.endswith('before_first_addition_layernorm.weight') for k in theirs)
   notes = []
@@ -93,7 +98,9 @@ def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Im
     version = 'v3'
     notes.append(f'the name {weights.name} gives no version, so it was read as v3; for a v2 model give --version v2')
   if not heads and 'num_attention_heads' not in known:
-    notes.append(f'nothing tells the number of heads, so they have {HEAD_DIM} numbers each; give it with --heads')
+    notes.append(
+      f'no config gives the number of heads, so it follows from a head dimension of {HEAD_DIM}; give it with --heads'
+    )
   model = dict(
     variant='rudalle',
     d_model=width,
@@ -104,29 +111,31 @@ def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Im
     norms='sandwich' if sandwich else 'pre',
   )
   start = version == 'v2'
-  module = dalle.build(**model, text_vocab=words, text_length=text, image_vocab=codes, grid=(side, side))
+  module = dalle.build(**model, text_vocab=text_vocab, text_length=text, image_vocab=codes, grid=(side, side))
   ours = ModuleSpec.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (text, side * side)))
-  params = convert(str(weights), rows(depth, words, sandwich, start), theirs, ours.shapes, IGNORED)
+  params = convert(str(weights), rows(depth, text_vocab, sandwich, start), theirs, ours.shapes, IGNORED)
   file = weights.parent / 'bpe.model'
   tokenizer = youtokentome(file) if file.is_file() else None
   if tokenizer is None:
-    notes.append(f'there is no {file}, so captions cannot be read: put it there and convert again')
-  elif tokenizer.get_vocab_size() != words - text:
-    raise ValueError(f'{file} has {tokenizer.get_vocab_size()} words, the model {words - text}; expected its own.')
+    notes.append(f'{file} does not exist, so captions cannot be tokenized: put it there and convert again')
+  elif tokenizer.get_vocab_size() != text_vocab - text:
+    raise ValueError(
+      f'{file} has {tokenizer.get_vocab_size()} tokens, the model {text_vocab - text}; expected its own tokenizer.'
+    )
   config = {
     'objective': 'dalle',
     'model': model,
-    'data': {'image_size': 8 * side},  # of the f = 8 VQGAN
-    'tokenizer': {'vocab_size': words - text, 'length': text, 'start': START, 'end': END},
+    'data': {'image_size': 8 * side},  # the VQGAN has f = 8
+    'tokenizer': {'vocab_size': text_vocab - text, 'length': text, 'start': START, 'end': END},
   }
   text_json = tokenizer.to_str() if tokenizer else None
   return Imported(config, named('dalle', params), named('dalle', ours.axes), text_json, notes=tuple(notes))
 
 
 def youtokentome(path: Path) -> Tokenizer:
-  """A model file of YouTokenToMe: counts, characters with ids, merges (left, right, new), special ids; all in decimal.
+  """Reads a YouTokenToMe model: counts, characters with ids, merges (left, right, new), special ids; all in decimal.
 
-  Raises ValueError for another file.
+  Raises ValueError for any other file.
   """
   try:
     numbers = np.array(path.read_text(encoding='utf-8').split(), np.int64).tolist()
@@ -141,9 +150,7 @@ def youtokentome(path: Path) -> Tokenizer:
       pairs.append((ids[left], ids[right]))
     special = dict(zip(('<UNK>', '<PAD>', '<BOS>', '<EOS>'), body[3 * merges : 3 * merges + 4], strict=True))
   except (ValueError, LookupError, OverflowError) as e:
-    raise ValueError(
-      f'{path} cannot be read ({" ".join(str(e).split())[:100]}); expected a model of YouTokenToMe.'
-    ) from e
+    raise ValueError(f'{path} cannot be read ({" ".join(str(e).split())[:100]}); expected a YouTokenToMe model.') from e
   vocab = {word: i for i, word in ids.items()} | special
   tokenizer = Tokenizer(models.BPE(vocab, pairs, unk_token='<UNK>', fuse_unk=True))
   tokenizer.normalizer = normalizers.Sequence(

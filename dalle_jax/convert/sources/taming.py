@@ -1,8 +1,9 @@
-"""taming-transformers: VQModel and GumbelVQ with discriminator and LPIPS (Esser et al., 2021), and what shares their
-layout: stage 1 of minDALL-E, the image tokenizer of ru-DALLE.
+"""VQModel and GumbelVQ of taming-transformers (Esser et al., 2021), with their discriminator and LPIPS.
 
-Files: a checkpoint of pytorch-lightning (last.ckpt) and its config (model.yaml), in one folder or as their logs have
-them, in checkpoints/ and configs/.
+Stage 1 of minDALL-E and the image tokenizer of ru-DALLE have the same layout.
+
+Files: a pytorch-lightning checkpoint (last.ckpt) and its config (model.yaml), in one folder, or in checkpoints/ and
+configs/ of a training log.
 """
 
 import re
@@ -15,7 +16,7 @@ from dalle_jax.convert.engine import Imported, ModuleSpec, Row, conv, conv2d, co
 from dalle_jax.convert.sources import lpips
 from dalle_jax.models import patchgan, vqgan
 
-EXPECTED = 'last.ckpt and model.yaml of taming-transformers in a folder, or in its checkpoints/ and configs/'
+EXPECTED = 'last.ckpt and model.yaml of taming-transformers in a folder, or in checkpoints/ and configs/ of a log'
 NAMES = (  # ours -> theirs, without the leaf
   (r'(encoder|decoder)/(down|up)_(\d+)_(block|attn)_(\d+)/(\w+)', r'\1.\2.\3.\4.\5.\6'),
   (r'(encoder|decoder)/(down|up)_(\d+)_(downsample|upsample)/conv', r'\1.\2.\3.\4.conv'),
@@ -29,7 +30,7 @@ LEAVES = {'kernel': ('weight', conv), 'scale': ('weight', None), 'bias': ('bias'
 
 
 def rows(names: Sequence[str], gumbel: bool) -> list[Row]:
-  """Of a VQGAN with these parameters."""
+  """Rows of a VQGAN whose parameters have these names."""
   table = [row('quantize/embedding', 'quantize.embed.weight' if gumbel else 'quantize.embedding.weight')]
   for name in names:
     parent, _, leaf = name.rpartition('/')
@@ -42,7 +43,7 @@ def rows(names: Sequence[str], gumbel: bool) -> list[Row]:
 
 
 def fields(path: Path, sizes: Mapping[str, Any], embed_dim: int, n_embed: int, gumbel: bool = False) -> dict[str, Any]:
-  """The fields of our VQGAN from their ddconfig or hparams. Raises ValueError for one that ours cannot be."""
+  """Returns the fields of our VQGAN for their ddconfig or hparams. Raises ValueError for an unsupported one."""
   known = files.fields(
     path,
     sizes,
@@ -56,7 +57,9 @@ def fields(path: Path, sizes: Mapping[str, Any], embed_dim: int, n_embed: int, g
     'out_ch',
   )
   if known['in_channels'] != 3 or known['out_ch'] != 3 or sizes.get('double_z'):
-    raise ValueError(f'{path} describes a network without colours or with double_z; expected RGB and double_z: false.')
+    raise ValueError(
+      f'{path} describes a network that is not RGB or has double_z; expected 3 channels and double_z: false.'
+    )
   return dict(
     variant='f16_1024',
     image_size=known['resolution'],
@@ -77,7 +80,7 @@ def network(model: Mapping[str, Any]) -> ModuleSpec:
 
 
 def tokenizer(source: str, model: Mapping[str, Any], theirs: Mapping[str, Any], ignore: Sequence[str] = ()) -> Imported:
-  """The run of a VQGAN alone."""
+  """The run of a VQGAN without discriminator and LPIPS."""
   ours = network(model)
   table = rows(list(ours.shapes), model['quantizer'] == 'gumbel')
   params = convert(source, table, theirs, ours.shapes, ignore)
@@ -86,7 +89,7 @@ def tokenizer(source: str, model: Mapping[str, Any], theirs: Mapping[str, Any], 
 
 
 def discriminator(source: str, theirs: Mapping[str, Any], layers: int, width: int) -> tuple[dict, dict, Mapping]:
-  """The fields of our PatchGAN, its parameters and their axes."""
+  """Returns the fields of our PatchGAN, its parameters and their logical axes."""
   sizes: dict[str, Any] = dict(variant='base', width=width, layers=layers, norm='fixed_batch')
   ours = ModuleSpec.of(patchgan.build(**sizes), (1, 64, 64, 3))
   table = [*conv2d('conv_0', 'main.0'), *conv2d('conv_out', f'main.{3 * layers + 2}')]
@@ -98,7 +101,10 @@ def discriminator(source: str, theirs: Mapping[str, Any], layers: int, width: in
 
 
 def read(path: Path, **options: Any) -> Imported:
-  """A VQGAN and, where the file has them, its discriminator and LPIPS. Raises ValueError and OSError of one line."""
+  """Reads a VQGAN and, if the file has them, its discriminator and LPIPS.
+
+  Raises ValueError or OSError with a one-line message.
+  """
   logs = ('checkpoints/last.ckpt', 'checkpoints/*.ckpt')
   weights = files.find(path, 'last.ckpt', '*.ckpt', '*.pt', '*.pth', '*.safetensors', *logs, expected=EXPECTED)
   folder = weights.parent.parent / 'configs' if weights.parent.name == 'checkpoints' else weights.parent
@@ -108,7 +114,7 @@ def read(path: Path, **options: Any) -> Imported:
   known = files.fields(description, config, 'target', 'params.embed_dim', 'params.n_embed', 'params.ddconfig')
   kind = str(known['target']).rpartition('.')[2]
   if kind not in ('VQModel', 'GumbelVQ'):
-    raise ValueError(f'{description} describes {kind}; expected VQModel or GumbelVQ.')
+    raise ValueError(f'{description} has target {kind}; expected VQModel or GumbelVQ.')
   model = fields(description, known['ddconfig'], known['embed_dim'], known['n_embed'], kind == 'GumbelVQ')
   theirs, source = files.state_dict(weights), str(weights)
   imported = tokenizer(source, model, theirs, [r'loss\..*', r'temperature_scheduler\..*'])
@@ -117,7 +123,9 @@ def read(path: Path, **options: Any) -> Imported:
   settings: dict[str, Any] = {}
   if judge:
     if loss.get('use_actnorm') or loss.get('disc_conditional'):
-      raise ValueError(f'{description} has a discriminator with actnorm or a condition; expected the usual one.')
+      raise ValueError(
+        f'{description} has a discriminator with actnorm or a condition; only one with neither can be read.'
+      )
     sizes, params, axes = discriminator(source, judge, loss.get('disc_num_layers', 3), loss.get('disc_ndf', 64))
     imported.params.update(named('discriminator', params))
     imported.axes.update(named('discriminator', axes))
