@@ -1,4 +1,4 @@
-"""Reading compiled programs, the roofline, and a step compiled for the devices of this machine."""
+"""Costs of compiled programs, the roofline, and programs compiled for the devices of this machine."""
 
 import dataclasses
 import re

@@ -1,6 +1,6 @@
-"""What our modules give for the inputs of a parity folder, by the names of its expected.npz.
+"""Computes the outputs of our modules for the inputs of a parity folder, under the names in its expected.npz.
 
-A folder has a public checkpoint, inputs (in_*) and what the original code made of them (out_*), NCHW as in PyTorch.
+A folder has a public checkpoint, inputs (in_*) and the outputs of the original code (out_*), NCHW as in PyTorch.
 """
 
 import json
@@ -35,10 +35,10 @@ from dalle_jax.models import (
   vqgan,
 )  # fmt: skip
 
-LEFT_OUT = {  # kind -> arrays that are not compared, with the reason
+LEFT_OUT = {  # kind -> arrays that are not compared -> reason
   'storydalle': {
     'out_np_nocond_greedy_cached': 'their cache reads the first code at another position than in training',
-    'out_np_cond_greedy_cached': 'the same, and looks at no source from the second code on',
+    'out_np_cond_greedy_cached': 'the same, and ignores the source from the second code on',
     'out_p_nocond_greedy_cached': 'the same, and forgets the prompt',
     'out_p_cond_greedy_cached': 'all of these',
   }
@@ -99,7 +99,7 @@ def taming(folder, arrays, source='taming'):
 
 
 def image_tokens(run, image, codes):
-  """Of the VQGAN of a run: prequant, codes, reconstruction, and the pictures of other codes."""
+  """Returns prequant, codes and reconstruction of the VQGAN of a run, and a function that decodes other codes."""
   frozen = run.frozen['vqgan']
   model, params = vqgan.build(**frozen.config['model']), frozen.network('vqgan')
   out = applied(model, params, nhwc(image))
@@ -119,7 +119,7 @@ def of_dalle(config, words, codes, grid):
 
 
 def greedy(apply, text, length):
-  """Codes by our cached sampler."""
+  """Samples codes with our KV cache."""
   none = jnp.zeros((len(text), 0), jnp.int32)
   keys = jax.random.split(jax.random.key(0), len(text))
   options = dict(empty=text[0], length=length, n=1, sampling=GREEDY)
@@ -199,7 +199,7 @@ def storydalle(folder, arrays):
       cross = jax.tree.map(lambda x: x * (condition == 'cond'), params['story']['cross'])  # noqa: B023
 
       def context(of, seen=seen, cross=cross, base=base):
-        """As theirs, for these rows: numbers of the frames are laid out as if they were those of positions."""
+        """The context of these rows as the original lays it out, with the frame axis in the place of the positions."""
         whole = jnp.repeat(seen, t, axis=0)[of]
         whole = whole.reshape(-1, len(whole), whole.shape[-1]).transpose(1, 0, 2)
         mean, var = whole.mean(-1, keepdims=True), whole.var(-1, keepdims=True)
@@ -238,7 +238,7 @@ def rudalle(folder, arrays):
     image_vocab = params['image_embed'].shape[0]
     model = of_dalle(run.config, None, image_vocab, (side, side))
     text = np.where(arrays['in_text'] == 0, model.padding, arrays['in_text'])
-    n = codes.shape[1] if version == 'v3' else codes.shape[1] - 1  # v2 has one token more in front
+    n = codes.shape[1] if version == 'v3' else codes.shape[1] - 1  # v2 has a start token in front
 
     def joint(params, text, image, model=model):
       x = model.apply({'params': params}, text, image, method='features')
@@ -251,7 +251,7 @@ def rudalle(folder, arrays):
       (slice(0, model.text_length), slice(0, words)),
       (slice(model.text_length, labels.shape[1]), slice(words, None)),
     )
-    # In v3 the first image code is among the labels of the text, as if it were a word: a fault of the original.
+    # In v3 the first image code is among the labels of the text, as if it were a text token: a bug of the original.
     text_loss, image_loss = (losses.token_loss(logits[:, at, ids], labels[:, at])[0] for at, ids in ends)
     loss = (text_loss + 7 * image_loss) / 8
     found |= {f'out_{version}_logits': logits, f'out_{version}_loss': np.array([loss, text_loss, image_loss])}
@@ -413,7 +413,7 @@ def unclip_diffusers(folder, arrays):
   large, counts = nhwc(arrays['in_super_res_latents']), arrays['in_steps']
   embedding = lambda x: guess.apply({'params': guess_params}, x, method='embedding')
   conditions = lambda e, c, known: model.apply({'params': params}, e, c, known, method='conditions')
-  # One embedding: the first row is without it, the second with it; a prompt each.
+  # The same embedding for both prompts: the first row ignores it, the second uses it.
   embed, half = np.tile(latents[:1], (2, 1)), jnp.array([False, True])
   tokens, time, _ = conditions(embed, caption, half)
   out, seen = predict(latents, t[0], caption), paint(picture, t[1], embed, caption, half)
@@ -438,7 +438,7 @@ def unclip_diffusers(folder, arrays):
   }
   for name, later, then in (('decoder', 666, 333), ('decoder_t1', 1, 0), ('decoder_t0', 0, -1)):
     found[f'out_step_{name}'] = nchw(back(model.diffusion, seen, picture, later, then, nhwc(noises['decoder'])))
-  # Both pipelines, from captions and from pictures
+  # Both pipelines, from captions and from images
   guided = lambda i, x, t: diffusion.guide(guess.diffusion, predict(x, t, caption), predict(x, t, empty), 4.0)
   drawn = down(guess.diffusion, guided, latents, arrays['in_noise_prior'], int(counts[0]))
   noise, unit = [nhwc(x) for x in arrays['in_noise_decoder']], lambda x: jnp.clip(x * 0.5 + 0.5, 0, 1)
@@ -452,7 +452,7 @@ def unclip_diffusers(folder, arrays):
 
 
 def torch_formats(folder, arrays):
-  """The last file; the others are compared with it."""
+  """Returns the tensors of the last file, after comparing the other files with it."""
   names = [k.removeprefix('out_') for k in arrays if k.startswith('out_')]
   several = []
   for path in sorted(p for p in Path(folder).iterdir() if p.suffix in ('.pt', '.pth', '.ckpt')):

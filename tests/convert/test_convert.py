@@ -1,4 +1,4 @@
-"""Importing as a user does it: the command, what it writes, and every way in which it can go wrong in one line."""
+"""The import command: what it writes, and its one-line messages for everything that can go wrong."""
 
 import io
 import json
@@ -215,7 +215,7 @@ def test_every_tensor_is_accounted_for():
 
 
 class Runs:
-  """Pickled, it calls `function(*arguments)` when read."""
+  """An object whose pickle calls `function(*arguments)` when it is read."""
 
   def __init__(self, function, *arguments):
     self.call = function, arguments
@@ -263,7 +263,7 @@ def test_objects_of_other_packages_are_inert_and_others_refused():
 
 @pytest.mark.parametrize('name', ['new_zip.pt', 'old_zip_cuda.ckpt', 'legacy.pth', 'legacy_cuda.ckpt'])
 def test_damaged_checkpoints_end_in_clean_errors(name, tmp_path):
-  """125 of each layout; some changes harm nothing."""
+  """125 damaged files of each layout; some of the changes do no harm."""
   whole, path, rng = (FIXTURES / 'torch_formats' / name).read_bytes(), tmp_path / name, random.Random(0)
   errors = 0
   for _ in range(125):

@@ -1,10 +1,9 @@
-"""Imported public checkpoints give the numbers that their own code gives: `pytest tests/convert/test_parity.py`.
+"""Imported public checkpoints give the same numbers as their original code.
 
-Those of `inception` are by a net that was written after its code, every width divided by 16.
-
-`--parity-dir DIR` runs the same comparisons on other folders: every one in DIR (or DIR itself) whose name begins with
-that of a kind. The released StoryDALL-E lays keys and values of its sources out wrongly for more than one row; the
-comparison lays ours out so, too.
+  pytest tests/convert/test_parity.py --parity-dir DIR
+runs on other folders instead: DIR itself, or all folders in it whose names begin with that of a kind. The numbers for
+`inception` come from a network written after the original, with all widths divided by 16. The released StoryDALL-E lays
+out the keys and values of its sources wrongly for more than one row; the comparison does the same with ours.
 """
 
 from pathlib import Path
@@ -37,7 +36,7 @@ def test_every_array_is_that_of_the_original(kind, folder):
   left_out = parity.LEFT_OUT.get(kind, {})
   found = parity.KINDS[kind](folder, arrays)
   expected = {k: v for k, v in arrays.items() if k.startswith('out_') and k not in left_out}
-  assert set(expected) <= set(found)  # some large arrays are not among the fixtures here, to keep them small
+  assert set(expected) <= set(found)  # the fixtures here lack some large arrays
   for name, theirs in expected.items():
     ours = np.asarray(found[name])
     assert ours.shape == theirs.shape, name
