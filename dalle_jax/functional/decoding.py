@@ -21,6 +21,7 @@ class Sampling:
     temperature: divides the logits; 0.0 is greedy.
     top_k: samples among the k most probable tokens; 0 for all.
     top_p: samples among the smallest set of tokens with this total probability (Holtzman et al., 2020); 1.0 for all.
+      Tokens with equal logits stay or go together.
     guidance: s of uncond + s (cond - uncond) (Ho and Salimans, 2021); 1.0 for no guidance.
   """
 

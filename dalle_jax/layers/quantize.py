@@ -108,10 +108,10 @@ def usage(codes: jax.Array, num_codes: int) -> tuple[jax.Array, dict[str, jax.Ar
 
 
 def codebook_state(num_codes: int, code_dim: int, data_init: bool = True) -> State:
-  """Statistics before the first batch. A `count` of 0 marks a code not initialised yet, see `update_codebook`."""
+  """Statistics before the first batch. A negative `count` marks a code not initialised yet, see `update_codebook`."""
   return {
     'step': jnp.int32(-1),  # of the last update
-    'count': jnp.full(num_codes, 0.0 if data_init else 1.0, jnp.float32),  # moving average of `usage`
+    'count': jnp.full(num_codes, -1.0 if data_init else 1.0, jnp.float32),  # moving average of `usage`
     'vectors': jnp.zeros((num_codes, code_dim)),  # to be written into the rows of the codebook
     'write': jnp.zeros(num_codes, bool),  # where this is True
   }
@@ -144,15 +144,17 @@ def update_codebook(
   z, codes = jax.lax.stop_gradient(z).reshape(-1, dim), codes.ravel()
   again = state['step'] == step
   vectors = jnp.where(again, state['vectors'], embedding) if average else embedding
-  old, new = decay * state['count'], (1 - decay) * usage(codes, num_codes)[0]
+  uninitialised = state['count'] < 0  # not 0, to which the average of an unused code decays
+  old = decay * jnp.maximum(state['count'], 0.0)
+  new = (1 - decay) * usage(codes, num_codes)[0]
   count = old + new
   if average:
     sums = jnp.zeros_like(embedding).at[codes].add(z) * (num_codes / len(z))
     mean = (old[:, None] * vectors + (1 - decay) * sums) / jnp.maximum(count, 1e-10)[:, None]
-    vectors = jnp.where(count[:, None] > 0, mean, vectors)
+    vectors = jnp.where(new[:, None] > 0, mean, vectors)  # an unused code does not move, however small its count
   # Dead codes take vectors of the batch, sampled without replacement and with probability proportional to their
   # quantisation error, as in k-means++ (Arthur and Vassilvitskii, 2007). If there are too few, they wait.
-  dead = (state['count'] == 0) | (count < revive)
+  dead = uninitialised | (count < revive)
   rank = jnp.cumsum(dead) - 1
   dead &= rank < len(z)
   error = jnp.square(z - embedding[codes]).sum(-1)
@@ -163,7 +165,7 @@ def update_codebook(
     vectors = jnp.where(pending[:, None], state['vectors'], vectors)
   return {
     'step': jnp.asarray(step, jnp.int32),
-    'count': jnp.where(dead, 1.0, count),  # gives it time to be used before it counts as dead again
+    'count': jnp.select([dead, uninitialised], [1.0, -1.0], count),  # 1: has time to be used before it is dead again
     'vectors': jnp.where(dead[:, None], fresh, vectors),
     'write': jnp.full(num_codes, True) if average else dead | pending,
   }

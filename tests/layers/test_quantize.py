@@ -133,10 +133,20 @@ def test_the_first_batches_initialise_the_codebook(average):
   state = update(quantize.codebook_state(K, D), z, np.zeros(4, int), average=average)
   embedding = quantize.write_codebook(state, table())
   assert {tuple(row) for row in np.asarray(embedding[:4])} == {tuple(row) for row in z}  # every vector once
-  assert (state['count'][:4] == 1).all() and (state['count'][4:] == 0).all()
+  assert (state['count'][:4] == 1).all() and (state['count'][4:] < 0).all()
   state = update(state, z + 100, np.zeros(4, int), embedding, step=1, average=average)
   embedding = quantize.write_codebook(state, embedding)
   assert (embedding[4:] >= 100).all() and (state['count'] > 0).all()
+
+
+@pytest.mark.parametrize('average', [True, False])
+def test_codes_out_of_use_stay_when_none_are_revived(average):
+  z, codes = np.ones((8, D), np.float32), np.zeros(8, int)
+  state = quantize.codebook_state(K, D, data_init=False)
+  for count in (1e-8, 1e-12, 1e-38, 0.0):  # as after thousands of updates, down to what float32 rounds to 0
+    state = {**state, 'count': state['count'].at[1:].set(count)}
+    state = update(state, z, codes, average=average)
+    np.testing.assert_allclose(quantize.write_codebook(state, table())[1:], table()[1:], rtol=1e-6)
 
 
 @pytest.mark.parametrize('average', [True, False])
