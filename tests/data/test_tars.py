@@ -79,7 +79,7 @@ def test_members_that_share_a_key_are_a_sample(tmp_path, form):
   assert [source.captions(i) for i in range(6)] == [r['captions'] for r in source]
   assert [r['caption'] for r in source] == ['one', 'in\nJSON', 'x', 'yes', '', '']
   assert source[2]['image'] == picture(9) and abs(int(ops.decode(source[1]['image'])[0, 0, 0]) - 80) < 3
-  assert source.report() == ['6 images in 1 tars', '1 of them have no caption']  # null.json is read when asked for
+  assert source.report() == ['6 images in 1 tars', '2 of them have no caption']
 
 
 def test_parts_of_a_sample_may_lie_apart(tmp_path):
@@ -90,14 +90,23 @@ def test_parts_of_a_sample_may_lie_apart(tmp_path):
 
 
 def test_captions_in_json_are_strings_and_numbers(tmp_path):
-  values = ['x', 5, ['a', None, 'b'], None, [], ['a', 1.5], {'a': 1}, [['n']], ['a', True], False]
+  nan = float('nan')
+  values = ['x', 5, ['a', nan, None, 'b'], None, [], ['a', 1.5], {'a': 1}, [['n']], ['a', True], False, nan, ' ']
   parts = [((f'{i}.png', b''), (f'{i}.json', json.dumps({'caption': v}).encode())) for i, v in enumerate(values)]
   write(tmp_path / 'a.tar', itertools.chain.from_iterable(parts))
   source = whole(tmp_path / 'a.tar')
   assert [source.captions(i) for i in range(6)] == [['x'], ['5'], ['a', 'b'], [], [], ['a', '1.5']]
+  assert [source[i]['captions'] for i in (10, 11)] == [[], []]
+  assert source.report()[1:] == ['4 of them have no caption']
   for i, given in zip(range(6, 10), (r"{'a': 1}", r"\[\['n'\]\]", r"\['a', True\]", 'False'), strict=True):
     with pytest.raises(ValueError, match=rf'the "caption" in its NAME.json is {given}; expected a string, a number or'):
       source.captions(i)
+
+
+def test_json_nested_too_deeply_is_a_broken_caption(tmp_path):
+  write(tmp_path / 'a.tar', [('a.png', picture(1)), ('a.json', b'[' * 100_000)])
+  record = whole(tmp_path / 'a.tar')[0]
+  assert record['image'] == picture(1) and 'is not a JSON object' in record['caption_error']
 
 
 def test_links_and_sparse_files_are_counted(tmp_path):

@@ -4,9 +4,9 @@ PATH is a pattern (DIR/shard-{000..099}.tar, DIR/*.tar), a folder of tars, or a 
 share a key form a sample. The key is the name up to the first dot after its last slash, so the image of `a/b` may be
 `a/b.jpg`, but not `a/b.seg.jpg`.
 
-The index of a tar, which says where each member is stored, is read from its headers once. It is saved next to the tar
-in NAME.tar.index; where that cannot be written, in ~/.cache/dalle_jax; else only in memory. It is read again when the
-size or modification time of the tar has changed.
+The index of a tar, which says where each member is stored, is made from its headers and captions in JSON once. It is
+saved next to the tar in NAME.tar.index; where that cannot be written, in ~/.cache/dalle_jax; else only in memory. It is
+made again when the size or modification time of the tar has changed.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ from dalle_jax.data.sources.folder import SUFFIXES
 ROW = np.dtype(  # of a sample: where image and caption begin in the tar, and the name of the image in Index.names
   [('image', '<u8'), ('image_size', '<u4'), ('text', '<u8'), ('text_size', '<u4'), ('json', '?'), ('name', '<u4')]
 )
-FORMAT = 2  # of index files
+FORMAT = 3  # of index files
 LARGEST = 2**32 - 1  # bytes of a member
 MEMBER = re.compile(r'((?:.*/)?[^/.]+)(\.[^/]+)', re.DOTALL)  # key, suffix
 TARS = re.compile(r'.*\.(tar|tar\.(gz|bz2|xz|zst)|tgz)')
@@ -119,12 +119,21 @@ def _captions(text: bytes, is_json: bool) -> list[str]:
 def _json_captions(text: bytes) -> list[str]:
   try:
     found = json.loads(text).get('caption')
-  except (ValueError, AttributeError) as e:
+  except (ValueError, AttributeError, RecursionError) as e:
     raise ValueError(f'its NAME.json is not a JSON object with a "caption" ({e})') from e
-  values = [v for v in (found if isinstance(found, list) else [found]) if v is not None]
+  # NaN, the only value that differs from itself, is what pandas writes for a missing caption.
+  values = [v for v in (found if isinstance(found, list) else [found]) if v is not None and v == v]
   if not all(type(v) in (str, int, float) for v in values):
     raise ValueError(f'the "caption" in its NAME.json is {found!r:.100}; expected a string, a number or a list of them')
   return [str(v) for v in values]
+
+
+def _is_null(text: bytes) -> bool:
+  """Whether a NAME.json has no caption, rather than one that cannot be read, which the reader of the sample reports."""
+  try:
+    return not _captions(text, is_json=True)
+  except ValueError:
+    return False
 
 
 def load(split: str, *, path: str, val_fraction: float = 0.05, test_fraction: float = 0.0) -> Tars:
@@ -224,7 +233,7 @@ def _stored(file: Path, stamp: Sequence[int]) -> Index | None:
 
 
 def scan(path: str) -> Index:
-  """Reads the headers of a tar. Raises ValueError if it is compressed or not a tar, or OSError."""
+  """Reads the headers of a tar, and JSON captions. Raises ValueError if it is compressed or not a tar, or OSError."""
   size = os.path.getsize(path)
   samples: dict[str, dict[str, tuple[str, int, int]]] = {}  # key -> part -> member, start, size
   notes: list[Note] = []
@@ -245,22 +254,24 @@ def scan(path: str) -> Index:
         samples[key][part] = member.name, member.offset_data, min(member.size, LARGEST)
       elif part or suffix.endswith(SUFFIXES):
         notes.append(('again' if part else 'dots', 1, f':{member.name}'))
+  names, rows, shares, start = [], [], [], 0
   with open(path, 'rb') as file:
     file.seek(tar.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # a tar ends with zeros
       notes.append(('cut', 1, f' at byte {min(tar.offset, size):,}'))
-  names, rows, shares, start = [], [], [], 0
-  for key, parts in samples.items():
-    if 'image' not in parts:
-      notes.append(('alone', 1, f':{next(iter(parts.values()))[0]}'))
-      continue
-    name, image, length = parts['image']
-    source = next((p for p in ('.txt', '.json') if p in parts), '')
-    _, text, text_length = parts.get(source, ('', 0, 0))
-    rows.append((image, length, text, text_length, source == '.json', start))
-    shares.append(sources.share(key))
-    names.append(name.encode('utf-8', 'surrogateescape') + b'\0')
-    start += len(names[-1])
+    for key, parts in samples.items():
+      if 'image' not in parts:
+        notes.append(('alone', 1, f':{next(iter(parts.values()))[0]}'))
+        continue
+      name, image, length = parts['image']
+      source = next((p for p in ('.txt', '.json') if p in parts), '')
+      _, text, text_length = parts.get(source, ('', 0, 0))
+      if source == '.json' and _is_null(os.pread(file.fileno(), text_length, text)):
+        source, text, text_length = '', 0, 0
+      rows.append((image, length, text, text_length, source == '.json', start))
+      shares.append(sources.share(key))
+      names.append(name.encode('utf-8', 'surrogateescape') + b'\0')
+      start += len(names[-1])
   if not rows:
     notes.append(('none', 1, ''))
   return Index(np.array(rows, ROW), np.array(shares, '<f8'), b''.join(names), _tally(notes))
