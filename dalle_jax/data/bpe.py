@@ -17,13 +17,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 Merges = dict[tuple[int, int], tuple[int, int]]  # pair of ids -> (rank, id of both)
 BYTES = 256  # entries that every byte-level vocabulary starts with, so that any text can be encoded
+LONE_SURROGATE = re.compile('[\ud800-\udfff]')  # half of a UTF-16 pair, which JSON may contain; not valid Unicode
 
 
 def train(captions: Iterable[str], vocab_size: int) -> 'BPE':
   """Trains a lower-casing byte-level BPE of at most `vocab_size` entries; a few captions give fewer.
 
-  The same captions in the same order give the same tokenizer, byte for byte. Raises ValueError when no caption has any
-  text or `vocab_size` is below 256.
+  The same captions in the same order give the same tokenizer, byte for byte. Captions that are not valid Unicode are
+  left out. Raises ValueError when no caption has any text or `vocab_size` is below 256.
   """
   if vocab_size < BYTES:
     raise ValueError(f'tokenizer.vocab_size is {vocab_size}; a byte-level BPE needs {BYTES} or more.')
@@ -43,6 +44,8 @@ def train(captions: Iterable[str], vocab_size: int) -> 'BPE':
   def texts():
     nonlocal any_text
     for caption in captions:
+      if LONE_SURROGATE.search(caption):
+        continue
       any_text = any_text or bool(caption.strip())
       yield caption
 
@@ -106,8 +109,13 @@ class BPE:
     """Token ids of a text of any length; '' gives [].
 
     With `dropout` p > 0 and a `seed`, every merge is skipped with probability p each time it could be applied. The ids
-    are then a function of (text, p, seed). Raises ValueError for dropout on a tokenizer that is not a byte-level BPE.
+    are then a function of (text, p, seed). Raises ValueError for text that is not valid Unicode, and for dropout on a
+    tokenizer that is not a byte-level BPE.
     """
+    if LONE_SURROGATE.search(text):
+      raise ValueError(
+        f'the text {text[:100]!r} has a lone surrogate, so it is not valid Unicode; remove that character.'
+      )
     if not dropout or seed is None:
       return self._tokenizer.encode(text, add_special_tokens=False).ids
     if self._model is None:

@@ -22,7 +22,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from dalle_jax.data import ops
+from dalle_jax.data import bpe, ops
 from dalle_jax.data.stories import Story
 
 logger = logging.getLogger(__name__)
@@ -112,20 +112,27 @@ class Examples:
     return arrays, Row(i, captions, [(self.name(k), self.broken[k]) for k in skipped])
 
   def read(self, index: int, rng: np.random.Generator | None) -> Decoded:
-    """Reads one record. Raises whatever a broken one raises, and ValueError when text is needed and has no caption."""
+    """Reads one record. A caption that is not valid Unicode is read as ''.
+
+    Raises whatever a broken one raises, and ValueError when text is needed and there is no caption.
+    """
     source: Any = self.source
     record = source.draw(index, rng) if hasattr(source, 'draw') else source[index]
     if isinstance(record, Story):
       record = vars(record)
     is_story = 'frames' in record or np.ndim(record.get('tokens', ())) == 2
     captions = list(record.get('captions') or [record['caption']])
+    problem = record.get('caption_error', 'no caption')
+    if any(map(bpe.LONE_SURROGATE.search, captions)):
+      problem = f'a caption has a lone surrogate, so it is not valid Unicode: {captions!r:.100}'
+      captions = ['' if bpe.LONE_SURROGATE.search(c) else c for c in captions]
     if is_story:  # the source frame needs no caption
       described = len(captions) > 1 and all(c.strip() for c in captions[1:])
     else:
       captions = [c for c in captions if c.strip()]
       described = bool(captions)
     if self.encoders and not described:
-      raise ValueError(record.get('caption_error', 'no caption'))
+      raise ValueError(problem)
     arrays: dict[str, np.ndarray] = {}
     if 'tokens' in record:
       arrays['tokens'] = np.asarray(record['tokens'], np.int32)

@@ -156,6 +156,13 @@ def test_added_words_are_one_token_each_and_counted_when_new(words):
     words.add(['ok', 'two words', ''])
 
 
+@pytest.mark.parametrize('dropout', [0.0, 0.5])
+def test_a_lone_surrogate_is_refused_by_encode_and_left_out_of_training(words, captions, dropout):
+  with pytest.raises(ValueError, match=r"the text 'a cat \\ud83d' has a lone surrogate"):
+    words.encode('a cat \ud83d', dropout, seed=0)
+  assert bpe.train(['b \ud83d', *captions], 320).to_json() == words.to_json()
+
+
 def test_errors_are_one_line(words, tmp_path):
   for call, message in (
     (lambda: bpe.train(['a'], 255), 'vocab_size is 255'),

@@ -280,6 +280,30 @@ def test_an_encoded_story_without_captions_is_skipped():
   stream.close()
 
 
+def test_captions_that_are_not_valid_unicode_are_none(caplog):
+  class Torn(Numbered):
+    def __getitem__(self, index):
+      torn = {2: ['number 2 \ud83d'], 3: ['number 3 \ud83d', 'number 33']}
+      return super().__getitem__(index) | ({'captions': torn[index]} if index in torn else {})
+
+  stream = loader(Torn(4), shuffle=False, batch_size=4)
+  assert next(stream)['text'][:, 0].tolist() == [0, 1, 33, 33]
+  assert stream.skipped == {'picture-2': 1}
+  stream.close()
+  assert r"a caption has a lone surrogate, so it is not valid Unicode: ['number 2 \ud83d']" in caplog.text
+  assert take(loader(Torn(4), shuffle=False, batch_size=4, text=None), 1)[0]['image'][2, 0, 0, 0] == 2
+  assert pipeline.Examples(Torn(4), 8, '', None).read(2, None).captions == []  # as in evaluation
+
+  class Story(Numbered):
+    def __getitem__(self, index):
+      return stories.Story([np.zeros((8, 8, 3), np.uint8)] * 3, ['', 'number 1', 'number 2' + '\ud83d' * (index == 1)])
+
+  stream = loader(Story(2), shuffle=False, batch_size=2)
+  next(stream)
+  assert stream.skipped == {'picture-1': 1}
+  stream.close()
+
+
 @pytest.mark.parametrize(
   'bad, message',
   [
