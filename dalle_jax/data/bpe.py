@@ -77,7 +77,10 @@ class BPE:
     """Reads a tokenizer file. Raises FileNotFoundError, or ValueError when it is not a tokenizer."""
     if not Path(path).is_file():
       raise FileNotFoundError(f'there is no tokenizer file {path}; expected a tokenizer JSON.')
-    return cls(Path(path).read_text(encoding='utf-8'))
+    try:
+      return cls(Path(path).read_text(encoding='utf-8'))
+    except ValueError as e:  # such as UnicodeDecodeError
+      raise ValueError(f'the tokenizer file {path} cannot be read: {e}') from e
 
   def __reduce__(self):
     return BPE, (self._json,)

@@ -177,3 +177,8 @@ def test_errors_are_one_line(words, tmp_path):
     assert '\n' not in str(e.value)
   with pytest.raises(FileNotFoundError, match='no tokenizer file'):
     bpe.BPE.load(tmp_path / 'missing.json')
+  for content, message in ((b'{"caf\xe9": 1}', "'utf-8' codec can't decode"), (b'{}', 'this is not a tokenizer JSON')):
+    (tmp_path / 'words.json').write_bytes(content)
+    with pytest.raises(ValueError, match=rf'the tokenizer file {tmp_path}/words.json cannot be read: {message}') as e:
+      bpe.BPE.load(tmp_path / 'words.json')
+    assert '\n' not in str(e.value)
