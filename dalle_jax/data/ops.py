@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 80_000_000  # a larger image is refused before it is decoded: a few bytes can claim to be gigabytes
 AUGMENTS = ('center_crop', 'random_crop', 'flip')
@@ -43,7 +43,10 @@ def to_rgb(image: bytes | Image.Image | np.ndarray, least: int = 0) -> Image.Ima
   elif isinstance(image, (bytes, bytearray, memoryview)):
     with warnings.catch_warnings():
       warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-      image = Image.open(io.BytesIO(image))
+      try:
+        image = Image.open(io.BytesIO(image))
+      except UnidentifiedImageError as e:  # whose message is the address of the BytesIO
+        raise UnidentifiedImageError('cannot identify the image format') from e
   elif not isinstance(image, Image.Image):
     raise ValueError(f'an image is a {type(image).__name__}; expected bytes, a PIL image or an array.')
   width, height = image.size
@@ -118,12 +121,13 @@ def crop(image: Image.Image, size: int, augment: Collection[str], rng: np.random
 def open_image(image: Any, size: int, name: str) -> np.ndarray:
   """The central crop uint8[size, size, 3] of an image given as a path, bytes, PIL image or array.
 
-  Raises FileNotFoundError for a missing file and ValueError, which calls the image `name`, for one that cannot be read.
+  Raises FileNotFoundError for a missing file, and ValueError for an image that cannot be read: it is called by its path
+  or else `name`.
   """
   if isinstance(image, (str, Path)):
     if not Path(image).is_file():
       raise FileNotFoundError(f'there is no picture {image}.')
-    image = Path(image).read_bytes()
+    name, image = str(image), Path(image).read_bytes()
   try:
     image = to_rgb(image)
   except Exception as e:  # the exceptions that Pillow raises for broken files have no common class

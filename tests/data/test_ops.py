@@ -110,6 +110,14 @@ def test_what_is_no_picture_raises(bad):
     ops.decode(bad)
 
 
+def test_a_picture_that_cannot_be_opened_is_named(tmp_path):
+  (tmp_path / 'a.png').write_bytes(b'no picture')
+  for image, name in ((tmp_path / 'a.png', f'{tmp_path}/a.png'), (b'no picture', 'init_image')):
+    with pytest.raises(ValueError) as e:
+      ops.open_image(image, 8, 'init_image')
+    assert str(e.value) == f'{name} is no picture that can be read: cannot identify the image format'
+
+
 def test_a_huge_picture_is_refused_before_it_is_decoded(recwarn):
   huge = stored(Image.new('1', (10_000, 9_000)))
   assert len(huge) < 50_000
