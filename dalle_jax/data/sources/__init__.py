@@ -64,6 +64,15 @@ def caption_fields(read: Callable[[], list[str]]) -> dict[str, Any]:
   return {'caption': captions[0] if captions else '', 'captions': captions}
 
 
+def caption_lines(text: bytes, name: str) -> list[str]:
+  """The captions in a text file, one per line, without empty lines. Raises ValueError when it is not UTF-8."""
+  try:
+    lines = text.decode('utf-8-sig').splitlines()
+  except UnicodeDecodeError as e:
+    raise ValueError(f'{name} is not UTF-8 ({e}); save it as UTF-8') from e
+  return [line.strip() for line in lines if line.strip()]
+
+
 def visible_files(folder: str) -> Iterator[str]:
   """The paths of all files below a folder, except hidden files and folders, where programs keep copies."""
   for parent, folders, files in os.walk(folder):

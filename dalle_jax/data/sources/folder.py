@@ -27,9 +27,9 @@ class Folder:
     return {'image': image, **sources.caption_fields(lambda: self.captions(index))}
 
   def captions(self, index: int) -> list[str]:
-    text = Path(self.name(index)).with_suffix('.txt')
-    lines = text.read_text(encoding='utf-8-sig').splitlines() if text.is_file() else []
-    return [line.strip() for line in lines if line.strip()]
+    files = (Path(self.name(index)).with_suffix(suffix) for suffix in ('.txt', '.TXT'))
+    text = next((f for f in files if f.is_file()), None)
+    return sources.caption_lines(text.read_bytes(), str(text)) if text else []
 
 
 def load(split: str, *, path: str, val_fraction: float = 0.05, test_fraction: float = 0.0) -> Folder:

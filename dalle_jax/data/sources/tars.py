@@ -112,8 +112,9 @@ class Tars:
 
 
 def _captions(text: bytes, is_json: bool) -> list[str]:
-  lines = _json_captions(text) if is_json else text.decode('utf-8-sig').splitlines()
-  return [line.strip() for line in lines if line.strip()]
+  if is_json:
+    return [caption.strip() for caption in _json_captions(text) if caption.strip()]
+  return sources.caption_lines(text, 'its NAME.txt')
 
 
 def _json_captions(text: bytes) -> list[str]:
