@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import pickle
 import sys
+import tarfile
 import types
 
 import numpy as np
@@ -107,6 +109,44 @@ def test_folder_reads_pictures_captions_and_sub_folders(tmp_path):
   assert source[1]['captions'] == ['caption 0', 'second'] and source[1]['caption'] == 'caption 0'
   assert abs(int(ops.decode(source[3]['image'])[0, 0, 0]) - 80) < 3
   assert source[4]['caption'] == '' and source[4]['captions'] == []
+
+
+def test_folder_follows_links_but_reads_every_folder_once(tmp_path):
+  root, other = tmp_path / 'root', tmp_path / 'other'
+  for path in (root / 'z' / 'a.png', other / 'b.png', other / 'deep' / 'c.png'):
+    picture(path)
+  for link, target in (
+    (root / 'a', root / 'z'), (root / 'z' / 'up', root), (root / 'm', other), (root / 'n', other / 'deep'),
+    (root / '.hidden', other), (other / 'back', root), (root / 'gone', tmp_path / 'missing'),
+  ):  # fmt: skip
+    link.symlink_to(target)
+  source = folder.load('all', path=str(root))
+  assert source.images == ('m/b.png', 'm/deep/c.png', 'z/a.png') and source.report() == []
+  assert ops.decode(source[1]['image']).shape == (10, 12, 3)
+
+
+@pytest.mark.parametrize('kind', ['folder', 'tars'])
+def test_folders_that_cannot_be_read_are_counted(tmp_path, monkeypatch, kind):
+  for i in range(3):
+    picture(tmp_path / f'd{i}' / 'a.png')
+    with tarfile.open(tmp_path / f'd{i}' / 'a.tar', 'w') as tar:
+      tar.add(tmp_path / f'd{i}' / 'a.png', 'a.png')
+  scandir = os.scandir
+
+  def refuse(path):  # as permissions would, which do not stop root
+    if os.path.basename(path) in refused:
+      raise PermissionError(13, 'Permission denied', path)
+    return scandir(path)
+
+  monkeypatch.setattr(os, 'scandir', refuse)
+  config = data_config(source=kind, path=str(tmp_path))
+  refused = {'d1', 'd2'}
+  source = sources.load(config, 'all')
+  line = f'2 folders cannot be read and are left out; the first is {tmp_path}/d1 (Permission denied)'
+  assert len(source) == 1 and source.report()[-1 if kind == 'folder' else 1] == line
+  refused = {'d0', 'd1', 'd2'}
+  with pytest.raises((ValueError, FileNotFoundError), match='3 folders cannot be read'):
+    sources.load(config, 'all')
 
 
 def test_folder_finds_captions_of_cameras(tmp_path):

@@ -4,7 +4,7 @@ import hashlib
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,31 @@ def caption_lines(text: bytes, name: str) -> list[str]:
   return [line.strip() for line in lines if line.strip()]
 
 
-def visible_files(folder: str) -> Iterator[str]:
-  """The paths of all files below a folder, except hidden files and folders, where programs keep copies."""
-  for parent, folders, files in os.walk(folder):
-    folders[:] = [f for f in folders if not f.startswith('.')]
-    yield from (os.path.join(parent, f) for f in files if not f.startswith('.'))
+def visible_files(folder: str) -> tuple[list[str], list[str]]:
+  """The paths of all files below a folder, and what `report` says of the folders that cannot be read.
+
+  Hidden files and folders, where programs keep copies, are left out. Links to folders are followed. A folder that can
+  be reached in several ways, as in a loop of links, is read once: by its path without links if it has one.
+  """
+  paths: list[str] = []
+  errors: list[OSError] = []
+  pending, visited = [folder], set()
+  while pending:
+    pending.sort(reverse=True)  # the same order on every machine
+    for parent, folders, files in os.walk(pending.pop(), onerror=errors.append):  # does not enter links
+      real = os.path.realpath(parent)
+      if real in visited:
+        folders[:] = []
+        continue
+      visited.add(real)
+      folders[:] = [f for f in folders if not f.startswith('.')]
+      pending += [path for f in folders if os.path.islink(path := os.path.join(parent, f))]
+      paths += [os.path.join(parent, f) for f in files if not f.startswith('.')]
+  if not errors:
+    return paths, []
+  first = min(errors, key=lambda e: e.filename)
+  line = f'{len(errors)} folders cannot be read and are left out; the first is {first.filename} ({first.strerror})'
+  return paths, [line]
 
 
 def divide(names: Sequence[str], split: str, val_fraction: float, test_fraction: float) -> list[int]:

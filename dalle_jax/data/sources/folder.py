@@ -15,6 +15,7 @@ class Folder:
 
   path: str
   images: tuple[str, ...] = dataclasses.field(repr=False)  # relative to path, sorted
+  lines: tuple[str, ...] = ()  # what `report` returns
 
   def __len__(self) -> int:
     return len(self.images)
@@ -31,21 +32,26 @@ class Folder:
     text = next((f for f in files if f.is_file()), None)
     return sources.caption_lines(text.read_bytes(), str(text)) if text else []
 
+  def report(self) -> list[str]:
+    return list(self.lines)
+
 
 def load(split: str, *, path: str, val_fraction: float = 0.05, test_fraction: float = 0.0) -> Folder:
   """The images of a split, which is decided by a hash of each image's relative path (see `sources.divide`).
 
   Images without a caption are included: a model that needs none uses them, and one that needs captions skips them.
-  Raises FileNotFoundError or ValueError when there is no such folder, no image in it, or none in the split.
+  Linked folders are read, too, and `report` counts the folders that cannot be read. Raises FileNotFoundError or
+  ValueError when there is no such folder, no image in it, or none in the split.
   """
   root = Path(path).expanduser()
   expected = f'expected a folder of NAME{"|".join(SUFFIXES)} with the caption in NAME.txt'
   if not root.is_dir():
     raise FileNotFoundError(f'config.data.path {path!r} is not a folder; {expected}.')
-  files = (f for f in sources.visible_files(str(root)) if f.lower().endswith(SUFFIXES))
-  found = sorted(Path(f).relative_to(root).as_posix() for f in files)
+  files, lines = sources.visible_files(str(root))
+  found = sorted(Path(f).relative_to(root).as_posix() for f in files if f.lower().endswith(SUFFIXES))
   if not found:
-    raise ValueError(f'config.data.path {path!r} has no images; {expected}.')
+    raise ValueError(f'config.data.path {path!r} has no images; {"; ".join([expected, *lines])}.')
   # Without the suffix, so that NAME.jpg and NAME.png, two versions of one image, are never in different splits.
   keys = [os.path.splitext(f)[0] for f in found]
-  return Folder(str(root), tuple(found[i] for i in sources.divide(keys, split, val_fraction, test_fraction)))
+  chosen = sources.divide(keys, split, val_fraction, test_fraction)
+  return Folder(str(root), tuple(found[i] for i in chosen), tuple(lines))

@@ -145,12 +145,13 @@ def load(split: str, *, path: str, val_fraction: float = 0.05, test_fraction: fl
   used. Raises FileNotFoundError when there is no tar or one of a range is missing; ValueError for a file that is
   compressed or not a tar, or when there is no image, or none in the split.
   """
-  shards = find(path)
+  shards, unreadable = find(path)
   with ThreadPoolExecutor(READERS) as pool:
     indices = list(tqdm(pool.map(index_of, shards), 'reading headers', len(shards), unit='tars', delay=5.0))
   pairs = zip(shards, indices, strict=True)
   notes = _tally((what, count, f'{shard}{first}') for shard, index in pairs for what, count, first in index.notes)
   lines = [NOTES[what].format(count=f'{count:,}', first=first) for what, count, first in notes]
+  lines += unreadable
   shares = np.concatenate([i.shares for i in indices])
   if not len(shares):
     raise ValueError(f'config.data.path {path!r} has no images; {EXPECTED}. {"; ".join(lines)}.')
@@ -159,21 +160,29 @@ def load(split: str, *, path: str, val_fraction: float = 0.05, test_fraction: fl
   return Tars(shards, ends, np.concatenate([i.rows for i in indices])[chosen], lines)
 
 
-def find(path: str) -> list[str]:
-  """The tars of a path, in the order of its range, else sorted. Raises FileNotFoundError, one line."""
-  known = []
+def find(path: str) -> tuple[list[str], list[str]]:
+  """The tars of a path, in the order of its range, else sorted, and what `report` says of unreadable folders.
+
+  Raises FileNotFoundError, one line.
+  """
+  known: list[str] = []
+  unreadable: list[str] = []
   for name in _range(os.path.expanduser(path)):
     if os.path.isdir(name):
-      known += sorted(f for f in sources.visible_files(name) if TARS.fullmatch(f))
+      files, lines = sources.visible_files(name)
+      known += sorted(f for f in files if TARS.fullmatch(f))
+      unreadable += lines
     elif os.path.exists(name) or not glob.has_magic(name):
       known.append(name)
     else:
       known += sorted(f for f in glob.glob(name, recursive=True) if TARS.fullmatch(f))
   missing = [name for name in known if not os.path.isfile(name)]
   if missing or not known:
-    which = f'{len(missing)} of {len(known)} tars are missing, the first is {missing[0]}' if missing else 'has no tars'
-    raise FileNotFoundError(f'config.data.path {path!r}: {which}; {EXPECTED}: DIR/shard-{{000..099}}.tar, or a folder.')
-  return known
+    why = '; '.join(['has no tars', *unreadable])
+    if missing:
+      why = f'{len(missing)} of {len(known)} tars are missing, the first is {missing[0]}'
+    raise FileNotFoundError(f'config.data.path {path!r}: {why}; {EXPECTED}: DIR/shard-{{000..099}}.tar, or a folder.')
+  return known, unreadable
 
 
 def _range(pattern: str) -> list[str]:
