@@ -275,6 +275,12 @@ def make_loader(
   """
   if batch_size < 1 or batch_size % parts:
     raise ValueError(f'data.batch_size {batch_size} is not divisible by the {parts} parts that processes read.')
+  if workers is None:
+    workers = config_data.workers if shuffle else 0
+  if workers < 0:
+    raise ValueError(f'data.workers is {workers}; expected a number of processes, or 0 for threads of this process.')
+  if seed < 0:
+    raise ValueError(f'data.seed is {seed}; expected 0 or more.')
   if not len(source):
     raise ValueError('the data source is empty; give it at least one record.')
   examples = Examples(source, config_data.image_size, config_data.augment, encode_text)
@@ -297,8 +303,6 @@ def make_loader(
   # In batches of b = B / P rows, number k * P + p is the share of part p in global batch k.
   dataset = dataset.batch(rows // group, batch_fn=collate)
   dataset = dataset[start_step * parts + part : stop : parts]
-  if workers is None:
-    workers = config_data.workers if shuffle else 0
   if not workers:
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
     return Loader(iter(dataset.to_iter_dataset(options)), batch_size, left)

@@ -311,6 +311,8 @@ def test_captions_that_are_not_valid_unicode_are_none(caplog):
     (dict(batch_size=0), 'batch_size 0'),
     (dict(augment='rotate'), 'augment has rotate; expected names of center_crop'),
     (dict(image_size=0), 'image_size is 0'),
+    (dict(workers=-1), 'data.workers is -1; expected a number of processes, or 0'),
+    (dict(seed=-1), 'data.seed is -1; expected 0 or more'),
   ],
 )
 def test_bad_arguments_are_refused(bad, message):
