@@ -56,6 +56,16 @@ def test_a_wrong_source_is_one_line(config, message):
   assert '\n' not in str(e.value)
 
 
+@pytest.mark.parametrize('kind', ['shapes', 'story_shapes', 'pororo', 'flintstones'])
+@pytest.mark.parametrize('argument, value', [('seed', -1), ('seed', 0.5), ('count', -1), ('image_size', 48.5)])
+def test_arguments_that_are_not_whole_numbers_are_one_line(kind, argument, value, tmp_path):
+  if not sources.takes(kind, argument):
+    return
+  path = str(tmp_path) if sources.takes(kind, 'path') else ''
+  with pytest.raises(ValueError, match=f'^source_args.{argument} is {value}; expected a whole number, 0 or more.$'):
+    sources.load(data_config(source=kind, path=path, source_args={argument: value}), 'train')
+
+
 # --- Splits
 
 

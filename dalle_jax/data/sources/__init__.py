@@ -55,6 +55,13 @@ def _load(kind: str) -> tuple[Any, str]:
   return importlib.import_module(f'{__name__}.{module}').load, name
 
 
+def check_whole(**values: Any) -> None:
+  """Raises ValueError, one line, unless all these arguments of a source are whole numbers, 0 or more."""
+  for name, value in values.items():
+    if not isinstance(value, int) or value < 0:
+      raise ValueError(f'source_args.{name} is {value!r}; expected a whole number, 0 or more.')
+
+
 def caption_fields(read: Callable[[], list[str]]) -> dict[str, Any]:
   """`caption` and `captions` of a record; if they cannot be decoded, both are empty and `caption_error` says why."""
   try:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from dalle_jax.data import restricted, stories
+from dalle_jax.data import restricted, sources, stories
 
 SPLITS = ('train', 'val', 'test')
 LENGTH = 5  # frames of a story, including the source
@@ -61,6 +61,7 @@ def load(split: str, *, path: str, unit: str = 'story', seed: int = 0) -> Flints
   counts them, and also the target frames that are in other splits. Raises FileNotFoundError or ValueError, one line
   that names the file, for a file that is missing, damaged or holds anything but data; for a clip only when it is read.
   """
+  sources.check_whole(seed=seed)
   root = stories.folder(path, split, 'the folder of FlintstonesSV, with train-val-test_split.json in it')
   file, cache = root / 'train-val-test_split.json', root / 'following_cache4.pkl'
   notes, label_file = root / 'flintstones_annotations_v1-0.json', root / 'labels.pkl'

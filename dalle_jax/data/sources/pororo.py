@@ -14,7 +14,7 @@ import os
 import numpy as np
 from PIL import Image
 
-from dalle_jax.data import ops, restricted, stories
+from dalle_jax.data import ops, restricted, sources, stories
 
 SPLITS = ('train', 'val', 'test')
 LENGTH = 5  # frames of a story, including the source
@@ -68,6 +68,7 @@ def load(split: str, *, path: str, unit: str = 'story', seed: int = 0) -> Pororo
   that lack a caption, vector or label for a frame are left out, and `report` counts them. Raises FileNotFoundError or
   ValueError, one line that names the file, for a file that is missing, damaged or holds anything but data.
   """
+  sources.check_whole(seed=seed)
   root = stories.folder(path, split, 'the folder of PororoSV, with img_cache4.npy in it')
   every, ids = _lists(root)
   frame_names = [every[i] for i in ids[split]]

@@ -14,6 +14,8 @@ import itertools
 
 import numpy as np
 
+from dalle_jax.data import sources
+
 SHAPES = ('circle', 'square', 'triangle', 'diamond', 'cross', 'ring', 'heart', 'moon')
 COLORS = {
   'red': (222, 36, 40),
@@ -293,6 +295,7 @@ def load(
   """
   if split not in SPLITS:
     raise ValueError(f'shapes: unknown split {split!r}; expected one of {", ".join(SPLITS)}')
+  sources.check_whole(image_size=image_size, seed=seed, count=count, max_objects=max_objects, siblings=siblings)
   if image_size < 8 * GRID:
     raise ValueError(f'shapes: image_size {image_size} is too small to tell shapes apart; use {8 * GRID} or more')
   if not 1 <= max_objects <= GRID**2:

@@ -12,6 +12,7 @@ import zlib
 
 import numpy as np
 
+from dalle_jax.data import sources
 from dalle_jax.data.sources import shapes
 from dalle_jax.data.sources.shapes import Object, Scene
 from dalle_jax.data.stories import Frames, Story, of_unit
@@ -133,6 +134,7 @@ def load(
   """The stories of a split; `count` 0 means the maximum, 1,000,000 for train and 2,000 for the others."""
   if split not in SPLITS:
     raise ValueError(f'story_shapes: unknown split {split!r}; expected one of {", ".join(SPLITS)}')
+  sources.check_whole(image_size=image_size, seed=seed, count=count)
   if image_size < 8 * shapes.GRID:
     raise ValueError(f'story_shapes: image_size {image_size} is too small to tell shapes apart; use {8 * shapes.GRID}')
   most = 1_000_000 if split == 'train' else 2_000
