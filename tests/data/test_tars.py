@@ -303,6 +303,7 @@ def test_broken_samples_are_skipped_by_their_name(tmp_path, caplog):
   )
   assert list(next(images)['image'][:, 0, 0, 0]) == [0, 1, 3, 3, 4, 5]  # only the torn image is skipped
   images.close()
+  assert '0004.png is skipped' in lines and 'its NAME.txt is not UTF-8' in lines
   assert '0001.png is skipped' in lines and 'its NAME.json is not a JSON object with a "caption"' in lines
 
 
