@@ -22,7 +22,6 @@ from ml_collections import ConfigDict
 from dalle_jax.data import bpe, pipeline, sources
 from dalle_jax.training import checkpoint, distributed, errors, host, loop, sharding
 from dalle_jax.training import config as config_lib
-from dalle_jax.training.state import TrainState
 
 STOPPED = 143  # exit status after SIGTERM or Ctrl-C: saved, and to be gone on with
 CAPTIONS = 100_000  # of the training set, from which the tokenizer is learnt
@@ -124,8 +123,11 @@ def encoded(config: ConfigDict, records: dict, frozen: dict[str, checkpoint.Run]
   return {split: sources.load(data, split) for split in records}
 
 
-def run(config: ConfigDict) -> TrainState:
-  """Trains one config and returns the last state. Raises ValueError, OSError or loop.Diverged, each of one line."""
+def run(config: ConfigDict) -> bool:
+  """Trains one config; returns whether SIGTERM or Ctrl-C asked for a stop.
+
+  Raises ValueError, OSError or loop.Diverged, each of one line.
+  """
   if not config.run_dir:
     raise ValueError('config.run_dir is empty; pass --config.run_dir=runs/NAME.')
   config = config.copy_and_resolve_references()
@@ -137,7 +139,7 @@ def run(config: ConfigDict) -> TrainState:
     return train(config, Path(config.run_dir), mesh)
 
 
-def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainState:
+def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
   room = config_lib.module_named('objectives', config.objective, 'config.objective')
   builders = [config_lib.module_named('evals', name, 'config.train.evals').build for name in config.train.evals]
   run_dir.mkdir(parents=True, exist_ok=True)
@@ -206,7 +208,7 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
   elif initial:
     initial = initial.params
   held_out = lambda: batches(data.val_split, training=False)
-  return loop.train(
+  _, stopped = loop.train(
     config,
     objective,
     lambda start: batches(data.split, True, start),
@@ -216,6 +218,7 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> TrainSt
     meta=meta,
     initial=initial,
   )
+  return stopped
 
 
 def own_flags() -> flags.FlagValues:
@@ -241,7 +244,7 @@ def main(argv: list[str]) -> int:
       if stage:
         print(f'--- {stage}', flush=True)
         config = config_lib.parse(config_lib.with_stage(argv, stage), own_flags())
-      if int(run(config).step) < config.train.steps:
+      if run(config):
         return STOPPED
   except errors.EXPECTED as e:
     return errors.report(e, '--debug' in argv)

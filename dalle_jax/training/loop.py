@@ -57,6 +57,12 @@ class StopSignal:
       distributed.ask_to_stop()
     return distributed.reached_stop()
 
+  def seen_by_any(self) -> bool:
+    """Whether any process has been asked to stop; all processes must call it together."""
+    if not distributed.joined():
+      return self.seen
+    return bool(multihost_utils.process_allgather(np.array(self.seen)).any())
+
 
 def _finite(tree: Any) -> jax.Array:
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
@@ -83,7 +89,7 @@ def train(
   evals: Sequence[Evaluator] = (),
   meta: Mapping[str, Any] | None = None,
   initial: Params | None = None,
-) -> TrainState:
+) -> tuple[TrainState, bool]:
   """Trains `objective` until `config.train.steps`, from the newest checkpoint in `config.run_dir` if there is one.
 
   Args:
@@ -93,6 +99,9 @@ def train(
     evals: called every `eval_every` steps with the EMA parameters (the plain ones without EMA).
     meta: stored in every checkpoint: config, tokenizer, frozen.
     initial: parameters of another run to start from (`checkpoint.strict_merge` with `config.init.new`).
+
+  Returns:
+    The last state, and whether SIGTERM or Ctrl-C asked for a stop, which may also come after the last step.
 
   Raises:
     Diverged: a metric is not finite; the last checkpoint is from before.
@@ -148,11 +157,10 @@ def train(
   start = int(state.step)
   missed = bool(found and evals and c.eval_every and start % c.eval_every == 0)
   if missed:  # it comes after the checkpoint: a run may have ended in the middle of it
-    logged = {line['step'] for line in metrics_lib.read(run_dir / 'metrics.jsonl')}
-    missed = bool(multihost_utils.broadcast_one_to_all(np.int32(start not in logged)))
+    missed = bool(multihost_utils.broadcast_one_to_all(np.int32(not metrics_lib.logged(run_dir, start))))
   if start >= c.steps and not missed:
     say(f'{run_dir} is complete: {start} of {c.steps} steps; raise train.steps to go on.')
-    return state
+    return state, False
   distributed.keeps(lambda: checkpoint.describe_newest(run_dir))
   say(f'resuming at step {start}' if start else f'starting in {run_dir}')
   if start:
@@ -205,7 +213,8 @@ def train(
       writer.image(step, name, picture)
     return {name: float(value) for name, value in found.items() if name not in pictures}
 
-  def save(step: int) -> None:
+  def save(step: int) -> bool:
+    """Starts saving the state; False if it is not finite, and therefore not saved."""
     log.check()
     if parts < jax.process_count():  # those that read the same part must have skipped the same broken records
       skipped = sorted(getattr(stream, 'skipped', {}).items())
@@ -214,9 +223,11 @@ def train(
       if c.nan_guard:
         raise Diverged(f'{_nonfinite_name(state)} is not finite after step {step}')
       say(f'warning: the state is not finite after step {step}; it is not saved')
-      return
+      return False
     checkpoint.save(saves, step, state, {**(meta or {}), 'axes': axes, 'seconds': elapsed()})
+    return True
 
+  saved = True  # the last state that was to be saved
   try:
     if missed:
       with pause():
@@ -232,25 +243,28 @@ def train(
           last[:] = [step, time.monotonic()] if c.log_every > 1 else last
         log.read()  # what became due one step ago
         stopping = stop.agreed()
-        evaluates = bool(evals and c.eval_every and step % c.eval_every == 0 and not stopping)
+        evaluates = bool(evals and c.eval_every and step % c.eval_every == 0)
+        # The metrics of an evaluation step are logged with its results: no line means that the evaluation was missed.
         if (step % c.log_every == 0 or step == c.steps) and not evaluates:
           log.schedule(functools.partial(speed, step))
         if stopping or step == c.steps or (c.checkpoint_every and step % c.checkpoint_every == 0):
           log.read()
           with pause():
-            save(step)
-        if evaluates:  # after saving, as a run may have to end in the middle of it
+            saved = save(step)
+        if evaluates and not stopping:  # after saving, as a run may have to end in the middle of it
           log.check()
           with pause():
             values = evaluate(step)
           log.schedule(functools.partial(speed, step, values))
         progress.update()
         if stopping:
-          checkpoint.finish(saves)
-          progress.say(f'stopped at step {step} and saved; run the same command to go on.')
           break
       log.read()
       checkpoint.finish(saves)
+      stopped = stop.seen_by_any()
+      if stopped:
+        kept = 'and saved' if saved else f'without saving; {checkpoint.describe_newest(run_dir)}'
+        progress.say(f'stopped at step {int(state.step)} {kept}; run the same command to go on.')
   except Diverged as e:
     checkpoint.finish(saves)
     where = checkpoint.describe_newest(run_dir)
@@ -263,4 +277,4 @@ def train(
     progress.close()
     writer.close()
     saves.close()
-  return state
+  return state, stopped

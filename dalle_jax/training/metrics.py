@@ -79,6 +79,11 @@ def read(path: str | Path) -> list[dict]:
   return lines
 
 
+def logged(run_dir: str | Path, step: int) -> bool:
+  """Whether a run has a line of metrics for `step`; if not, an evaluation due at that step is still to be done."""
+  return any(line['step'] == step for line in read(Path(run_dir) / 'metrics.jsonl'))
+
+
 class Progress:
   """A bar with the time left on a terminal, plain lines at log steps elsewhere; process 0 alone prints."""
 

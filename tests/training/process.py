@@ -58,10 +58,10 @@ def main(argv):
     c = toy.config(run_dir, steps=int(steps), log_every=1)
     c.mesh.update(MESHES[values.mesh])
     read = sharding.part_to_read(sharding.make_mesh(c.mesh))
-    state = toy.run(c, batches=lambda start: Rows(batches(start, values.event, *read)))
+    _, stopped = toy.train(c, batches=lambda start: Rows(batches(start, values.event, *read)))
   except errors.EXPECTED as e:
     return errors.report(e, debug=False)
-  return 0 if int(state.step) == c.train.steps else 143
+  return 143 if stopped else 0
 
 
 if __name__ == '__main__':

@@ -98,19 +98,51 @@ def test_killed_equals_uninterrupted(tmp_path):
   same(checkpoint.load_run(tmp_path / 'killed', ema=False).params, straight.params)
 
 
-def test_sigterm_saves_and_stops(tmp_path, straight, capsys):
-  c = toy.config(tmp_path)
+def stop_at(at):
+  """Batches of which the one for step `at` comes with a SIGTERM, unless training resumes."""
 
-  def stopping(start):
-    for step, batch in zip(range(start, 99), toy.batches(start), strict=False):
-      if start == 0 and step == 2:
+  def batches(start):
+    for step, batch in enumerate(toy.batches(start), start + 1):
+      if start == 0 and step == at:
         os.kill(os.getpid(), signal.SIGTERM)
       yield batch
 
-  toy.run(c, batches=stopping)
+  return batches
+
+
+def test_sigterm_saves_and_stops(tmp_path, straight, capsys):
+  c = toy.config(tmp_path)
+  assert toy.train(c, batches=stop_at(3))[1]
   assert 'stopped at step 3 and saved' in capsys.readouterr().out
   assert checkpoint.steps(tmp_path) == [3]
-  same(straight[0], toy.run(c, batches=stopping))
+  state, stopped = toy.train(c, batches=stop_at(3))
+  same(straight[0], state)
+  assert not stopped
+
+
+@pytest.mark.parametrize('at', [4, 8])
+def test_an_evaluation_that_a_stop_skips_is_made_up_for(tmp_path, at):
+  c, steps = toy.config(tmp_path, eval_every=4), []
+
+  def evaluate(params, ctx):
+    steps.append(int(ctx.step))
+    return {'val': float(ctx.step)}
+
+  state, stopped = toy.train(c, evals=[evaluate], batches=stop_at(at))
+  assert stopped and state.step == at and at not in steps
+  assert not toy.train(c, evals=[evaluate])[1]
+  assert {m['step']: m.get('val') for m in metrics.read(tmp_path / 'metrics.jsonl')} == {2: None, 4: 4, 6: None, 8: 8}
+  assert steps == [4, 8]
+
+
+def test_a_stop_during_the_last_evaluation_is_reported(tmp_path):
+  def evaluate(params, ctx):
+    if ctx.step == 8:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return {'val': 1.0}
+
+  assert toy.train(toy.config(tmp_path, eval_every=4), evals=[evaluate])[1]
+  assert metrics.read(tmp_path / 'metrics.jsonl')[-1]['val'] == 1.0
 
 
 def test_nan_stops_with_step_and_metric_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -121,8 +153,10 @@ def test_nan_stops_with_step_and_metric_and_keeps_the_last_good_checkpoint(tmp_p
 
 
 def test_state_that_is_not_finite_is_never_saved(tmp_path, capsys):
-  toy.run(toy.config(tmp_path, nan_guard=False), toy.Toy(nan_at=5))
-  assert checkpoint.steps(tmp_path) == [4] and 'not saved' in capsys.readouterr().out
+  toy.run(toy.config(tmp_path, nan_guard=False), toy.Toy(nan_at=5), batches=stop_at(7))
+  out = capsys.readouterr().out
+  assert checkpoint.steps(tmp_path) == [4] and 'not saved' in out
+  assert 'stopped at step 7 without saving; the checkpoint of step 4 is kept' in out
 
 
 def test_accumulation_equals_full_batch(tmp_path):

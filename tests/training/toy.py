@@ -73,6 +73,12 @@ def config(run_dir, **train):
 
 
 def run(c, objective=None, **kwargs):
+  """The last state."""
+  return train(c, objective, **kwargs)[0]
+
+
+def train(c, objective=None, **kwargs):
+  """The last state, and whether a signal asked for a stop."""
   meta = {'config': {'objective': 'toy'}, 'tokenizer': 'words', 'frozen': {}}
   with sharding.use(c.mesh, c.rules) as mesh:
     return loop.train(c, objective or Toy(noise=0.1), kwargs.pop('batches', batches), mesh=mesh, meta=meta, **kwargs)
