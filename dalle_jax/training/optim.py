@@ -83,11 +83,14 @@ def transform(config: Mapping[str, Any], steps: int) -> optax.GradientTransforma
     raise ValueError(f'optim.name {name!r} is unknown; there are {", ".join(PRECONDITIONERS)}.')
   if config['weight_decay'] and name not in DECAYED:
     raise ValueError(f'optim.name {name!r} has no weight decay; use adamw, or set optim.weight_decay=0.0.')
-  parts = [PRECONDITIONERS[name](config)]
+  # An absent part keeps its place in the chain, which the names of the state's tensors contain: a checkpoint still fits
+  # when clipping or decay is switched on or off.
+  clip, decay = optax.identity(), optax.identity()
   if config['clip']:
-    parts.insert(0, optax.clip_by_global_norm(config['clip']))
+    clip = optax.clip_by_global_norm(config['clip'])
   if config['weight_decay']:
-    parts.append(optax.add_decayed_weights(config['weight_decay'], decay_mask(config['decay'])))
+    decay = optax.add_decayed_weights(config['weight_decay'], decay_mask(config['decay']))
+  parts = [clip, PRECONDITIONERS[name](config), decay]
   every, rate = config['every'], schedule(config, steps)
   if every < 1:
     raise ValueError(f'optim.every is {every}; expected 1 or more steps an update.')

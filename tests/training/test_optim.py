@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from configs import common
-from dalle_jax.training import optim
+from dalle_jax.training import optim, sharding
 
 PARAMS = {
   'net': {'dense': {'kernel': jnp.ones((2, 3)), 'bias': jnp.ones(3)}, 'norm': {'scale': jnp.ones(3)}},
@@ -51,6 +51,15 @@ def test_every_optimiser_steps_downhill(name):
     updates, state = o.tx.update(x, state, x)  # the gradient of |x|^2 / 2
     x = jax.tree.map(jnp.add, x, updates)
   assert (jnp.abs(x['x']['kernel']) < jnp.asarray([1.0, 2.0])).all()
+
+
+@pytest.mark.parametrize('every', [1, 2])
+def test_switching_clipping_or_decay_keeps_the_names_of_the_state(every):
+  def names(**fields):
+    o = optim.build(config(every=every, **fields), 10, list(PARAMS))
+    return list(sharding.flatten(jax.eval_shape(o.init, PARAMS)))
+
+  assert names(clip=0.0) == names(clip=1.0) == names(clip=0.0, weight_decay=0.1) == names(clip=1.0, weight_decay=0.1)
 
 
 def test_schedules():
