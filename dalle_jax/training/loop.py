@@ -108,7 +108,7 @@ def train(
     ValueError: the config does not fit the devices, or not the checkpoint in the run directory.
   """
   c, run_dir = config.train, Path(config.run_dir)
-  for name in ('steps', 'accum', 'log_every'):
+  for name in ('steps', 'accum', 'log_every', 'keep'):
     if c[name] < 1:
       raise ValueError(f'train.{name} is {c[name]}; expected 1 or more.')
   frozen = frozen or {}

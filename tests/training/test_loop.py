@@ -281,6 +281,12 @@ def test_evals_log_numbers_and_pictures(tmp_path):
   assert (tmp_path / 'pictures' / 'samples_0000003.png').exists()
 
 
+@pytest.mark.parametrize('name', ['steps', 'accum', 'log_every', 'keep'])
+def test_counts_below_one_are_refused(tmp_path, name):
+  with pytest.raises(ValueError, match=f'train.{name} is 0; expected 1 or more'):
+    toy.run(toy.config(tmp_path, **{name: 0}))
+
+
 def test_batch_that_does_not_divide_and_large_model_on_cpu(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r'batch_size 16 is not divisible by 8 .* x 3 .*nearest is 24'):
     toy.run(toy.config(tmp_path, accum=3))
