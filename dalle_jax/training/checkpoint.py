@@ -6,6 +6,7 @@ which any mesh can lay them out), seconds.
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -230,8 +231,9 @@ def _newest_whole(run_dir: Path, read: Any) -> tuple[int, Any]:
 def resume(run_dir: str | Path, target: Any) -> tuple[Any, dict] | None:
   """The newest whole checkpoint of a run as (state, meta), laid out like `target`; None for a run without any.
 
-  Damaged newer ones are renamed to STEP.damaged, so that the step can be saved again. Raises ValueError when the
-  checkpoint belongs to another model, FileNotFoundError when there are checkpoints and none can be read.
+  Damaged newer ones are renamed to STEP.damaged (STEP.damaged_2 if that name is taken, and so on), so that the step can
+  be saved again. Raises ValueError when the checkpoint belongs to another model, FileNotFoundError when there are
+  checkpoints and none can be read.
   """
   run_dir = Path(run_dir).absolute()
   if not steps(run_dir):
@@ -243,7 +245,8 @@ def resume(run_dir: str | Path, target: Any) -> tuple[Any, dict] | None:
   for later in [s for s in steps(run_dir) if s > step]:
     if jax.process_index() == 0:
       path = run_dir / 'checkpoints' / str(later)
-      path.rename(path.with_name(f'{later}.damaged'))
+      names = itertools.chain([f'{later}.damaged'], (f'{later}.damaged_{i}' for i in itertools.count(2)))
+      path.rename(next(p for p in map(path.with_name, names) if not p.exists()))
   return state, meta
 
 

@@ -25,12 +25,13 @@ def truncate(path):
 
 def test_truncated_newest_checkpoint_falls_back_with_a_warning(run_dir, capsys):
   whole = checkpoint.load_run(run_dir)
+  (run_dir / 'checkpoints' / '8.damaged' / 'state').mkdir(parents=True)  # from an earlier time
   truncate(run_dir / 'checkpoints' / '8')
   run = checkpoint.load_run(run_dir)
   assert run.step == 4
   assert 'warning: checkpoint 8' in capsys.readouterr().out
   toy.run(toy.config(run_dir))  # goes on from 4 and saves 8 again
-  assert checkpoint.steps(run_dir) == [8, 4] and (run_dir / 'checkpoints' / '8.damaged').exists()
+  assert checkpoint.steps(run_dir) == [8, 4] and (run_dir / 'checkpoints' / '8.damaged_2').exists()
   same(checkpoint.load_run(run_dir).params, whole.params)
 
 
