@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,17 +15,20 @@ import tqdm
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-# Dense bf16 FLOP/s of one chip, by a part of jax.Device.device_kind (vendors' data sheets); first match wins.
+# Dense bf16 FLOP/s of one chip (vendors' data sheets), by whole words of jax.Device.device_kind; the first match wins.
 PEAK_FLOPS = {
-  'TPU v6': 918e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 459e12, 'TPU v4': 275e12, 'TPU v3': 123e12,
-  'B200': 2250e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
-  'A10G': 70e12, 'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12,
+  'TPU v6': 918e12, 'TPU v6e': 918e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 459e12, 'TPU v5p': 459e12,
+  'TPU v4': 275e12, 'TPU v3': 123e12,
+  'GB200': 2500e12, 'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12,
+  'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12, 'A10': 125e12,
+  'V100': 125e12, 'T4': 65e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12,
 }  # fmt: skip
 
 
 def peak_flops(device: jax.Device) -> float | None:
   """Peak bf16 FLOP/s of a device, or None when it is a CPU or unknown."""
-  return next((flops for kind, flops in PEAK_FLOPS.items() if kind.lower() in device.device_kind.lower()), None)
+  named = lambda kind: re.search(rf'\b{kind}\b', device.device_kind, re.IGNORECASE)
+  return next((flops for kind, flops in PEAK_FLOPS.items() if named(kind)), None)
 
 
 class Writer:

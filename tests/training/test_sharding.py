@@ -70,7 +70,15 @@ def test_peak_flops_by_device_kind():
 
   assert metrics.peak_flops(Device('NVIDIA H200')) == metrics.peak_flops(Device('NVIDIA H100 80GB HBM3')) == 989e12
   assert metrics.peak_flops(Device('TPU v5 lite')) == 197e12 and metrics.peak_flops(Device('TPU v4')) == 275e12
-  assert metrics.peak_flops(Device('cpu')) is None
+  for other in ('cpu', 'NVIDIA RTX A1000', 'NVIDIA RTX A4000', 'NVIDIA T400'):
+    assert metrics.peak_flops(Device(other)) is None
+  for kind, flops in {
+    'NVIDIA L40': 181e12,
+    'NVIDIA L4': 121e12,
+    'NVIDIA A100-SXM4-40GB': 312e12,
+    'TPU v5p': 459e12,
+  }.items():
+    assert metrics.peak_flops(Device(kind)) == flops
 
 
 @pytest.mark.parametrize(
