@@ -73,13 +73,15 @@ class Writer:
 
 
 def read(path: str | Path) -> list[dict]:
-  """The lines of a metrics.jsonl; [] without the file, a line torn by a crash is left out."""
+  """The lines of a metrics.jsonl, [] without the file; those torn by a crash, which have no step, are left out."""
   lines = []
-  for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+  for text in Path(path).read_text().splitlines() if Path(path).exists() else []:
     try:
-      lines.append(json.loads(line))
+      line = json.loads(text)
     except json.JSONDecodeError:
       continue
+    if isinstance(line, dict) and isinstance(line.get('step'), int):
+      lines.append(line)
   return lines
 
 

@@ -69,7 +69,7 @@ def test_resumed_equals_uninterrupted(tmp_path, straight, offload):
   with pytest.raises(KeyboardInterrupt):
     toy.run(c, batches=interrupted)
   with (tmp_path / 'metrics.jsonl').open('a') as f:
-    f.write('{"step": 6, "loss": 1.0}\n{"step": 8, "lo')  # what a crash leaves behind
+    f.write('{"step": 6, "loss": 1.0}\n{}\n5\n{"step": 8, "lo')  # what a crash leaves behind
   resumed = toy.run(c, batches=interrupted)
   same(straight[0], resumed)
   kinds = {x.sharding.memory_kind for x in jax.tree.leaves(resumed.opt_state) if x.ndim}
