@@ -60,7 +60,9 @@ class Run:
     return str(self.path / 'train.log')
 
   def finished(self) -> bool:
-    return next(iter(checkpoint.steps(self.path)), 0) >= self.steps
+    """Whether it has all its steps, the last of them logged: a run killed in its last evaluation has not logged it."""
+    last = next(iter(checkpoint.steps(self.path)), 0)
+    return last >= self.steps and metrics.logged(self.path, last)
 
   def results(self) -> dict[str, float]:
     """The last value of every metric."""

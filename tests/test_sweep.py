@@ -42,7 +42,8 @@ if c.objective == 'wait':
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
   time.sleep(60)
 with (run / 'metrics.jsonl').open('w') as f:
-  for line in ({'step': 2, 'loss': 2 * c.optim.lr, 'val_loss': 9.0, 'lr': 0.1}, {'step': 4, 'loss': c.optim.lr}):
+  first = {'step': 2, 'loss': 2 * c.optim.lr, 'val_loss': 9.0, 'lr': 0.1}
+  for line in (first, {'step': c.train.steps, 'loss': c.optim.lr}):
     f.write(json.dumps(line) + '\\n')
 if c.optim.lr == 0.25:
   sys.exit('error: diverged' if c.seed == 7 else 1)
@@ -92,6 +93,16 @@ def test_a_failure_stops_no_other_run_and_only_it_is_repeated(tmp_path, run, cap
   assert begun(tmp_path) == [1, 2, 1, 1]
   assert run('--config.train.steps=5') == 2
   assert begun(tmp_path) == [2, 3, 2, 2]
+
+
+def test_a_run_killed_in_its_last_evaluation_is_not_finished(tmp_path):
+  run = sweep.Run(tmp_path, {}, [], steps=4)
+  assert not run.finished()
+  (tmp_path / 'checkpoints' / '4').mkdir(parents=True)
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 2}\n')
+  assert not run.finished()
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 2}\n{"step": 4}\n')
+  assert run.finished()
 
 
 @pytest.mark.parametrize(
