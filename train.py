@@ -141,7 +141,9 @@ def run(config: ConfigDict) -> bool:
 
 def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
   room = config_lib.module_named('objectives', config.objective, 'config.objective')
-  builders = [config_lib.module_named('evals', name, 'config.train.evals').build for name in config.train.evals]
+  builders = [
+    config_lib.module_named('evals', name, 'config.train.evals', 'build').build for name in config.train.evals
+  ]
   run_dir.mkdir(parents=True, exist_ok=True)
   distributed.check_shared(run_dir)
   before = checkpoint.read_meta(run_dir)

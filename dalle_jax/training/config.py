@@ -89,15 +89,18 @@ def _make_room(config: ConfigDict, name: str) -> None:
     config = config[parent]
 
 
-def module_named(package: str, name: str, field: str) -> ModuleType:
-  """The module dalle_jax/PACKAGE/NAME.py that config field `field` names.
+def module_named(package: str, name: str, field: str, function: str = '') -> ModuleType:
+  """The module dalle_jax/PACKAGE/NAME.py that config field `field` names; with `function`, one that defines it.
 
-  Raises ValueError, listing the modules that exist, when there is none.
+  Raises ValueError, listing the modules that it may name, when there is none.
   """
+  load = lambda name: importlib.import_module(f'dalle_jax.{package}.{name}')
   known = sorted(p.stem for p in (Path(__file__).parents[1] / package).glob('*.py') if p.stem != '__init__')
-  if name not in known:
-    raise ValueError(f'{field} {name!r} is unknown; dalle_jax/{package} has {", ".join(known)}.')
-  return importlib.import_module(f'dalle_jax.{package}.{name}')
+  if name in known and (not function or hasattr(load(name), function)):
+    return load(name)
+  if function:
+    known = [other for other in known if hasattr(load(other), function)]
+  raise ValueError(f'{field} {name!r} is unknown; dalle_jax/{package} has {", ".join(known)}.')
 
 
 def to_json(config: Any) -> Any:

@@ -88,6 +88,15 @@ def test_parse_arg():
     common.parse_arg('size=x', size=8)
 
 
+@pytest.mark.parametrize('name', ['fid', 'nope'])
+def test_only_evaluations_of_the_loop_are_offered(name):
+  assert config_lib.module_named('evals', 'loss', 'config.train.evals', 'build').build
+  with pytest.raises(
+    ValueError, match=f"^config.train.evals '{name}' is unknown; dalle_jax/evals has loss, pictures.$"
+  ):
+    config_lib.module_named('evals', name, 'config.train.evals', 'build')
+
+
 def test_json_and_changes():
   a, b = (config_lib.to_json(common.base()) for _ in range(2))
   b['optim']['lr'] = 0.5
