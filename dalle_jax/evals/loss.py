@@ -22,6 +22,8 @@ def build(
   Repeats that fill up the last batch (`Loader.fresh`) are left out as far as the mesh allows: they would count twice,
   and for a contrastive loss as wrong answers.
   """
+  if config.train.eval_batches < 1:
+    raise ValueError(f'train.eval_batches is {config.train.eval_batches}; expected 1 or more.')
   shards = sharding.batch_shards(mesh)
 
   @jax.jit
