@@ -16,11 +16,16 @@ from dalle_jax.training.state import Context, Objective, Params
 def build(
   objective: Objective, config: ConfigDict, batches: Callable[[], Iterator[dict[str, np.ndarray]]], mesh: Mesh
 ) -> Evaluator:
-  """Means over the first `config.train.eval_batches` of `batches()`, as val_loss and val_METRIC.
+  """Returns the evaluator of val_loss and val_METRIC: means over the first `config.train.eval_batches` of `batches()`.
 
-  Every process reads all rows of a batch, so that the figures do not depend on how many processes there are.
-  Repeats that fill up the last batch (`Loader.fresh`) are left out as far as the mesh allows: they would count twice,
-  and for a contrastive loss as wrong answers.
+  Every process reads all rows of a batch, so that the results do not depend on how many processes there are.
+
+  The last batch is filled up with repeats (`Loader.fresh` counts the rows before them). Each batch is weighted by its
+  fresh rows, so that each record counts once. The repeats still distort the mean of the last batch a little; removing
+  them would change its shape and compile a second program. A split smaller than one batch is evaluated without repeats
+  if its rows divide among the devices.
+
+  Raises ValueError for fewer than one batch.
   """
   if config.train.eval_batches < 1:
     raise ValueError(f'train.eval_batches is {config.train.eval_batches}; expected 1 or more.')
@@ -32,17 +37,16 @@ def build(
     return {'loss': loss, **values}
 
   def evaluate(params: Params, context: Context) -> dict[str, Any]:
-    loader, results = batches(), []
+    loader, results, weights = batches(), [], []
     for _, batch in zip(range(config.train.eval_batches), loader, strict=False):
-      whole = len(next(iter(batch.values())))
-      fresh = getattr(loader, 'fresh', whole) // shards * shards
-      if fresh < whole and results:
-        break
-      batch = {k: v[: fresh or whole] for k, v in batch.items()}
+      fresh = getattr(loader, 'fresh', len(next(iter(batch.values()))))
+      if not results and fresh % shards == 0:
+        batch = {k: v[:fresh] for k, v in batch.items()}
       results.append(metrics(params, context, sharding.put_whole(batch, mesh)))
+      weights.append(fresh)
     if not results:
       raise ValueError(f'data.val_split {config.data.val_split!r} gives no batch; set data.val_split="" for none.')
     results = jax.device_get(results)
-    return {f'val_{k}': float(np.mean([r[k] for r in results])) for k in results[0]}
+    return {f'val_{k}': float(np.average([r[k] for r in results], weights=weights)) for k in results[0]}
 
   return evaluate
