@@ -1,6 +1,6 @@
-"""The training loop: one for every objective, read from top to bottom.
+"""The training loop, the same for every objective; read `train` from top to bottom.
 
-What an objective must and may have is listed at `state.Objective`.
+`state.Objective` lists what an objective must have and may have.
 """
 
 import contextlib
@@ -28,40 +28,74 @@ from dalle_jax.training.state import Context, Objective, Params, TrainState
 from dalle_jax.training.step import make_step
 
 LARGE_ON_CPU = 300_000_000  # parameters
-Evaluator = Callable[[Params, Context], dict[str, Any]]  # name -> number, or uint8[H, W, 3] picture
+Evaluator = Callable[[Params, Context], dict[str, Any]]  # name -> number, or uint8[H, W, 3] image
 
 
 class StopSignal:
-  """Notes SIGTERM and the first Ctrl-C; a second one acts as usual. With several processes, one stops all."""
+  """Catches SIGTERM and the first Ctrl-C; a second one acts as usual. With several processes, one stops all of them."""
 
   def __enter__(self):
-    self.seen, self.asked, self.old = False, False, {}
+    self.received, self.announced, self.previous = False, False, {}
     if threading.current_thread() is threading.main_thread():
-      self.old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+      self.previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
     return self
 
-  def _note(self, number, frame):
-    self.seen = True
+  def _receive(self, number, frame):
+    self.received = True
     self.__exit__()
 
   def __exit__(self, *_):
-    for number, handler in self.old.items():
+    for number, handler in self.previous.items():
       signal.signal(number, handler)
 
   def agreed(self) -> bool:
-    """Whether to stop now, at the same step in all processes."""
+    """Whether to stop now, which is at the same step in all processes; each of them must call it once per step."""
     if not distributed.joined():
-      return self.seen
-    if self.seen and not self.asked:
-      self.asked = True
+      return self.received
+    if self.received and not self.announced:
+      self.announced = True
       distributed.ask_to_stop()
     return distributed.reached_stop()
 
-  def seen_by_any(self) -> bool:
+  def received_by_any(self) -> bool:
     """Whether any process has been asked to stop; all processes must call it together."""
     if not distributed.joined():
-      return self.seen
-    return bool(multihost_utils.process_allgather(np.array(self.seen)).any())
+      return self.received
+    return bool(multihost_utils.process_allgather(np.array(self.received)).any())
+
+
+class SpeedMeter:
+  """Measures the speed of training itself: the time spent inside `pause()` does not count.
+
+  `tokens` and `flops` are those of one step, `peak` is the FLOP/s of the whole mesh; each may be 0 or None if unknown.
+  """
+
+  def __init__(self, step: int, tokens: int, flops: float, peak: float | None):
+    self.tokens, self.flops, self.peak = tokens, flops, peak
+    self.restart(step)
+
+  def restart(self, step: int) -> None:
+    """Measures from here on."""
+    self.step, self.time = step, time.monotonic()
+
+  @contextlib.contextmanager
+  def pause(self, pending: jax.Array) -> Iterator[None]:
+    """Stops the clock, once `pending` is there: the steps that the device still has to finish count as training."""
+    jax.block_until_ready(pending)
+    begun = time.monotonic()
+    yield
+    self.time += time.monotonic() - begun
+
+  def read(self, step: int) -> dict[str, float]:
+    """The mean speed since the last reading."""
+    rate = (step - self.step) / max(time.monotonic() - self.time, 1e-9)  # steps/s
+    self.restart(step)
+    values = {'steps_per_second': rate}
+    if self.tokens:
+      values['tokens_per_second'] = rate * self.tokens
+    if self.flops and self.peak:
+      values['utilisation'] = rate * self.flops / self.peak
+    return values
 
 
 def _finite(tree: Any) -> jax.Array:
@@ -71,12 +105,34 @@ def _finite(tree: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _all_finite(leaves: tuple[jax.Array, ...], where: tuple[Any, ...]) -> jax.Array:
-  leaves = sharding.on_device(leaves, where)  # parts of the state may be in the memory of the host
+  leaves = sharding.on_device(leaves, where)  # parts of the state may be in host memory
   return jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
 
 
 def _nonfinite_name(state: TrainState) -> str:
   return next((k for k, v in sharding.flatten(state).items() if not bool(_finite(v))), 'the state')
+
+
+def start_or_resume(
+  config: ConfigDict,
+  objective: Objective,
+  optimizer: optim.Optimizer,
+  target: TrainState,
+  spec: Mapping[str, jax.ShapeDtypeStruct],
+  initial: Params | None,
+) -> tuple[TrainState, float]:
+  """The state to train from, laid out like `target`, and the seconds of training that went into it."""
+  # 1. The newest whole checkpoint of this run
+  if found := checkpoint.resume(config.run_dir, target):
+    state, meta = found
+    return state, meta['seconds']
+  state = state_lib.init(objective, target, optimizer, config.seed, spec)
+  # 2. The parameters of another run, with fresh ones for those that it may lack
+  if initial is not None:
+    params = checkpoint.strict_merge(state.params, initial, config.init.new)
+    return state.replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.train.ema else {}), 0.0
+  # 3. Fresh parameters
+  return state, 0.0
 
 
 def train(
@@ -93,8 +149,8 @@ def train(
   """Trains `objective` until `config.train.steps`, from the newest checkpoint in `config.run_dir` if there is one.
 
   Args:
-    batches: from a step, the batches of this process from that step on, for ever.
-    mesh: of `sharding.use`, inside whose context this is called.
+    batches: given a step, returns an endless iterator over this process's batches from that step on.
+    mesh: from `sharding.use`, inside whose context this is called.
     frozen: parameters of networks that do not train, passed to every step.
     evals: called every `eval_every` steps with the EMA parameters (the plain ones without EMA).
     meta: stored in every checkpoint: config, tokenizer, frozen.
@@ -104,8 +160,8 @@ def train(
     The last state, and whether SIGTERM or Ctrl-C asked for a stop, which may also come after the last step.
 
   Raises:
-    Diverged: a metric is not finite; the last checkpoint is from before.
-    ValueError: the config does not fit the devices, or not the checkpoint in the run directory.
+    Diverged: a metric is not finite; the last checkpoint is from before that.
+    ValueError: the config does not fit the devices or the checkpoint in the run directory.
   """
   c, run_dir = config.train, Path(config.run_dir)
   for name in ('steps', 'accum', 'log_every', 'keep'):
@@ -132,9 +188,7 @@ def train(
   count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
   device = mesh.devices.flat[0]
   if c.offload_optimizer and 'pinned_host' not in {m.kind for m in device.addressable_memories()}:
-    raise ValueError(
-      f'{device.device_kind} cannot keep arrays in the memory of the host; set train.offload_optimizer=False.'
-    )
+    raise ValueError(f'{device.device_kind} cannot keep arrays in host memory; set train.offload_optimizer=False.')
   say(f'devices: {mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(mesh.shape)}')
   for name, tree in params.items():
     say(f'{name}: {count(tree):,} parameters{" (frozen)" if name in optimizer.frozen else ""}')
@@ -145,21 +199,15 @@ def train(
       f'{count(params):,} parameters would train on the CPU; install jax for your accelerator '
       f"(pip install -e '.[cuda]' or '.[tpu]'), or pass --config.train.allow_cpu=True if you mean it."
     )
-  # --- Resume, or start -----------------------------------------------------------------------------------------------
-  found = checkpoint.resume(run_dir, target)  # 1. this run's newest whole checkpoint
-  if found:
-    state, seconds = found[0], found[1]['seconds']
-  else:
-    state, seconds = state_lib.init(objective, target, optimizer, config.seed, spec), 0.0  # 3. fresh parameters
-    if initial is not None:  # 2. another run's parameters
-      merged = checkpoint.strict_merge(state.params, initial, config.init.new)
-      state = state.replace(params=merged, ema=jax.tree.map(jnp.copy, merged) if c.ema else {})
+  # --- Start or resume ------------------------------------------------------------------------------------------------
+  state, seconds = start_or_resume(config, objective, optimizer, target, spec, initial)
   start = int(state.step)
-  missed = bool(found and evals and c.eval_every and start % c.eval_every == 0)
-  if missed:  # it comes after the checkpoint: a run may have ended in the middle of it
+  due = lambda every, step: bool(every and step % every == 0)
+  missed = False
+  if evals and start and due(c.eval_every, start):  # it comes after the checkpoint, so the run may have ended before it
     missed = bool(multihost_utils.broadcast_one_to_all(np.int32(not metrics_lib.logged(run_dir, start))))
   if start >= c.steps and not missed:
-    say(f'{run_dir} is complete: {start} of {c.steps} steps; raise train.steps to go on.')
+    say(f'{run_dir} is complete: {start} of {c.steps} steps; raise train.steps to continue.')
     return state, False
   distributed.keeps(lambda: checkpoint.describe_newest(run_dir))
   say(f'resuming at step {start}' if start else f'starting in {run_dir}')
@@ -167,7 +215,6 @@ def train(
     stream = batches(start)
     first = next(stream)
   # --- The loop -------------------------------------------------------------------------------------------------------
-  shardings = jax.tree.map(lambda x: x.sharding, target)
   step_fn = make_step(
     objective,
     optimizer,
@@ -175,7 +222,7 @@ def train(
     accum=c.accum,
     ema=c.ema,
     mesh=mesh,
-    shardings=shardings,
+    shardings=jax.tree.map(lambda x: x.sharding, target),
     group=group,
     xla_options=c.xla_options,
   )
@@ -185,38 +232,30 @@ def train(
   tokens = getattr(objective, 'tokens', lambda batch: 0)(spec)
   flops = getattr(objective, 'flops', lambda batch: 0.0)(spec)
   peak = c.peak_flops or metrics_lib.peak_flops(device)
+  meter = SpeedMeter(start, tokens, flops, peak * mesh.size if peak else None)
   elapsed = lambda: seconds + time.monotonic() - started
-  last = [start, time.monotonic()]  # step and time of the last reading, for the speed of training alone
 
-  @contextlib.contextmanager
-  def pause() -> Iterator[None]:
-    jax.block_until_ready(state.step)
-    begun = time.monotonic()
-    yield
-    last[1] += time.monotonic() - begun
-
-  def speed(step: int, more: Mapping[str, float] | None = None) -> dict[str, float]:
-    rate = (step - last[0]) / max(time.monotonic() - last[1], 1e-9)  # steps/s
-    last[:] = [step, time.monotonic()]
-    values = {'steps_per_second': rate} | ({'tokens_per_second': rate * tokens} if tokens else {})
-    if flops and peak:
-      values['utilisation'] = rate * flops / (peak * mesh.size)
-    return values | {'seconds': elapsed(), **(more or {})}
+  def derived(step: int, more: Mapping[str, float] | None = None) -> dict[str, float]:
+    """What is logged with the metrics of `step`."""
+    return {**meter.read(step), 'seconds': elapsed(), **(more or {})}
 
   def evaluate(step: int) -> dict[str, float]:
+    """Writes the images of all evaluations and returns their numbers."""
     rng = jax.random.fold_in(jax.random.key(config.seed), 2)  # the same noise at every evaluation
     context = Context(frozen, state.mutable, rng, state.step, train=False)
-    results = [e(state.ema or state.params, context) for e in evals]
-    found = {name: value for result in results for name, value in result.items()}
-    pictures = {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
-    for name, picture in pictures.items():
-      writer.image(step, name, picture)
-    return {name: float(value) for name, value in found.items() if name not in pictures}
+    numbers = {}
+    for evaluator in evals:
+      for name, value in evaluator(state.ema or state.params, context).items():
+        if isinstance(value, np.ndarray):
+          writer.image(step, name, value)
+        else:
+          numbers[name] = float(value)
+    return numbers
 
   def save(step: int) -> bool:
     """Starts saving the state; False if it is not finite, and therefore not saved."""
     log.check()
-    if parts < jax.process_count():  # those that read the same part must have skipped the same broken records
+    if parts < jax.process_count():  # processes that read the same part must have skipped the same broken records
       skipped = sorted(getattr(stream, 'skipped', {}).items())
       distributed.check_same({'the records that they could not read': str(skipped)}, among=part)
     if not bool(_finite(state)):
@@ -227,10 +266,10 @@ def train(
     checkpoint.save(saves, step, state, {**(meta or {}), 'axes': axes, 'seconds': elapsed()})
     return True
 
-  saved = True  # the last state that was to be saved
+  saved = True  # whether the newest state that was to be saved was
   try:
     if missed:
-      with pause():
+      with meter.pause(state.step):
         writer.write(start, evaluate(start) | {'seconds': elapsed()})
     with StopSignal() as stop:
       for step in range(start + 1, c.steps + 1):
@@ -240,37 +279,38 @@ def train(
         if step == start + 1:
           jax.block_until_ready(metrics)
           progress.say(f'first step after {time.monotonic() - started:.1f} s (compilation included)')
-          last[:] = [step, time.monotonic()] if c.log_every > 1 else last
+          if c.log_every > 1:
+            meter.restart(step)
         log.read()  # what became due one step ago
-        stopping = stop.agreed()
-        evaluates = bool(evals and c.eval_every and step % c.eval_every == 0)
+        stopping, last = stop.agreed(), step == c.steps
+        evaluates = bool(evals) and due(c.eval_every, step)
         # The metrics of an evaluation step are logged with its results: no line means that the evaluation was missed.
-        if (step % c.log_every == 0 or step == c.steps) and not evaluates:
-          log.schedule(functools.partial(speed, step))
-        if stopping or step == c.steps or (c.checkpoint_every and step % c.checkpoint_every == 0):
+        if not evaluates and (last or due(c.log_every, step)):
+          log.schedule(functools.partial(derived, step))
+        if stopping or last or due(c.checkpoint_every, step):
           log.read()
-          with pause():
+          with meter.pause(state.step):
             saved = save(step)
-        if evaluates and not stopping:  # after saving, as a run may have to end in the middle of it
+        if evaluates and not stopping:  # after saving, because the run may have to end during the evaluation
           log.check()
-          with pause():
-            values = evaluate(step)
-          log.schedule(functools.partial(speed, step, values))
+          with meter.pause(state.step):
+            numbers = evaluate(step)
+          log.schedule(functools.partial(derived, step, numbers))
         progress.update()
         if stopping:
           break
       log.read()
       checkpoint.finish(saves)
-      stopped = stop.seen_by_any()
+      stopped = stop.received_by_any()
       if stopped:
-        kept = 'and saved' if saved else f'without saving; {checkpoint.describe_newest(run_dir)}'
-        progress.say(f'stopped at step {int(state.step)} {kept}; run the same command to go on.')
+        how = 'and saved' if saved else f'without saving; {checkpoint.describe_newest(run_dir)}'
+        progress.say(f'stopped at step {int(state.step)} {how}; run the same command to resume.')
   except Diverged as e:
     checkpoint.finish(saves)
     where = checkpoint.describe_newest(run_dir)
     raise Diverged(f'{e}; stopped, {where}. Lower optim.lr, or set optim.clip and optim.warmup.') from None
   except (Exception, KeyboardInterrupt) as e:
-    if distributed.joined():  # to close what is open waits for the others, and they wait for this process
+    if distributed.joined():  # closing what is open would wait for the other processes, and they wait for this one
       errors.report(e, debug=False)
     raise
   finally:
