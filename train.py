@@ -1,9 +1,9 @@
-"""Trains what a config describes, or goes on with it when its run directory holds checkpoints.
+"""Trains what a config describes, or resumes it if its run directory holds checkpoints.
 
   python train.py --config configs/quickstart.py:vqgan
   python train.py --config configs/NAME.py:ARGUMENT --config.run_dir=runs/mine --config.optim.lr=3e-4
-  python train.py --config configs/NAME.py --distributed     # one of several processes, as Slurm or a TPU pod says
-  python train.py --config configs/NAME.py --coordinator=HOST:PORT --processes=2 --process=0     # and 1 elsewhere
+  python train.py --config configs/NAME.py --distributed     # in every process of a Slurm job or a TPU pod
+  python train.py --config configs/NAME.py --coordinator=HOST:PORT --processes=2 --process=0     # and --process=1
 `--debug` shows the traceback of an error that is otherwise one line.
 """
 
@@ -23,35 +23,36 @@ from dalle_jax.data import bpe, pipeline, sources
 from dalle_jax.training import checkpoint, distributed, errors, host, loop, sharding
 from dalle_jax.training import config as config_lib
 
-STOPPED = 143  # exit status after SIGTERM or Ctrl-C: saved, and to be gone on with
-CAPTIONS = 100_000  # of the training set, from which the tokenizer is learnt
+STOPPED = 143  # exit status after SIGTERM or Ctrl-C: the run is saved, and the same command resumes it
+CAPTIONS = 100_000  # captions of the training set from which a tokenizer is trained
 
 
-def tokenizer(config: ConfigDict, meta: dict | None, initial: checkpoint.Run | None, source) -> bpe.BPE | None:
-  """The tokenizer of the checkpoint, of the run to start from, of a file, or one learnt from the captions."""
+def make_tokenizer(config: ConfigDict, meta: dict | None, initial: checkpoint.Run | None, source) -> bpe.BPE | None:
+  """The tokenizer of the checkpoint, of the run to start from, or of a file, or else one trained on the captions."""
   c = config.tokenizer
   if not c.vocab_size:
     return None
   if meta and meta['tokenizer']:
     return bpe.BPE(meta['tokenizer'])
   if initial and initial.tokenizer:
-    words = bpe.BPE(initial.tokenizer)
+    known = bpe.BPE(initial.tokenizer)
   elif c.path:
-    words = bpe.BPE.load(Path(c.path).expanduser())
+    known = bpe.BPE.load(Path(c.path).expanduser())
   else:
-    words = bpe.train(captions(source, CAPTIONS), c.vocab_size)
+    known = bpe.train(captions(source, CAPTIONS), c.vocab_size)
   if not c.new_tokens:
-    return words
-  grown = words.add(c.new_tokens)
-  print(f'tokenizer: {grown.vocab_size - words.vocab_size} of {len(c.new_tokens)} new tokens are new', flush=True)
+    return known
+  grown = known.add(c.new_tokens)
+  added = grown.vocab_size - known.vocab_size
+  print(f'tokenizer: {added} of {len(c.new_tokens)} tokenizer.new_tokens were added', flush=True)
   return grown
 
 
 def inherit(config: ConfigDict, known: dict) -> None:
-  """Takes from the config of the run that this one starts from what a tokenizer or a network of its goes with.
+  """Copies into `config` the settings that the tokenizer and networks of the run to start from, `known`, depend on.
 
-  With `model.variant='init'` that is every field of the model that is not given, the length of captions and the
-  discriminator.
+  With `model.variant='init'` these include every field of the model and of the discriminator that is not given, and the
+  length of captions.
   """
   names = ('pad', 'start', 'end')
   if config.model.get('variant') == 'init':
@@ -65,34 +66,37 @@ def inherit(config: ConfigDict, known: dict) -> None:
 
 
 def captions(source: pipeline.Source, count: int) -> Iterator[str]:
-  """The captions of the first `count` records; those that cannot be read are named when training meets them."""
+  """The captions of the first `count` records; skips unreadable ones, which training will report when it gets there."""
   for i in range(min(len(source), count)):
     try:
-      found = source.captions(i) if hasattr(source, 'captions') else [source[i]['caption']]
-    except Exception:  # what a broken file makes a library raise has no common class
+      texts = source.captions(i) if hasattr(source, 'captions') else [source[i]['caption']]
+    except Exception:  # what libraries raise for a broken file has no common class
       continue
-    yield from found
+    yield from texts
 
 
 def frozen_runs(
   config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh, started: bool, reads: Sequence[str] | None = None
 ) -> dict[str, checkpoint.Run]:
-  """Loads config.frozen, copying each into RUN_DIR/frozen first, so that a run needs nothing outside itself.
+  """Loads the runs of config.frozen, first copying each to RUN_DIR/frozen, so that a run needs nothing outside itself.
 
-  A run that has `started` (saved once) keeps its copies whatever becomes of the originals. Where training `reads` some
-  alone, the others are copied for those who draw with the run: not kept in memory, and renewed with the originals.
+  A run that has `started` (saved once) keeps its copies, whatever becomes of the originals. If training `reads` only
+  some of them, the others are copied for sampling: they are not loaded, and their copies follow the originals.
   """
   runs = {}
   for name, path in config.frozen.items():
     copy = run_dir / 'frozen' / name
-    have, there = (checkpoint.origin(p) for p in (copy, path or copy))
-    if not have and not path:
+    copied = checkpoint.origin(copy)
+    given = checkpoint.origin(path) if path else ''
+    if not copied and not path:
       raise ValueError(f'config.frozen.{name} is empty; pass --config.frozen.{name}=RUN_DIR of a trained {name}.')
-    renew, needed = not have or bool(there and have != there), reads is None or name in reads
-    if have and renew and started and needed:
+    needed = reads is None or name in reads
+    changed = copied and given and given != copied
+    if changed and needed and started:
       print(f'config.frozen.{name} is not what this run was trained with; it keeps its copy, {copy}', flush=True)
-      renew = False
-    if multihost_utils.broadcast_one_to_all(np.int32(renew)):  # process 0 knows: others may see its copy half made
+      changed = False
+    renew = bool(changed or not copied)
+    if multihost_utils.broadcast_one_to_all(np.int32(renew)):  # process 0 decides: others may see an incomplete copy
       run = checkpoint.load_run(path, mesh=mesh, rules=config.rules)
       if jax.process_index() == 0:
         shutil.rmtree(copy, ignore_errors=True)
@@ -104,16 +108,16 @@ def frozen_runs(
 
 
 def encoded(config: ConfigDict, records: dict, frozen: dict[str, checkpoint.Run], run_dir: Path) -> dict:
-  """The splits as codes of the frozen VQGAN, computed once and kept in RUN_DIR/encoded (or config.encode.path)."""
+  """The splits as codes of the frozen VQGAN, encoded once and stored in RUN_DIR/encoded (or config.encode.path)."""
   if 'vqgan' not in frozen:
-    raise ValueError('config.encode.enabled needs config.frozen.vqgan, the run that turns images into codes.')
+    raise ValueError('config.encode.enabled needs a VQGAN to encode images with; pass --config.frozen.vqgan=RUN_DIR.')
   encode = importlib.import_module('dalle_jax.pipelines.encode')
   if config.data.source == 'tokens':
     for source in records.values():
       encode.check(source, frozen['vqgan'])
     return records
   if config.data.augment:
-    print(f'data.augment {config.data.augment!r} does nothing here: pictures are encoded once, as central crops')
+    print(f'data.augment {config.data.augment!r} has no effect: images are encoded once, as central crops')
   folder = Path(config.encode.path or run_dir / 'encoded')
   for split, source in records.items():
     sizes = config.data.image_size, config.encode.batch_size, config.data.workers
@@ -126,7 +130,7 @@ def encoded(config: ConfigDict, records: dict, frozen: dict[str, checkpoint.Run]
 def run(config: ConfigDict) -> bool:
   """Trains one config; returns whether SIGTERM or Ctrl-C asked for a stop.
 
-  Raises ValueError, OSError or loop.Diverged, each of one line.
+  Raises ValueError, OSError or loop.Diverged with messages of one line.
   """
   if not config.run_dir:
     raise ValueError('config.run_dir is empty; pass --config.run_dir=runs/NAME.')
@@ -140,7 +144,8 @@ def run(config: ConfigDict) -> bool:
 
 
 def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
-  room = config_lib.module_named('objectives', config.objective, 'config.objective')
+  """The part of `run` within the context of the mesh."""
+  module = config_lib.module_named('objectives', config.objective, 'config.objective')
   builders = [
     config_lib.module_named('evals', name, 'config.train.evals', 'build').build for name in config.train.evals
   ]
@@ -148,7 +153,7 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
   distributed.check_shared(run_dir)
   before = checkpoint.read_meta(run_dir)
 
-  # Records, words, networks
+  # Records, tokenizer, frozen networks
   data = config.data
   records = {split: sources.load(data, split) for split in dict.fromkeys([data.split, data.val_split]) if split}
   for split, source in records.items():
@@ -157,22 +162,24 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
   start_from = config.init.path if not before else ''
   initial = checkpoint.load_run(start_from, mesh=mesh, rules=config.rules) if start_from else None
   if config.model.get('variant') == 'init' and not config.init.path:
-    raise ValueError("config.model.variant is 'init', so pass --config.init.path=RUN, whose model it is.")
+    raise ValueError(
+      "config.model.variant is 'init', so pass --config.init.path=RUN, a run with the model to start from."
+    )
   if initial or (before and config.init.path):
     inherit(config, initial.config if initial else before['config'])
-  words = tokenizer(config, before, initial, records[data.split])
-  if words:
-    config.tokenizer.vocab_size = words.vocab_size
-  frozen = frozen_runs(config, run_dir, mesh, before is not None, getattr(room, 'READS', None))
+  tokenizer = make_tokenizer(config, before, initial, records[data.split])
+  if tokenizer:
+    config.tokenizer.vocab_size = tokenizer.vocab_size
+  frozen = frozen_runs(config, run_dir, mesh, before is not None, getattr(module, 'READS', None))
   if config.encode.enabled or data.source == 'tokens':
     records = encoded(config, records, frozen, run_dir)
 
-  # What the run directory and its checkpoints remember
+  # What is stored in the run directory and its checkpoints
   now = config_lib.to_json(config)
   distributed.check_same(
     {
       'config': str(now),
-      'tokenizer': words.to_json() if words else '',
+      'tokenizer': tokenizer.to_json() if tokenizer else '',
       'checkpoints': str(checkpoint.steps(run_dir)),
       'records': str({split: len(source) for split, source in records.items()}),
     }
@@ -180,16 +187,16 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
   if before and (changed := config_lib.changes(before['config'], now)):
     print(f'config changed since the last checkpoint: {"; ".join(changed)}', flush=True)
   checkpoint.write_json(run_dir / 'config.json', now)
-  kept = {name: f'frozen/{name}' for name in config.frozen}
-  meta = {'config': now, 'tokenizer': words.to_json() if words else None, 'frozen': kept}
+  copies = {name: f'frozen/{name}' for name in config.frozen}
+  meta = {'config': now, 'tokenizer': tokenizer.to_json() if tokenizer else None, 'frozen': copies}
 
   part, parts = sharding.part_to_read(mesh)
 
   def batches(split: str, training: bool, start: int = 0):
     encoders = {}
-    if words:
-      encoders['text'] = bpe.text_encoder(words, config.tokenizer, config.tokenizer.dropout if training else 0.0)
-    for name, other in frozen.items():  # a frozen network that reads text has words of its own
+    if tokenizer:
+      encoders['text'] = bpe.text_encoder(tokenizer, config.tokenizer, config.tokenizer.dropout if training else 0.0)
+    for name, other in frozen.items():  # a frozen network that reads text has its own tokenizer
       if other.tokenizer:
         encoders[f'{name}_text'] = bpe.text_encoder(other.tokenizer, other.config['tokenizer'])
     return pipeline.make_loader(
@@ -204,7 +211,7 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
       parts=parts if training else 1,
     )
 
-  objective = room.from_config(config, {name: r.config for name, r in frozen.items()})
+  objective = module.from_config(config, {name: r.config for name, r in frozen.items()})
   if initial and hasattr(objective, 'adopt'):
     initial = objective.adopt(initial.params, initial.config, jax.random.key(config.seed))
   elif initial:
@@ -240,7 +247,7 @@ def main(argv: list[str]) -> int:
     distributed.join(options)
     if config.stages and config.run_dir:
       raise ValueError(
-        f'config.run_dir is for one run, not for {", ".join(config.stages)}; pass --config.root=DIRECTORY.'
+        f'config.run_dir is for a single run, not for {", ".join(config.stages)}; pass --config.root=DIRECTORY.'
       )
     for stage in config.stages or ['']:
       if stage:
