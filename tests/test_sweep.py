@@ -110,9 +110,9 @@ def test_a_run_killed_in_its_last_evaluation_is_not_finished(tmp_path):
   [
     (['--config', 'nope.py'], 'there is no config nope.py'),
     (['--config', f'{ROOT}/configs/emoji.py'], 'emoji.py has no `sweep`; give it one'),
-    (['--config.optim.lrr=1'], "no field 'optim.lrr'; close: optim.lr"),
+    (['--config.optim.lrr=1'], "no field 'optim.lrr'; did you mean optim.lr"),
     (['--slurm', 'fast'], '--slurm fast is not understood'),
-    (['--gpus=1', '--executor=slurm'], '--gpus is for runs here; on Slurm give --slurm gpus_per_node=N'),
+    (['--gpus=1', '--executor=slurm'], '--gpus is for local runs; on Slurm pass --slurm gpus_per_node=N'),
     (['extra'], "arguments ['extra'] are not understood"),
   ],
 )
@@ -143,14 +143,14 @@ def test_the_end_of_the_launcher_lets_its_runs_save(tmp_path, recipe):
   time.sleep(0.2)
   child.send_signal(signal.SIGTERM)
   _, err = child.communicate(timeout=30)
-  assert child.returncode == sweep.STOPPED and err == 'stopped; the same command goes on.\n'
+  assert child.returncode == sweep.STOPPED and err == 'stopped; run the same command to resume.\n'
   assert [r['status'] for r in rows(tmp_path)] == ['waiting'] * 4
   assert not (tmp_path / 'out' / NAMES[2] / 'begun').exists()
 
 
 def test_each_run_has_gpus_of_its_own(tmp_path, recipe, monkeypatch):
   monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5,7')
-  with pytest.raises(ValueError, match='--parallel 2 with --gpus 2 needs 4; there are 3,5,7'):
+  with pytest.raises(ValueError, match='--parallel 2 with --gpus 2 needs 4 GPUs; there are 3,5,7'):
     sweep.shares(2, 2)
   assert sweep.shares(3, 1) == ['3', '5', '7'] and sweep.shares(2, 0) == [None, None]
   tell = [sys.executable, '-c', 'import os; print(os.environ["CUDA_VISIBLE_DEVICES"])']
