@@ -1,7 +1,8 @@
 #!/bin/bash
-# Runs launch/slurm.sh under a Slurm of one node that lives in a temporary folder and only as long as this test, as root:
+# Tests launch/slurm.sh, as root, on a Slurm cluster of one node that exists in a temporary folder for this test only:
 #   apt-get install slurm-wlm munge && launch/slurm_test.sh
-# A two-task job trains a tiny CLIP; it gets a SIGTERM, is requeued, loses a task by kill -9, is requeued, and ends well.
+# A job of two tasks trains a tiny CLIP. It gets a SIGTERM, is requeued, loses a task to kill -9, is requeued, and ends
+# well.
 set -eu
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -72,14 +73,14 @@ done
 # --- The job
 run=$work/run
 steps() { grep -c step "$run/metrics.jsonl" 2> /dev/null || true; }
-past() { # waits until the run has logged so many steps
+past() { # waits until the run has logged this many steps
   for _ in $(seq 240); do
     [ "$(steps)" -ge "$1" ] 2> /dev/null && return
     sleep 0.5
   done
   fail "the run did not get to step $1"
 }
-logged() { # waits for a line in the log of the job
+logged() { # waits for this text in the log of the job
   for _ in $(seq 240); do
     grep -q "$1" "$work/job.log" 2> /dev/null && return
     sleep 0.5
