@@ -1,8 +1,8 @@
-"""Checkpoints: asynchronous, atomic, restorable into any mesh, and checked tensor by tensor before they are read.
+"""Checkpoints: asynchronous, atomic, restorable onto any mesh, and checked tensor by tensor before they are read.
 
-A run directory holds config.json, checkpoints/STEP/{state, meta} and frozen/NAME, itself a run directory with the
-parameters of a frozen network. `meta` is JSON: config, tokenizer, frozen, axes (logical names of every parameter, by
-which any mesh can lay them out), seconds.
+A run directory holds config.json, checkpoints/STEP/{state, meta} and frozen/NAME, which is itself a run directory with
+the parameters of a frozen network. `meta` is JSON with the fields config, tokenizer, frozen, seconds and axes (the
+logical axis names of every parameter, from which it can be laid out over any mesh).
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from dalle_jax.training import distributed, hub, sharding
 
 Params = Any
-# Orbax tells of every step it takes; what goes wrong reaches us as an exception.
+# Orbax logs every step it takes; whatever goes wrong reaches us as an exception.
 logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
-# Replicas share the writing of an array only where it is worth cutting it, which is a program for each shape.
+# Replicas share the writing of large arrays only: slicing an array for that takes a compiled program for each shape.
 _TYPES = ocp.type_handlers.create_type_handler_registry(
   (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)),
   *((kind, ocp.type_handlers.get_type_handler(kind)) for kind in (np.ndarray, np.number, int, float)),
@@ -37,7 +37,7 @@ _TYPES = ocp.type_handlers.create_type_handler_registry(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A trained run: `params` are by player ({'dalle': ...}); `frozen` maps names to run directories."""
+  """A trained run: `params` is keyed by player ({'dalle': ...}), `frozen` maps names to run directories."""
 
   config: dict
   params: Params
@@ -48,19 +48,22 @@ class Run:
   axes: dict[str, list] = dataclasses.field(default_factory=dict)
 
   def network(self, name: str) -> Params:
-    """The parameters of one network: the player of that name, or the only player there is."""
+    """The parameters of one network: the player with that name, or the only player."""
     if name in self.params:
       return self.params[name]
     if len(self.params) == 1:
       return next(iter(self.params.values()))
-    raise ValueError(f'{self.path} holds the networks {sorted(self.params)}, none is named {name!r}.')
+    raise ValueError(f'{self.path} holds the networks {sorted(self.params)}; none is named {name!r}.')
 
 
 # --- Writing
 
 
 def manager(run_dir: str | Path, keep: int, background: bool = True) -> ocp.CheckpointManager:
-  """Saving in the background needs a copy of the arrays, on the host; else at most one GB is under way at once."""
+  """A manager that keeps the newest `keep` checkpoints of a run.
+
+  Saving in the `background` needs a copy of all arrays on the host; without it at most 1 GB is in flight at a time.
+  """
   options = ocp.CheckpointManagerOptions(
     max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=background
   )
@@ -70,7 +73,7 @@ def manager(run_dir: str | Path, keep: int, background: bool = True) -> ocp.Chec
 
 
 def save(target: ocp.CheckpointManager, step: int, state: Any, meta: Mapping[str, Any]) -> None:
-  """Starts an asynchronous save; the previous one must have ended well. Raises OSError naming the directory if not."""
+  """Starts an asynchronous save. Raises OSError naming the directory if this or the previous save failed."""
   try:
     target.wait_until_finished()
     target.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(dict(meta))))
@@ -79,7 +82,7 @@ def save(target: ocp.CheckpointManager, step: int, state: Any, meta: Mapping[str
 
 
 def finish(target: ocp.CheckpointManager) -> None:
-  """Waits for the save under way. Raises OSError naming the directory if it failed."""
+  """Waits for the save in progress. Raises OSError naming the directory if it failed."""
   try:
     target.wait_until_finished()
   except Exception as e:
@@ -89,7 +92,7 @@ def finish(target: ocp.CheckpointManager) -> None:
 def _raise_save_error(target: ocp.CheckpointManager, e: Exception) -> NoReturn:
   if distributed.is_loss(e):
     raise e
-  text = f'saving to {target.directory} failed: {_one_line(e)}; make room or mend it, then run the same again.'
+  text = f'saving to {target.directory} failed: {_one_line(e)}; fix this (is the disk full?), then run the same again.'
   raise OSError(text) from e
 
 
@@ -99,15 +102,15 @@ def _one_line(e: Exception) -> str:
 
 
 def export_run(path: str | Path, run: Run, *, mesh: Mesh | None = None, rules: sharding.Rules = ()) -> None:
-  """Writes `run` as a run directory with parameters alone (no optimiser, no EMA beside them), frozen runs included.
+  """Writes `run` as a run directory that holds only parameters (no optimiser state, no separate EMA) and frozen runs.
 
-  With several processes all call it, with a run that was loaded onto a mesh of all their devices.
+  With several processes all must call it, with a run that was loaded onto a mesh of all their devices.
   """
   path = Path(path)
   path.mkdir(parents=True, exist_ok=True)
   for name, source in run.frozen.items():
     if Path(source).absolute() == (path / 'frozen' / name).absolute():
-      continue  # it was written there before
+      continue  # it is already there
     export_run(path / 'frozen' / name, load_run(source, mesh=mesh, rules=rules), mesh=mesh, rules=rules)
   meta = {'config': run.config, 'tokenizer': run.tokenizer, 'axes': run.axes, 'seconds': 0.0}
   meta['origin'] = origin(run.path)
@@ -120,7 +123,7 @@ def export_run(path: str | Path, run: Run, *, mesh: Mesh | None = None, rules: s
 
 
 def origin(run_dir: str | Path) -> str:
-  """Which training the newest checkpoint of a run, or of a copy that `export_run` made of it, is from; '' for none."""
+  """Identifies the training run that the newest checkpoint comes from, also in copies by `export_run`; '' for none."""
   meta = read_meta(run_dir)
   if meta is None:
     return ''
@@ -128,7 +131,7 @@ def origin(run_dir: str | Path) -> str:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-  """Writes atomically; only process 0 does."""
+  """Writes JSON atomically, in process 0 only."""
   if jax.process_index() == 0:
     partial = Path(f'{path}.tmp')
     partial.write_text(json.dumps(value, indent=2) + '\n')
@@ -139,20 +142,20 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def steps(run_dir: str | Path) -> list[int]:
-  """The steps with a checkpoint, newest first; [] for a run that has none."""
+  """The steps that have a checkpoint, newest first; [] if there are none."""
   path = Path(run_dir) / 'checkpoints'
   names = [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
   return sorted((int(n) for n in names if n.isdigit()), reverse=True)
 
 
 def describe_newest(run_dir: str | Path) -> str:
-  """Of what a run goes on, for messages."""
+  """What a run would resume from, for messages."""
   found = steps(run_dir)
   return f'the checkpoint of step {found[0]} is kept' if found else 'there is no checkpoint yet'
 
 
 def read_meta(run_dir: str | Path, step: int | None = None) -> dict | None:
-  """The meta of a checkpoint, by default the newest one whose meta can be read; None when there is none."""
+  """The meta of a checkpoint, by default of the newest one whose meta can be read; None if there is none."""
   for s in steps(run_dir) if step is None else [step]:
     try:
       return json.loads((Path(run_dir) / 'checkpoints' / str(s) / 'meta' / 'metadata').read_text())
@@ -163,10 +166,10 @@ def read_meta(run_dir: str | Path, step: int | None = None) -> dict | None:
 
 
 def read_config(path: str | Path) -> dict:
-  """The config of a run (see `load_run`). Raises FileNotFoundError when there is no checkpoint."""
+  """The config of the run at `path` (see `load_run`). Raises FileNotFoundError if it has no checkpoint."""
   meta = read_meta(hub.local(path))
   if meta is None:
-    raise FileNotFoundError(f'{path} has no checkpoints; give the run_dir of a run that has saved at least once.')
+    raise FileNotFoundError(f'{path} has no checkpoints; pass the run_dir of a run that has saved at least once.')
   return meta['config']
 
 
@@ -175,7 +178,7 @@ def _describe(leaf: Any) -> str:
 
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
-  """What a strict load has to refuse: tensors missing, unexpected, or of another shape or dtype, by name."""
+  """One line for each tensor that a strict load must refuse: missing, unexpected, or with another shape or dtype."""
   lines = [f'missing {k} {_describe(expected[k])}' for k in sorted(set(expected) - set(found))]
   lines += [f'unexpected {k} {_describe(found[k])}' for k in sorted(set(found) - set(expected))]
   for k in sorted(set(expected) & set(found)):
@@ -185,22 +188,25 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
 
 
 class _Mismatch(ValueError):
-  """The checkpoint is whole but of another model."""
+  """The checkpoint is intact but belongs to another model."""
 
 
 def _saved(path: Path) -> dict[str, Any]:
-  """Shapes and dtypes in a checkpoint by tensor name, as Orbax recorded them; a torn directory raises."""
+  """Shapes and dtypes in a checkpoint by tensor name, as recorded by Orbax. Raises for an incomplete directory."""
   tree = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).metadata(path / 'state').item_metadata.tree
   return {k: v for k, v in ocp.tree.to_flat_dict(tree, sep='/').items() if hasattr(v, 'dtype')}
 
 
 def _restore(path: Path, target: Any, found: Mapping[str, Any], *, partial: bool = False) -> Any:
-  """Reads `target`, a tree of shapes with shardings, of what `found` says was saved; with `partial` not all of it."""
+  """Reads the tree `target` of shapes with shardings, checking it against `found`, the shapes that were saved.
+
+  With `partial`, tensors that `target` lacks are left unread. Raises _Mismatch for any other difference.
+  """
   expected = sharding.flatten(target)
   if partial:
     found = {k: v for k, v in found.items() if k in expected}
-  if lines := differences(expected, found):  # Orbax would cast a dtype and crop or pad a shape in silence
-    lines.sort(key=lambda line: 'params/' not in line)  # moments and averages only repeat what the parameters say
+  if lines := differences(expected, found):  # Orbax would silently cast dtypes and crop or pad shapes
+    lines.sort(key=lambda line: 'params/' not in line)  # moments and EMA only repeat what the parameters say
     raise _Mismatch(f'{path} does not fit this config: {_summary(lines)}.')
   args = ocp.checkpoint_utils.construct_restore_args(target)
   args = ocp.args.PyTreeRestore(item=target, restore_args=args, partial_restore=partial)
@@ -213,27 +219,27 @@ def _summary(lines: Sequence[str], limit: int = 20) -> str:
 
 
 def _newest_whole(run_dir: Path, read: Any) -> tuple[int, Any]:
-  """(step, read(path)) of the newest checkpoint that can be read, with a warning line for each that cannot."""
+  """Returns (step, read(path)) for the newest checkpoint that can be read; prints a warning for each that cannot."""
   for step in steps(run_dir):
     try:
       return step, read(run_dir / 'checkpoints' / str(step))
     except _Mismatch:
       raise
     except Exception as e:
-      if jax.process_count() > 1:  # maybe another process can read its part: they must not go on from two steps
+      if jax.process_count() > 1:  # another process may be able to read its part, and would resume at another step
         raise OSError(
-          f'checkpoint {step} of {run_dir} is damaged; remove it to go on from the one before ({_one_line(e)})'
+          f'checkpoint {step} of {run_dir} is damaged; remove it to resume from the one before ({_one_line(e)})'
         ) from e
       print(f'warning: checkpoint {step} of {run_dir} is damaged, trying the one before ({_one_line(e)})', flush=True)
-  raise FileNotFoundError(f'{run_dir} has no checkpoint that can be read; give the directory of a trained run.')
+  raise FileNotFoundError(f'{run_dir} has no checkpoint that can be read; pass the directory of a trained run.')
 
 
 def resume(run_dir: str | Path, target: Any) -> tuple[Any, dict] | None:
-  """The newest whole checkpoint of a run as (state, meta), laid out like `target`; None for a run without any.
+  """Reads the newest whole checkpoint of a run as (state, meta), laid out like `target`; None if there are none.
 
-  Damaged newer ones are renamed to STEP.damaged (STEP.damaged_2 if that name is taken, and so on), so that the step can
-  be saved again. Raises ValueError when the checkpoint belongs to another model, FileNotFoundError when there are
-  checkpoints and none can be read.
+  Newer ones that are damaged are renamed to STEP.damaged (STEP.damaged_2 if that name is taken, and so on), so that the
+  step can be saved again. Raises ValueError if the checkpoint belongs to another model, FileNotFoundError if there are
+  checkpoints but none can be read.
   """
   run_dir = Path(run_dir).absolute()
   if not steps(run_dir):
@@ -253,15 +259,15 @@ def resume(run_dir: str | Path, target: Any) -> tuple[Any, dict] | None:
 def load_run(
   path: str | Path, *, mesh: Mesh | None = None, rules: sharding.Rules = (), ema: bool = True, step: int | None = None
 ) -> Run:
-  """Loads the networks of a run, EMA if it has one (and `ema`), whatever mesh they were trained on.
+  """Loads the networks of a run, whatever mesh they were trained on; with `ema`, their EMA if the run has one.
 
-  `path` is a run directory, or the name of a repository of Hugging Face that holds one (see `training.hub`).
-  Without `mesh` the arrays lie on the first device, with it they are laid out by `rules`. The newest whole checkpoint
-  is taken unless `step` names one. Raises FileNotFoundError when there is nothing to load.
+  `path` is a run directory, or the name of a Hugging Face repository that holds one (see `training.hub`). Without
+  `mesh` the arrays are stored on the first device, with it they are laid out by `rules`. Loads the newest whole
+  checkpoint unless `step` names one. Raises FileNotFoundError if there is nothing to load.
   """
   run_dir = hub.local(path).absolute()
   if not steps(run_dir):
-    raise FileNotFoundError(f'{path} has no checkpoints; give the run_dir of a run that has saved at least once.')
+    raise FileNotFoundError(f'{path} has no checkpoints; pass the run_dir of a run that has saved at least once.')
   if step is not None and step not in steps(run_dir):
     raise FileNotFoundError(f'{path} has no checkpoint of step {step}; there are {steps(run_dir)}.')
 
@@ -291,10 +297,10 @@ def load_run(
 
 
 def strict_merge(params: Params, loaded: Params, new: str = '') -> Params:
-  """`params` with every tensor taken from `loaded`, laid out like the one it replaces.
+  """Replaces every tensor of `params` with the one in `loaded`, laid out like the tensor that it replaces.
 
-  Only names that match the regular expression `new` in full may keep their fresh values. Raises ValueError naming
-  every tensor that is missing, unexpected, or of another shape or dtype.
+  Only tensors whose whole name matches the regular expression `new` may be missing and keep their initial values.
+  Raises ValueError naming every tensor that is missing, unexpected, or has another shape or dtype.
   """
   ours, theirs = sharding.flatten(params), sharding.flatten(loaded)
   fresh = {k for k in ours if k not in theirs and new and re.fullmatch(new, k)}

@@ -1,4 +1,4 @@
-"""Reading a config from the command line so that a mistake is one clear line, and comparing two of them."""
+"""Parses configs from the command line, with one clear line for each mistake, and compares them."""
 
 import difflib
 import importlib
@@ -11,19 +11,19 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-# Fields that the config need not have: the model, objective, source or optimiser that reads them refuses unknown names.
+# Fields that may be new: the model, objective, data source or optimiser that reads them refuses unknown names.
 OPEN = r'(model|loss|frozen|data\.source_args|train\.xla_options|loss\.disc|optim\.groups\.\w+)\.\w+'
 
 
 def parse(argv: Sequence[str], flag_values: flags.FlagValues | None = None) -> ConfigDict:
-  """The config of `PROGRAM --config file.py:argument --config.NAME=VALUE ...`; other flags are in `flag_values`.
+  """Parses `PROGRAM --config file.py:argument --config.NAME=VALUE ...`; `flag_values` defines any other flags.
 
-  Raises ValueError for a field that the config does not have (naming close ones) or a value of the wrong type, and
-  FileNotFoundError when the file cannot be read.
+  Raises ValueError for a field that the config does not have (naming similar ones) or a value of the wrong type, and
+  FileNotFoundError if the file cannot be read.
   """
   config = _load(argv)
   for name in (a.lstrip('-').removeprefix('config.').split('=')[0] for a in argv if re.match('--?config[.]', a)):
-    _make_room(config, name)
+    _add_parents(config, name)
   i, flag, _ = _config_file(argv)
   overrides = [*argv[: i if flag else i - 1], *argv[i + 1 :]]
   values = flags.FlagValues() if flag_values is None else flag_values
@@ -40,40 +40,40 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues | None = None) -> C
 
 
 def with_stage(argv: Sequence[str], stage: str) -> list[str]:
-  """`argv` with `stage` as the first argument of the config file, before those that it has."""
+  """Returns `argv` with `stage` as the first argument of the config file, before its other arguments."""
   i, flag, file = _config_file(argv)
   path, _, arguments = file.partition(':')
   return [*argv[:i], f'{flag}{path}:{",".join(filter(None, (stage, arguments)))}', *argv[i + 1 :]]
 
 
 def _config_file(argv: Sequence[str]) -> tuple[int, str, str]:
-  """Which argument names the file, what stands before the name there ('--config=' or ''), and the name."""
+  """The index of the argument that names the file, what precedes the name in it ('--config=' or ''), and the name."""
   for i, a in enumerate(argv):
     if a.startswith(('--config=', '-config=')):
       flag, _, file = a.partition('=')
       return i, f'{flag}=', file
     if a in ('--config', '-config') and i + 1 < len(argv):
       return i + 1, '', argv[i + 1]
-  raise ValueError('give a config: --config configs/NAME.py (ls configs shows them).')
+  raise ValueError('no config is given; pass --config configs/NAME.py (`ls configs` lists them).')
 
 
 def _load(argv: Sequence[str]) -> ConfigDict:
-  """The config as its file gives it, without overrides."""
-  alone, values = [argv[0], '--config', _config_file(argv)[2]], flags.FlagValues()
-  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=alone, lock_config=False)
+  """The config as its file defines it, without overrides."""
+  bare, values = [argv[0], '--config', _config_file(argv)[2]], flags.FlagValues()
+  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=bare, lock_config=False)
   try:
-    values(alone)
-  except flags.Error as e:  # holds the traceback of the file as text, whose last line says what is wrong
+    values(bare)
+  except flags.Error as e:  # its text is a traceback through the file, whose last line says what is wrong
     raise ValueError(str(e).strip().splitlines()[-1].strip().removeprefix('ValueError: ')) from e
   try:
-    flat(holder.value)  # a file that is missing raises only when the value is read
+    flat(holder.value)  # a missing file raises only when the value is read
   except OSError as e:
     raise FileNotFoundError(f'the config cannot be read: {str(e).splitlines()[-1].strip()}') from e
   return holder.value
 
 
-def _make_room(config: ConfigDict, name: str) -> None:
-  """Creates the parents of an open field. Raises ValueError for one that the config does not have and cannot take."""
+def _add_parents(config: ConfigDict, name: str) -> None:
+  """Creates the parents of a field that may be new. Raises ValueError for a name that is neither known nor allowed."""
   known = list(flat(config, parents=True))
   if name in known:
     return
@@ -81,8 +81,8 @@ def _make_room(config: ConfigDict, name: str) -> None:
     leaf = name.rpartition('.')[2]
     close = [k for k in known if k.rpartition('.')[2] == leaf]
     close += difflib.get_close_matches(name, known, 3) + difflib.get_close_matches(leaf, known, 3)
-    hint = f'close: {", ".join(dict.fromkeys(close))}' if close else f'there are {", ".join(config)}'
-    raise ValueError(f'the config has no field {name!r}; {hint}.')
+    hint = f'did you mean {", ".join(dict.fromkeys(close))}?' if close else f'it has {", ".join(config)}.'
+    raise ValueError(f'the config has no field {name!r}; {hint}')
   for parent in name.split('.')[:-1]:
     if parent not in config:
       config[parent] = ConfigDict()
@@ -90,9 +90,9 @@ def _make_room(config: ConfigDict, name: str) -> None:
 
 
 def module_named(package: str, name: str, field: str, function: str = '') -> ModuleType:
-  """The module dalle_jax/PACKAGE/NAME.py that config field `field` names; with `function`, one that defines it.
+  """Imports the module dalle_jax/PACKAGE/NAME.py that the config field `field` names.
 
-  Raises ValueError, listing the modules that it may name, when there is none.
+  Raises ValueError, listing the possible names, if there is no such module or it does not define `function`.
   """
   load = lambda name: importlib.import_module(f'dalle_jax.{package}.{name}')
   known = sorted(p.stem for p in (Path(__file__).parents[1] / package).glob('*.py') if p.stem != '__init__')
@@ -104,7 +104,7 @@ def module_named(package: str, name: str, field: str, function: str = '') -> Mod
 
 
 def to_json(config: Any) -> Any:
-  """Plain dicts, lists and numbers of a ConfigDict."""
+  """Converts a ConfigDict to plain dicts, lists and numbers."""
   if isinstance(config, (Mapping, ConfigDict)):
     return {k: to_json(v) for k, v in config.items()}
   if isinstance(config, (tuple, list)):
@@ -113,7 +113,7 @@ def to_json(config: Any) -> Any:
 
 
 def flat(config: Any, prefix: str = '', parents: bool = False) -> dict[str, Any]:
-  """Fields by dotted name, with `parents` those that hold other fields too."""
+  """Fields by dotted name; with `parents`, also those that hold other fields."""
   found = {}
   for k, v in config.items():
     nested = isinstance(v, (Mapping, ConfigDict))
@@ -125,6 +125,6 @@ def flat(config: Any, prefix: str = '', parents: bool = False) -> dict[str, Any]
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """'name: old -> new' for every field that differs between two configs in JSON form."""
+  """One 'name: old -> new' for every field that differs between two configs in JSON form."""
   a, b = flat(old), flat(new)
   return [f'{k}: {a.get(k)} -> {b.get(k)}' for k in sorted({*a, *b}) if a.get(k) != b.get(k)]

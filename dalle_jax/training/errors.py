@@ -1,4 +1,4 @@
-"""How a script ends when something is wrong: one line for a user's mistake, a traceback for ours."""
+"""How a script ends when something is wrong: with one line for a user's mistake, with a traceback for a bug of ours."""
 
 import sys
 import traceback
@@ -11,14 +11,14 @@ from dalle_jax.training import distributed
 from dalle_jax.training.metrics import Diverged
 
 ROOT = Path(__file__).resolve().parents[2]
-EXPECTED = (ValueError, OSError, flags.Error, Diverged)  # what a script catches and gives to `report`
+EXPECTED = (ValueError, OSError, flags.Error, Diverged)  # what a script catches and passes to `report`
 
 
 def report(e: Exception, debug: bool) -> int:
-  """Prints one line (with `debug` the traceback, too) and returns the exit status: 1 diverged, 2 all else.
+  """Prints one line (and the traceback, with `debug`) and returns the exit status: 1 for diverged, 2 for all else.
 
-  Errors that our own code raises are for the user; those from inside a library are bugs and keep their traceback. One
-  of several processes ends here, with that status or `distributed.LOST`.
+  Errors raised by our own code are meant for the user; those from inside a library are bugs and keep their traceback.
+  One of several processes does not return but ends here, with that status or `distributed.LOST`.
   """
   if distributed.is_loss(e):
     distributed.lost(str(e))
@@ -33,9 +33,9 @@ def report(e: Exception, debug: bool) -> int:
 
 
 def command(argv: Sequence[str], values: flags.FlagValues, run: Callable[[], None], text: str, hint: str) -> int:
-  """A script with these flags, one of them `debug`: prints its help `text` or runs it; returns the exit status.
+  """Runs a script with the flags `values`, one of which is `debug`, or prints its help `text`; returns the exit status.
 
-  `hint` is what an argument that is no flag should have been.
+  `hint` completes the error about an argument that is not a flag: it says what it should have been.
   """
   if {'-h', '--help'} & set(argv[1:]):
     print(f'{text}\n{values.get_help()}')

@@ -1,16 +1,16 @@
-"""Runs by the name of their repository at Hugging Face."""
+"""Runs from Hugging Face, by the name of their repository."""
 
 import re
 from pathlib import Path
 
-NAME = re.compile(r'([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)')  # OWNER/REPOSITORY, and what is in it
+NAME = re.compile(r'([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)')  # OWNER/REPOSITORY, and a path in it
 
 
 def local(path: str | Path) -> Path:
-  """`path`, or for the name OWNER/REPOSITORY of one that is no directory here, where its files were downloaded to.
+  """Returns `path` if it is local, or else downloads the repository OWNER/REPOSITORY and returns where its files are.
 
-  OWNER/REPOSITORY/FOLDER is a folder in it, such as the frozen/vqgan of a run.
-  Raises FileNotFoundError when it cannot be had; without huggingface_hub (the extra `hf`) that names the extra.
+  OWNER/REPOSITORY/FOLDER is a folder in it, such as the frozen/vqgan of a run. Raises FileNotFoundError if the download
+  fails, or, naming the extra `hf`, if huggingface_hub is not installed.
   """
   name, path = str(path), Path(path).expanduser()
   found = NAME.fullmatch(name)
@@ -21,10 +21,10 @@ def local(path: str | Path) -> Path:
     import huggingface_hub
   except ImportError:
     raise FileNotFoundError(
-      f'there is no directory {name}; if it is a repository of Hugging Face: pip install -e ".[hf]".'
+      f'there is no directory {name}; if it is a Hugging Face repository, run: pip install -e ".[hf]".'
     ) from None
   try:
     return Path(huggingface_hub.snapshot_download(name)) / inside.lstrip('/')
-  except Exception as e:  # of the network, of the hub, of the disk: they have no common class
+  except Exception as e:  # errors of the network, the hub and the disk have no common class
     text = ' '.join(str(e).split())[:200]
-    raise FileNotFoundError(f'{name} is no directory, and Hugging Face does not give it ({text}).') from e
+    raise FileNotFoundError(f'{name} is not a directory, and cannot be downloaded from Hugging Face ({text}).') from e

@@ -1,4 +1,4 @@
-"""How a command line lays a pipeline over devices and processes."""
+"""Command-line flags that lay a pipeline out over devices and processes."""
 
 import contextlib
 import re
@@ -11,38 +11,38 @@ from dalle_jax.training import distributed, sharding
 
 
 def define_flags(values: flags.FlagValues) -> None:
-  """What `asked` reads."""
+  """Defines the flags that `asked` reads."""
   text = 'over all devices, e.g. data=-1,fsdp=1,tensor=1; empty: one device'
   flags.DEFINE_string('mesh', '', text, flag_values=values)
   distributed.define_flags(values)
 
 
 def sizes(text: str, axes: Mapping[str, int]) -> dict[str, int]:
-  """'data=-1,tensor=4' as sizes of all `axes`, 1 for those left out; {} for ''. Raises ValueError for other text."""
+  """Parses 'data=-1,tensor=4' into the sizes of all `axes`, 1 for those left out; {} for ''. Raises ValueError."""
   if not text:
     return {}
   if not re.fullmatch(r'(\w+=-?\d+)(,\w+=-?\d+)*', text):
-    raise ValueError(f'--mesh {text!r} is not understood; write data=-1,fsdp=1,tensor=1.')
+    raise ValueError(f'--mesh {text!r} is not understood; expected e.g. data=-1,fsdp=1,tensor=1.')
   pairs = [part.split('=') for part in text.split(',')]
   given = {k: int(v) for k, v in pairs}
   if len(given) < len(pairs):
     raise ValueError(f'--mesh {text!r} has an axis twice; give each once.')
   if unknown := sorted(set(given) - set(axes)):
-    raise ValueError(f'--mesh has no axis {", ".join(unknown)}; there are {", ".join(axes)}.')
+    raise ValueError(f'--mesh has no axis {", ".join(unknown)}; its axes are {", ".join(axes)}.')
   return {axis: given.get(axis, 1) for axis in axes}
 
 
 @contextlib.contextmanager
 def asked(options: Any, axes: Mapping[str, int], rules: sharding.Rules) -> Iterator[dict[str, Any]]:
-  """Joins the processes that the flags name, and yields the arguments of a pipeline's `load`: mesh and rules, or none.
+  """Joins the processes that the flags name and yields the arguments for a pipeline's `load`: mesh and rules, or none.
 
-  At the end the others wait for process 0, which writes. Raises ValueError for flags that do not go together, or in
-  which processes differ.
+  At the end the other processes wait for process 0, which writes the results. Raises ValueError for flags that do not
+  go together or that differ between processes.
   """
   wanted = sizes(options.mesh, axes)
   distributed.join(options)
   if distributed.joined() and not wanted:
-    raise ValueError('several processes draw over one mesh; give it, e.g. --mesh data=-1.')
+    raise ValueError('several processes sample over one mesh; give it, e.g. --mesh data=-1.')
   if not wanted:
     yield {}
     return

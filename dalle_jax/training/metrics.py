@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a run go: metrics.jsonl (the source of truth), TensorBoard, PNG files, the terminal."""
+"""Where the metrics and images of a run go: metrics.jsonl (the source of truth), TensorBoard, PNGs, the terminal."""
 
 import json
 import math
@@ -26,15 +26,15 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-  """Peak bf16 FLOP/s of a device, or None when it is a CPU or unknown."""
+  """Peak dense bf16 FLOP/s of a device, or None for a CPU or an unknown device."""
   named = lambda kind: re.search(rf'\b{kind}\b', device.device_kind, re.IGNORECASE)
   return next((flops for kind, flops in PEAK_FLOPS.items() if named(kind)), None)
 
 
 class Writer:
-  """Writes a run's metrics from step `resumed` on; process 0 alone does. Every step stands in the file once.
+  """Writes a run's metrics after step `resumed`, in process 0 only. Every step is in the file at most once.
 
-  Lines past `resumed` (steps that a crash has undone and that are about to be repeated) and a torn last line are cut.
+  Removes lines past `resumed` (steps that a crash has undone and that are about to be repeated) and a torn last line.
   """
 
   def __init__(self, run_dir: str | Path, resumed: int):
@@ -43,9 +43,9 @@ class Writer:
       return
     self.run_dir = Path(run_dir)
     path = self.run_dir / 'metrics.jsonl'
-    kept = [json.dumps(line) + '\n' for line in read(path) if line['step'] <= resumed]
+    lines = [json.dumps(line) + '\n' for line in read(path) if line['step'] <= resumed]
     partial = path.with_suffix('.tmp')
-    partial.write_text(''.join(kept))
+    partial.write_text(''.join(lines))
     os.replace(partial, path)
     self.file = path.open('a')
     self.board = SummaryWriter(str(self.run_dir / 'tb'), purge_step=resumed + 1)
@@ -59,7 +59,7 @@ class Writer:
         self.board.add_scalar(name, value, step)
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
-    """`image` uint8[H, W, 3], as pictures/NAME_STEP.png and in TensorBoard."""
+    """Writes `image` uint8[H, W, 3] to pictures/NAME_STEP.png and TensorBoard."""
     if self.active:
       path = self.run_dir / 'pictures' / f'{name}_{step:07d}.png'
       path.parent.mkdir(exist_ok=True)
@@ -73,7 +73,7 @@ class Writer:
 
 
 def read(path: str | Path) -> list[dict]:
-  """The lines of a metrics.jsonl, [] without the file; those torn by a crash, which have no step, are left out."""
+  """The lines of a metrics.jsonl, or [] if there is no file; skips lines torn by a crash, which have no step."""
   lines = []
   for text in Path(path).read_text().splitlines() if Path(path).exists() else []:
     try:
@@ -86,12 +86,12 @@ def read(path: str | Path) -> list[dict]:
 
 
 def logged(run_dir: str | Path, step: int) -> bool:
-  """Whether a run has a line of metrics for `step`; if not, an evaluation due at that step is still to be done."""
+  """Whether a run has logged metrics for `step`; if not, an evaluation due at that step is still missing."""
   return any(line['step'] == step for line in read(Path(run_dir) / 'metrics.jsonl'))
 
 
 class Progress:
-  """A bar with the time left on a terminal, plain lines at log steps elsewhere; process 0 alone prints."""
+  """Shows progress and the time left: as a bar on a terminal, otherwise as plain lines; only process 0 prints."""
 
   def __init__(self, start: int, total: int):
     self.start, self.total, self.begun = start, total, time.monotonic()
@@ -120,7 +120,7 @@ class Diverged(Exception):
 
 
 class Log:
-  """Metrics of past steps: read back one step late, so that the device never waits; guards against NaN on the way."""
+  """Logs metrics, and stops at NaN with `guard`; reads them back one step late, so that the device never waits."""
 
   def __init__(self, writer: Writer, progress: Progress, guard: bool):
     self.writer, self.progress, self.guard = writer, progress, guard
@@ -131,7 +131,7 @@ class Log:
     self.window.append((step, metrics, finite))
 
   def schedule(self, derive: Callable[[], dict[str, float]]) -> None:
-    """Arranges to log the newest metrics; `derive` gives further numbers when they are read."""
+    """Schedules the newest metrics for logging by the next `read`, which then adds the numbers of `derive()`."""
     window, self.window = self.window, []
     step, metrics, _ = window[-1]
     jax.tree.map(lambda x: x.copy_to_host_async(), (metrics, [finite for _, _, finite in window]))
@@ -145,13 +145,13 @@ class Log:
     self.due = write
 
   def read(self) -> None:
-    """Writes what is due."""
+    """Writes the metrics that are due, if any."""
     if self.due:
       due, self.due = self.due, None
       due()
 
   def check(self) -> None:
-    """Waits for the newest step. Raises Diverged with the first step and metric that is not finite."""
+    """Waits for the newest step. Raises Diverged naming the first step and its metrics that are not finite."""
     self._check(self.window)
 
   def _check(self, window: list[tuple[int, dict, jax.Array]]) -> None:

@@ -1,7 +1,7 @@
-"""The optimiser from the config: a preconditioner, decay, a schedule and clipping for each player.
+"""Builds the optimiser from the config: clipping, a preconditioner, weight decay and a schedule for each player.
 
-A player is a top-level key of the parameters. `config.optim` holds for all; `config.optim.groups.NAME` overrides any
-of its fields for the player NAME, or takes it out of training with `frozen=True`.
+A player is a top-level key of the parameters. `config.optim` applies to all players; `config.optim.groups.NAME`
+overrides any of its fields for the player NAME, or excludes it from training with `frozen=True`.
 """
 
 import dataclasses
@@ -28,21 +28,21 @@ SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt', 'halving')
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-  """`tx` for the players that train, whose names are those of `schedules`; the `frozen` ones have no state."""
+  """`tx` updates the players that train, which are the keys of `schedules`; the `frozen` ones have no state."""
 
   tx: optax.GradientTransformation
-  schedules: dict[str, Schedule]  # by player, those that train
+  schedules: dict[str, Schedule]
   frozen: frozenset[str]
 
   def init(self, params: Mapping[str, Any]) -> optax.OptState:
-    """The state for the whole tree of players."""
+    """The optimiser state, from the whole tree of players."""
     return self.tx.init({player: params[player] for player in self.schedules})
 
 
 def schedule(config: Mapping[str, Any], steps: int) -> Schedule:
-  """Learning rate by step: linear warmup from 0, then `config['schedule']`.
+  """The learning rate as a function of the step: linear warmup, then `config['schedule']`.
 
-  'cosine' and 'linear' end at lr * lr_end after `steps`; 'halving' halves it every `half_life` steps.
+  'cosine' and 'linear' reach lr * lr_end after `steps`; 'halving' halves the rate every `half_life` steps.
   """
   kind, lr, warmup = config['schedule'], config['lr'], config['warmup']
   rest, end = max(steps - warmup, 1), lr * config['lr_end']
@@ -54,16 +54,20 @@ def schedule(config: Mapping[str, Any], steps: int) -> Schedule:
     after = optax.linear_schedule(lr, end, rest)
   elif kind == 'rsqrt':
     shift = max(warmup, 1)
-    after = lambda step: lr * (shift / (jnp.maximum(step, 0) + shift)) ** 0.5  # join_schedules asks before 0, too
+    after = lambda step: (
+      lr * (shift / (jnp.maximum(step, 0) + shift)) ** 0.5
+    )  # join_schedules also evaluates negative steps
   elif kind == 'halving':
     if config['half_life'] < 1:
-      raise ValueError(f'optim.half_life is {config["half_life"]}; schedule "halving" needs the steps of a half-life.')
+      raise ValueError(
+        f'optim.half_life is {config["half_life"]}; schedule "halving" needs a half-life of 1 or more steps.'
+      )
     after = optax.exponential_decay(lr, config['half_life'], 0.5, staircase=True)
   else:
-    raise ValueError(f'optim.schedule {kind!r} is unknown; there are {", ".join(SCHEDULES)}.')
+    raise ValueError(f'optim.schedule {kind!r} is unknown; expected one of {", ".join(SCHEDULES)}.')
   if not warmup:
     return after
-  # The first update already moves: (step + 1) / warmup.
+  # (step + 1) / warmup, so that the first update already moves the parameters
   return optax.join_schedules([lambda step: lr * (step + 1) / warmup, after], [warmup])
 
 
@@ -74,13 +78,13 @@ def decay_mask(pattern: str) -> Callable[[Any], Any]:
 
 
 def transform(config: Mapping[str, Any], steps: int) -> optax.GradientTransformation:
-  """Clip by the global norm, precondition, decay (scaled by the learning rate), learning rate.
+  """Chains clipping by the global norm, the preconditioner, weight decay and the learning rate, which scales both.
 
-  With `every` above 1 only at steps 0, every, 2 every, ...; the gradients of the others are dropped.
+  With `every` > 1 it updates only at steps 0, every, 2 * every, ...; the gradients of other steps are dropped.
   """
   name = config['name']
   if name not in PRECONDITIONERS:
-    raise ValueError(f'optim.name {name!r} is unknown; there are {", ".join(PRECONDITIONERS)}.')
+    raise ValueError(f'optim.name {name!r} is unknown; expected one of {", ".join(PRECONDITIONERS)}.')
   if config['weight_decay'] and name not in DECAYED:
     raise ValueError(f'optim.name {name!r} has no weight decay; use adamw, or set optim.weight_decay=0.0.')
   # An absent part keeps its place in the chain, which the names of the state's tensors contain: a checkpoint still fits
@@ -93,7 +97,7 @@ def transform(config: Mapping[str, Any], steps: int) -> optax.GradientTransforma
   parts = [clip, PRECONDITIONERS[name](config), decay]
   every, rate = config['every'], schedule(config, steps)
   if every < 1:
-    raise ValueError(f'optim.every is {every}; expected 1 or more steps an update.')
+    raise ValueError(f'optim.every is {every}; expected 1 or more steps per update.')
   if every == 1:
     return optax.chain(*parts, optax.scale_by_learning_rate(rate))
   whole = optax.chain(*parts, optax.scale_by_learning_rate(lambda updates: rate(updates * every)))
@@ -101,21 +105,21 @@ def transform(config: Mapping[str, Any], steps: int) -> optax.GradientTransforma
 
 
 def build(config: Mapping[str, Any], steps: int, players: list[str]) -> Optimizer:
-  """The optimiser of `players` from `config.optim`; each is clipped by its own norm.
+  """Builds the optimiser of `players` from `config.optim`; each player is clipped by its own gradient norm.
 
   Raises ValueError for an unknown optimiser, schedule, player or field of a group.
   """
   config = dict(config)
   groups = {k: dict(v) for k, v in config.pop('groups').items()}
   if unknown := sorted(set(groups) - set(players)):
-    raise ValueError(f'optim.groups has {unknown}, but the parameters have the players {players}.')
+    raise ValueError(f'optim.groups has {unknown}, but the players are {players}.')
   frozen = {k for k, v in groups.items() if v.pop('frozen', False)}
   for player, fields in groups.items():
     if extra := sorted(set(fields) - set(config)):
-      raise ValueError(f'optim.groups.{player} has the unknown fields {extra}; there are {sorted(config)} and frozen.')
+      raise ValueError(f'optim.groups.{player} has the unknown fields {extra}; expected {sorted(config)} or frozen.')
   merged = {p: {**config, **groups.get(p, {})} for p in players}
   trained = {p: c for p, c in merged.items() if p not in frozen}
   if not trained:
-    raise ValueError(f'optim.groups freezes all players, {players}; nothing would train.')
+    raise ValueError(f'optim.groups freezes all players, {players}; leave one to train.')
   tx = optax.partition({p: transform(c, steps) for p, c in trained.items()}, lambda params: {k: k for k in params})
   return Optimizer(tx, {p: schedule(c, steps) for p, c in trained.items()}, frozenset(frozen))

@@ -1,9 +1,9 @@
-"""From a mesh in the config and logical axis names on the parameters to arrays laid out over devices.
+"""Lays arrays out over devices, given the mesh of the config and the logical axis names of the parameters.
 
-Mesh axes: `data` (replicas), `fsdp` (replicas that also split the parameters), `tensor` (splits inside a layer),
-`sequence` (splits the stream of a transformer, the rows of a picture); one that is not named has size 1.
-The batch is split over (data, fsdp). One translator, `partition`, decides for every tensor; what does not divide
-is replicated.
+Mesh axes: `data` (replicas), `fsdp` (replicas that also split the parameters), `tensor` (splits within a layer),
+`sequence` (splits the sequence of a transformer, or the rows of an image); an axis that is not named has size 1.
+The batch is split over (data, fsdp). A single function, `partition`, decides for every tensor; a dimension that is not
+divisible is replicated.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ Rules = Sequence[tuple[str, str | Sequence[str] | None]]  # (logical axis, mesh 
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh over `devices`, by default all of all processes; a size of -1 takes those that the others leave.
+  """Makes a mesh over `devices`, by default those of all processes; a size of -1 takes whatever the others leave.
 
-  Raises ValueError when the sizes do not multiply to the number of devices.
+  Raises ValueError if the product of the sizes is not the number of devices.
   """
   devices = jax.devices() if devices is None else devices
   sizes, count = {**dict.fromkeys(AXES, 1), **sizes}, len(devices)
@@ -33,22 +33,22 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
   free = [k for k, v in sizes.items() if v == -1]
   fixed = math.prod(v for v in sizes.values() if v != -1)
   if len(free) > 1 or fixed < 1 or min(sizes.values()) < -1:
-    raise ValueError(f'mesh ({asked}): sizes must be positive, at most one -1 for "the rest".')
+    raise ValueError(f'mesh ({asked}): sizes must be positive, but one of them may be -1, for the rest.')
   if free and count % fixed == 0:
     sizes[free[0]] = count // fixed
   if math.prod(sizes.values()) != count:
     raise ValueError(f'mesh ({asked}) does not fit {count} devices; set config.mesh so that the product is {count}.')
-  # jax.make_mesh refuses, on most TPUs, sizes that part an axis of the torus, such as fsdp=128 of 16 x 16 chips.
+  # On most TPUs jax.make_mesh refuses sizes that split an axis of the torus, such as fsdp=128 on 16 x 16 chips.
   placed = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-  # Auto axes: with Explicit ones, the default, Linen's logical constraints raise.
+  # Auto axes, because Linen's logical constraints raise with Explicit ones, the default.
   return Mesh(placed, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 @contextlib.contextmanager
 def use(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Device] | None = None) -> Iterator[Mesh]:
-  """Makes the mesh and sets it and the rules while the context lasts, so that `constrain` in the layers sees them.
+  """Makes a mesh and sets it and the rules within the context, where `constrain` in the layers finds them.
 
-  The rules are no part of jit's cache key: make jitted functions inside. Raises ValueError as `make_mesh`.
+  The rules are not part of jit's cache key, so create jitted functions inside. Raises ValueError like `make_mesh`.
   """
   mesh = make_mesh(sizes, devices)
   unknown = sorted({a for _, axes in rules for a in _as_tuple(axes)} - set(mesh.axis_names))
@@ -59,7 +59,7 @@ def use(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Device] | 
 
 
 def within(mesh: Mesh | None, rules: Rules) -> contextlib.AbstractContextManager[Any]:
-  """Sets a mesh that is there already, and the rules, while the context lasts; nothing without a mesh."""
+  """Sets an existing mesh and the rules within the context; does nothing without a mesh."""
   if mesh is None:
     return contextlib.nullcontext()
   stack = contextlib.ExitStack()
@@ -69,22 +69,24 @@ def within(mesh: Mesh | None, rules: Rules) -> contextlib.AbstractContextManager
 
 
 def logical_rules(rules: Rules) -> tuple[tuple[str, tuple[str, ...] | None], ...]:
-  """The rules in the form of Flax."""
+  """The rules as Flax expects them."""
   return tuple((k, _as_tuple(v) or None) for k, v in rules)
 
 
 def rules_without(axis: str) -> contextlib.AbstractContextManager[None]:
-  """The rules in use without a mesh axis that a vmap around (`spmd_axis_name`) has already split by."""
+  """Removes from the active rules a mesh axis over which an enclosing vmap (`spmd_axis_name`) has already split."""
   rules = nn.get_logical_axis_rules()
   return nn.logical_axis_rules(logical_rules([(k, [a for a in _as_tuple(v) if a != axis]) for k, v in rules]))
 
 
 def _as_tuple(axes: str | Sequence[str] | None) -> tuple[str, ...]:
-  return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
+  if axes is None:
+    return ()
+  return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rules: Rules) -> PartitionSpec:
-  """Mesh axes of a tensor: the first rule whose mesh axes are still free and divide the dimension wins."""
+  """The mesh axes of a tensor: for each dimension the first rule whose mesh axes are still free and divide it."""
   result: list[tuple[str, ...]] = [()] * len(shape)
   if len(names) == len(shape):
     for logical, axes in rules:
@@ -101,7 +103,7 @@ def _is_box(x: Any) -> bool:
 
 
 def unbox(tree: Any) -> Any:
-  """Takes the parameters out of the boxes that carry their axis names (and applies no constraint)."""
+  """Takes the parameters out of the boxes that carry their axis names, without applying constraints."""
   return jax.tree.map(lambda x: x.value if _is_box(x) else x, tree, is_leaf=_is_box)
 
 
@@ -112,7 +114,7 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def logical_axes(boxed: Any) -> dict[str, list[str | None]]:
-  """The axis names of every boxed leaf, by name; what a checkpoint stores, so that any mesh can load it."""
+  """The axis names of every boxed leaf, by name; checkpoints store them so that they can be loaded onto any mesh."""
   return {k: list(v.names) for k, v in flatten(boxed).items() if _is_box(v)}
 
 
@@ -127,10 +129,10 @@ def shardings(tree: Any, axes: Mapping[str, Sequence[str | None]], mesh: Mesh, r
 
 
 def like_params(tree: Any, params: Any, mesh: Mesh, memory: str | None = None) -> Any:
-  """Shardings of an optimiser state: a leaf whose name ends in that of a parameter of its shape lies like it.
+  """Shardings for an optimiser state: a leaf whose name ends in that of a parameter of its shape is laid out like it.
 
-  `params` is a tree of shapes with shardings. Everything else, a step count say, is replicated, and on the devices;
-  what lies like parameters is in the `memory` of that kind, if it is given.
+  `params` is a tree of shapes with shardings. Everything else, e.g. a step count, is replicated on the devices. With
+  `memory`, the leaves laid out like parameters are in that kind of memory.
   """
   known = flatten(params)
 
@@ -146,7 +148,7 @@ def like_params(tree: Any, params: Any, mesh: Mesh, memory: str | None = None) -
 
 
 def on_device(tree: Any, where: Any) -> Any:
-  """Under jit: arrays with shardings `where`, those in the memory of the host copied to the devices of their mesh."""
+  """Within jit, copies the arrays of `tree` whose shardings, in `where`, are in host memory to their devices."""
   copy = lambda x, s: jax.device_put(x, s.with_memory_kind('device')) if s.memory_kind == 'pinned_host' else x
   return jax.tree.map(copy, tree, where)
 
@@ -156,15 +158,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh) -> int:
-  """Into how many parts a batch is split."""
+  """The number of parts that a batch is split into."""
   return math.prod(mesh.shape[a] for a in BATCH_AXES if a in mesh.axis_names)
 
 
 def part_to_read(mesh: Mesh) -> tuple[int, int]:
-  """(which part of every batch this process reads, of how many).
+  """Returns (which part of every batch this process reads, the number of parts).
 
-  Processes whose devices hold the same rows, because an axis that splits no batch (tensor, sequence) goes across them,
-  read the same part. Raises ValueError where two processes hold some rows both, and others not.
+  Processes whose devices hold the same rows, because an axis that does not split the batch (tensor, sequence) runs
+  across them, read the same part. Raises ValueError if two processes share some of their rows but not all.
   """
   shards, held = batch_shards(mesh), {}
   for device, (rows,) in batch_sharding(mesh).devices_indices_map((shards,)).items():
@@ -173,23 +175,23 @@ def part_to_read(mesh: Mesh) -> tuple[int, int]:
   if len({len(rows) for rows in parts}) > 1 or sum(map(len, parts)) != shards:
     raise ValueError(
       f'the mesh {dict(mesh.shape)} gives some processes a part of the rows of others; choose tensor and sequence so '
-      'that they divide the devices of a process, or are a multiple of them.'
+      'that they divide the number of devices of a process, or are a multiple of it.'
     )
   return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
 
 
 def whole(mesh: Mesh | None) -> NamedSharding | None:
-  """For what every process reads: a copy on each device of the mesh; None without one."""
+  """The sharding of results that every process reads: a copy on each device of the mesh; None without a mesh."""
   return NamedSharding(mesh, PartitionSpec()) if mesh else None
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """The rows that this process reads (`part_to_read`) as global arrays split over (data, fsdp)."""
+  """Makes global arrays, split over (data, fsdp), from the rows that this process reads (`part_to_read`)."""
   sharding = batch_sharding(mesh)
   return {k: jax.make_array_from_process_local_data(sharding, np.asarray(v)) for k, v in batch.items()}
 
 
 def put_whole(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-  """A batch of which every process holds all rows as global arrays split over (data, fsdp)."""
+  """Makes global arrays, split over (data, fsdp), from a batch of which every process holds all rows."""
   put = lambda x: jax.make_array_from_callback(x.shape, batch_sharding(mesh), lambda index: x[index])
   return {k: put(np.asarray(v)) for k, v in batch.items()}

@@ -1,4 +1,4 @@
-"""What training carries from step to step, and how it comes into being already laid out over the mesh."""
+"""The state that training carries from step to step, and its creation, already laid out over the mesh."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ Params = Any
 
 
 class TrainState(struct.PyTreeNode):
-  """`step` int32[] counts finished updates; `ema` is {} without EMA; `mutable` is the objective's own state."""
+  """`step` int32[] counts finished updates; `ema` is {} without EMA; `mutable` is the state of the objective itself."""
 
   step: jax.Array
   params: Params
@@ -27,7 +27,7 @@ class TrainState(struct.PyTreeNode):
 
 
 class Context(struct.PyTreeNode):
-  """What an objective sees beside parameters and batch; `rng` is already folded with `step`."""
+  """What an objective gets in addition to parameters and batch; `step` is already folded into `rng`."""
 
   frozen: Mapping[str, Params]
   mutable: Any
@@ -37,17 +37,17 @@ class Context(struct.PyTreeNode):
 
 
 class Objective(Protocol):
-  """What is minimised. It must have `init` and `loss`, and may have
+  """What training minimises. An objective must have `init` and `loss`, and may have:
 
-    after_update(params, mutable) -> params: run inside the step, after the optimiser.
+    after_update(params, mutable) -> params: runs inside the step, after the optimiser.
     sample(params, ctx, batch) -> uint8[B, H, W, 3]: images for the log.
     tokens(batch) -> int, flops(batch) -> float: of a global batch, for speed and utilisation.
     adopt(params, config, rng) -> params: makes the parameters of another run fit (`config.init`; train.py calls it).
     rows_apart = True: the loss is a mean over independent rows and there is no mutable state, so that gradient
       accumulation may sum per replica and reduce once.
 
-  Its module has `from_config(config, frozen_configs)` and may have READS, the names of the frozen networks that a step
-  needs (all by default; others are only kept for sampling).
+  The module of an objective has `from_config(config, frozen_configs)` and may have READS, the names of the frozen
+  networks that a step needs (by default all of them; the others are copied into the run for sampling only).
   """
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Params, Any]: ...
@@ -60,7 +60,7 @@ class Objective(Protocol):
 def abstract(
   objective: Objective, spec: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh, rules: sharding.Rules
 ) -> tuple[Params, Any, dict[str, list[str | None]]]:
-  """Shapes with shardings of (params, mutable), and the parameters' logical axes; nothing is computed."""
+  """Shapes with shardings of (params, mutable), and the logical axes of the parameters; computes nothing."""
   boxed, mutable = jax.eval_shape(lambda batch: objective.init(jax.random.key(0), batch), spec)
   axes = sharding.logical_axes(boxed)
   params, extra = sharding.unbox(boxed), sharding.unbox(mutable)
@@ -73,9 +73,9 @@ def abstract(
 def abstract_state(
   params: Params, mutable: Any, optimizer: Optimizer, ema: bool, mesh: Mesh, offload: bool = False
 ) -> TrainState:
-  """The whole state as shapes with shardings: optimiser moments and EMA lie like their parameters.
+  """The whole state as shapes with shardings; optimiser moments and EMA are laid out like their parameters.
 
-  With `offload` the moments are in the memory of the host from update to update.
+  With `offload` the moments are in host memory between updates.
   """
   replicated = NamedSharding(mesh, PartitionSpec())
   opt = jax.eval_shape(optimizer.init, params)
@@ -92,12 +92,12 @@ def init(
   seed: int,
   spec: Mapping[str, jax.ShapeDtypeStruct],
 ) -> TrainState:
-  """Step 0, created under jit with the shardings of `shape`, so that no device ever holds the whole model."""
+  """The state at step 0, created under jit with the shardings of `shape`, so that no device ever holds all of it."""
 
   def create(rng: jax.Array) -> TrainState:
     batch = {k: jnp.zeros(v.shape, v.dtype) for k, v in spec.items()}
     params, mutable = sharding.unbox(objective.init(rng, batch))
-    # A copy, because the donated step may not be given one buffer twice.
+    # A copy, because a step that donates its state must not get the same buffer twice.
     ema = jax.tree.map(jnp.copy, params) if jax.tree.leaves(shape.ema) else {}
     return TrainState(jnp.int32(0), params, optimizer.init(params), ema, mutable)
 
@@ -105,5 +105,5 @@ def init(
 
 
 def batch_spec(batch: Mapping[str, np.ndarray], parts: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of the global batch from one of its parts."""
+  """Shapes of the global batch, from one of its parts."""
   return {k: jax.ShapeDtypeStruct((v.shape[0] * parts, *v.shape[1:]), v.dtype) for k, v in batch.items()}

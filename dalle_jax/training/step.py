@@ -1,4 +1,4 @@
-"""One update of an objective, jitted: gradients over micro batches, the optimiser, the average of the parameters."""
+"""One jitted update of an objective: gradients over micro batches, the optimiser, the EMA of the parameters."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,12 +26,12 @@ def make_step(
   group: int = 1,
   xla_options: Mapping[str, Any] | None = None,
 ) -> Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, dict[str, jax.Array], jax.Array]]:
-  """The jitted update `(state, frozen, batch) -> (state, metrics, whether all of them are finite)`; `state` is donated.
+  """Makes the jitted update `(state, frozen, batch) -> (state, metrics, whether all of them are finite)`.
 
-  With `accum` > 1 gradients and metrics are means over as many micro batches, one after the other; `group` consecutive
-  rows stay in the same one. Where the objective's rows do not know each other (`rows_apart`) each replica of the mesh
-  sums up the gradients of its own rows, and they meet once an update. `xla_options` are for the compiler; those that it
-  does not know are left out.
+  The update donates `state`. With `accum` > 1, gradients and metrics are means over that many micro batches, computed
+  one after another; `group` consecutive rows stay in the same micro batch. If the rows of the objective are independent
+  (`rows_apart`), each replica of the mesh sums the gradients of its own rows, and they are reduced once per update.
+  `xla_options` are for the compiler; options that it does not know are left out.
   """
   after_update = getattr(objective, 'after_update', lambda params, mutable: params)
   apart = getattr(objective, 'rows_apart', False) and mesh.shape.get('data', 1) > 1
@@ -45,10 +45,10 @@ def make_step(
     return grads, {'loss': loss, **metrics}, mutable
 
   def accumulated(params: Params, context: Context, batch: Batch, axes: Sequence[str]):
-    """Means over micro batches of a batch that is split over mesh `axes`."""
+    """Means over the micro batches of a batch that is split over the mesh `axes`."""
 
     def split(x: jax.Array) -> jax.Array:
-      # Strided micro batches: each device keeps its own rows, so nothing moves. (B, ...) -> (accum, B / accum, ...)
+      # Micro batches are strided: each device keeps its rows, so nothing moves. (B, ...) -> (accum, B / accum, ...)
       x = x.reshape(-1, accum, group, *x.shape[1:]).swapaxes(0, 1)
       return put(x.reshape(accum, -1, *x.shape[3:]), None, axes)
 
@@ -67,7 +67,7 @@ def make_step(
     return jax.tree.map(lambda x: x / accum, grads), jax.tree.map(lambda x: x.mean(0), metrics), mutable
 
   def by_replica(params: Params, context: Context, batch: Batch):
-    """The same, and each part of the mesh axis 'data' sums up for itself: [data, ...] until the end of it."""
+    """The same, but each replica of the mesh axis 'data' accumulates separately: as [data, ...], reduced at the end."""
     count = mesh.shape['data']
     batch = jax.tree.map(lambda x: put(x.reshape(count, -1, *x.shape[1:]), 'data', 'fsdp'), dict(batch))
     one = lambda rng, rows: accumulated(params, context.replace(rng=rng), rows, ('fsdp',))[:2]
@@ -76,15 +76,15 @@ def make_step(
     return (*jax.tree.map(lambda x: x.mean(0), means), context.mutable)
 
   def step(state: TrainState, frozen: Mapping[str, Params], batch: Batch):
-    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)  # init used the seed itself
+    rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 1), state.step)  # init uses the seed itself
     context = Context(frozen, state.mutable, rng, state.step, train=True)
     if accum == 1:
       grads, metrics, mutable = gradients(state.params, context, batch)
     elif apart:
       if jax.tree.leaves(state.mutable):
         raise ValueError(
-          f'{type(objective).__name__} has a state of its own, {", ".join(sharding.flatten(state.mutable))}, whose '
-          'updates replicas would lose: rows_apart is not for it.'
+          f'{type(objective).__name__} has mutable state, {", ".join(sharding.flatten(state.mutable))}, whose updates '
+          'separate replicas would lose; it must not set rows_apart.'
         )
       grads, metrics, mutable = by_replica(state.params, context, batch)
     else:
@@ -96,7 +96,7 @@ def make_step(
     params = after_update({**state.params, **jax.tree.map(jnp.add, trained, updates)}, mutable)
     average = state.ema
     if ema:
-      decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))  # short memory while the model moves fast
+      decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))  # a short memory while the model changes fast
       average = optax.incremental_update(params, average, 1 - decay)
     for player, schedule in optimizer.schedules.items():
       suffix = f'/{player}' if len(optimizer.schedules) > 1 else ''

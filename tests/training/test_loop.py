@@ -205,7 +205,7 @@ def test_replicas_draw_noise_of_their_own(tmp_path):
   drawn = [v for k, v in row.items() if k.startswith('drew_') and v]
   assert len(drawn) > 4 and sum(drawn) == pytest.approx(1)  # of eight; two, if replicas drew alike
   c.run_dir = str(tmp_path / 'other')
-  with pytest.raises(ValueError, match='Dice has a state of its own, seen, whose updates replicas would lose'):
+  with pytest.raises(ValueError, match='Dice has mutable state, seen, whose updates separate replicas would lose'):
     toy.run(c, Dice())
 
 

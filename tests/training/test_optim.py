@@ -77,10 +77,10 @@ def test_schedules():
 @pytest.mark.parametrize(
   'fields, message',
   [
-    (dict(name='adan'), "optim.name 'adan' is unknown; there are adam"),
-    (dict(schedule='cos'), "optim.schedule 'cos' is unknown; there are constant"),
+    (dict(name='adan'), "optim.name 'adan' is unknown; expected one of adam"),
+    (dict(schedule='cos'), "optim.schedule 'cos' is unknown; expected one of constant"),
     (dict(name='adam', weight_decay=0.1), "'adam' has no weight decay; use adamw"),
-    (dict(groups=dict(critc=dict(lr=1.0))), r"groups has \['critc'\], but the parameters have the players"),
+    (dict(groups=dict(critc=dict(lr=1.0))), r"groups has \['critc'\], but the players are"),
     (dict(groups=dict(net=dict(frozen=True), critic=dict(frozen=True))), 'freezes all players'),
     (dict(groups=dict(net=dict(rate=1.0))), r"groups.net has the unknown fields \['rate'\]"),
   ],

@@ -113,7 +113,7 @@ def test_two_processes_draw_what_one_does(tmp_path):
     one['fid'], rel=0.05
   )
   refused, _ = ends(start('sample.py', *asked))
-  assert refused[0] == 2 and 'several processes draw over one mesh; give it, e.g. --mesh data=-1' in refused[3]
+  assert refused[0] == 2 and 'several processes sample over one mesh; give it, e.g. --mesh data=-1' in refused[3]
 
 
 ENCODE = """
@@ -257,7 +257,7 @@ def test_a_killed_process_ends_the_others_after_some_silence(tmp_path):
   'flags, message',
   [
     (['--processes=2', '--process=0'], '--coordinator is missing; give --coordinator=HOST:PORT, --processes=N and'),
-    (['--coordinator=here', '--processes=2', '--process=0'], "--coordinator 'here' is no HOST:PORT"),
+    (['--coordinator=here', '--processes=2', '--process=0'], "--coordinator 'here' is not a HOST:PORT"),
     (['--coordinator=here:1', '--processes=2', '--process=2'], '--process 2 is not one of 2'),
     ([f'--coordinator=localhost:{free_port()}', '--processes=2', '--process=1', '--join_timeout=1'], 'within 1 s'),
   ],
