@@ -1,4 +1,4 @@
-"""A sweep: one run of train.py for each setting, whatever becomes of the others, none twice, all in one table."""
+"""A sweep: one run of train.py for each setting, whatever becomes of the others, none repeated, all in one table."""
 
 import json
 import signal
@@ -30,7 +30,7 @@ def sweep(add):
   add()
 """
 NAMES = ['optim.lr=0.5,seed=1', 'optim.lr=0.25,seed=1', 'train.evals=_loss_,_', 'base']
-# In the place of train.py: diverges with lr 0.25, waits for ever with --config.objective=wait.
+# Takes the place of train.py: diverges with lr 0.25, waits for a signal with --config.objective=wait.
 TRAIN = """
 import json, pathlib, signal, sys, time
 from dalle_jax.training import config

@@ -150,8 +150,8 @@ def steps(run_dir: str | Path) -> list[int]:
 
 def describe_newest(run_dir: str | Path) -> str:
   """What a run would resume from, for messages."""
-  found = steps(run_dir)
-  return f'the checkpoint of step {found[0]} is kept' if found else 'there is no checkpoint yet'
+  newest = next(iter(steps(run_dir)), None)
+  return 'there is no checkpoint yet' if newest is None else f'the checkpoint of step {newest} is kept'
 
 
 def read_meta(run_dir: str | Path, step: int | None = None) -> dict | None:
@@ -177,13 +177,13 @@ def _describe(leaf: Any) -> str:
   return f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}'
 
 
-def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+def differences(expected: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
   """One line for each tensor that a strict load must refuse: missing, unexpected, or with another shape or dtype."""
-  lines = [f'missing {k} {_describe(expected[k])}' for k in sorted(set(expected) - set(found))]
-  lines += [f'unexpected {k} {_describe(found[k])}' for k in sorted(set(found) - set(expected))]
-  for k in sorted(set(expected) & set(found)):
-    if _describe(expected[k]) != _describe(found[k]):
-      lines.append(f'{k} is {_describe(found[k])}, expected {_describe(expected[k])}')
+  lines = [f'missing {k} {_describe(expected[k])}' for k in sorted(set(expected) - set(saved))]
+  lines += [f'unexpected {k} {_describe(saved[k])}' for k in sorted(set(saved) - set(expected))]
+  for k in sorted(set(expected) & set(saved)):
+    if _describe(expected[k]) != _describe(saved[k]):
+      lines.append(f'{k} is {_describe(saved[k])}, expected {_describe(expected[k])}')
   return lines
 
 
@@ -197,15 +197,15 @@ def _saved(path: Path) -> dict[str, Any]:
   return {k: v for k, v in ocp.tree.to_flat_dict(tree, sep='/').items() if hasattr(v, 'dtype')}
 
 
-def _restore(path: Path, target: Any, found: Mapping[str, Any], *, partial: bool = False) -> Any:
-  """Reads the tree `target` of shapes with shardings, checking it against `found`, the shapes that were saved.
+def _restore(path: Path, target: Any, saved: Mapping[str, Any], *, partial: bool = False) -> Any:
+  """Reads the tree `target` of shapes with shardings, checking it against `saved`, the shapes that were saved.
 
   With `partial`, tensors that `target` lacks are left unread. Raises _Mismatch for any other difference.
   """
   expected = sharding.flatten(target)
   if partial:
-    found = {k: v for k, v in found.items() if k in expected}
-  if lines := differences(expected, found):  # Orbax would silently cast dtypes and crop or pad shapes
+    saved = {k: v for k, v in saved.items() if k in expected}
+  if lines := differences(expected, saved):  # Orbax would silently cast dtypes and crop or pad shapes
     lines.sort(key=lambda line: 'params/' not in line)  # moments and EMA only repeat what the parameters say
     raise _Mismatch(f'{path} does not fit this config: {_summary(lines)}.')
   args = ocp.checkpoint_utils.construct_restore_args(target)

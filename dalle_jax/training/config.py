@@ -114,14 +114,14 @@ def to_json(config: Any) -> Any:
 
 def flat(config: Any, prefix: str = '', parents: bool = False) -> dict[str, Any]:
   """Fields by dotted name; with `parents`, also those that hold other fields."""
-  found = {}
+  fields = {}
   for k, v in config.items():
     nested = isinstance(v, (Mapping, ConfigDict))
     if parents or not nested:
-      found[f'{prefix}{k}'] = v
+      fields[f'{prefix}{k}'] = v
     if nested:
-      found |= flat(v, f'{prefix}{k}.', parents)
-  return found
+      fields |= flat(v, f'{prefix}{k}.', parents)
+  return fields
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

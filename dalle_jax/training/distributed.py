@@ -75,9 +75,9 @@ def join(options: Any) -> None:
     return
   given: dict[str, Any] = {}
   if any(explicit.values()):
-    if lacking := [f'--{name}' for name, value in explicit.items() if not value]:
+    if missing := [f'--{name}' for name, value in explicit.items() if not value]:
       raise ValueError(
-        f'{" and ".join(lacking)} is missing; give --coordinator=HOST:PORT, --processes=N and --process=I together.'
+        f'missing {" and ".join(missing)}; give --coordinator=HOST:PORT, --processes=N and --process=I together.'
       )
     host, _, port = options.coordinator.rpartition(':')
     if not host or not port.isdigit():
@@ -301,11 +301,11 @@ def check_shared(directory: Path, seconds: float = 10.0) -> None:
   end = time.monotonic() + seconds
   while not path.exists() and time.monotonic() < end:
     time.sleep(0.1)
-  seen = path.exists()
+  shared = path.exists()
   multihost_utils.sync_global_devices('seen')
   if jax.process_index() == 0:
     path.unlink()
-  if not seen:
+  if not shared:
     raise OSError(
       f'{directory.absolute()} is not the same as on process 0; it must be on storage that all processes share.'
     )

@@ -13,10 +13,10 @@ def local(path: str | Path) -> Path:
   fails, or, naming the extra `hf`, if huggingface_hub is not installed.
   """
   name, path = str(path), Path(path).expanduser()
-  found = NAME.fullmatch(name)
-  if path.exists() or not found or Path(path.parts[0]).is_dir():
+  match = NAME.fullmatch(name)
+  if path.exists() or not match or Path(path.parts[0]).is_dir():
     return path
-  name, inside = found.groups()
+  name, inside = match.groups()
   try:
     import huggingface_hub
   except ImportError:

@@ -123,8 +123,8 @@ def start_or_resume(
 ) -> tuple[TrainState, float]:
   """The state to train from, laid out like `target`, and the seconds of training that went into it."""
   # 1. The newest whole checkpoint of this run
-  if found := checkpoint.resume(config.run_dir, target):
-    state, meta = found
+  if resumed := checkpoint.resume(config.run_dir, target):
+    state, meta = resumed
     return state, meta['seconds']
   state = state_lib.init(objective, target, optimizer, config.seed, spec)
   # 2. The parameters of another run, with fresh ones for those that it may lack
@@ -168,7 +168,7 @@ def train(
     if c[name] < 1:
       raise ValueError(f'train.{name} is {c[name]}; expected 1 or more.')
   frozen = frozen or {}
-  say = lambda text: print(text, flush=True) if jax.process_index() == 0 else None
+  print_once = lambda text: print(text, flush=True) if jax.process_index() == 0 else None
   started = time.monotonic()
   # --- Shapes and sizes -----------------------------------------------------------------------------------------------
   stream = batches(0)
@@ -189,11 +189,11 @@ def train(
   device = mesh.devices.flat[0]
   if c.offload_optimizer and 'pinned_host' not in {m.kind for m in device.addressable_memories()}:
     raise ValueError(f'{device.device_kind} cannot keep arrays in host memory; set train.offload_optimizer=False.')
-  say(f'devices: {mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(mesh.shape)}')
+  print_once(f'devices: {mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(mesh.shape)}')
   for name, tree in params.items():
-    say(f'{name}: {count(tree):,} parameters{" (frozen)" if name in optimizer.frozen else ""}')
+    print_once(f'{name}: {count(tree):,} parameters{" (frozen)" if name in optimizer.frozen else ""}')
   for name, tree in frozen.items():
-    say(f'{name}: {count(tree):,} parameters (frozen network)')
+    print_once(f'{name}: {count(tree):,} parameters (frozen network)')
   if device.platform == 'cpu' and count(params) > LARGE_ON_CPU and not c.allow_cpu:
     raise ValueError(
       f'{count(params):,} parameters would train on the CPU; install jax for your accelerator '
@@ -207,10 +207,10 @@ def train(
   if evals and start and due(c.eval_every, start):  # it comes after the checkpoint, so the run may have ended before it
     missed = bool(multihost_utils.broadcast_one_to_all(np.int32(not metrics_lib.logged(run_dir, start))))
   if start >= c.steps and not missed:
-    say(f'{run_dir} is complete: {start} of {c.steps} steps; raise train.steps to continue.')
+    print_once(f'{run_dir} is complete: {start} of {c.steps} steps; raise train.steps to continue.')
     return state, False
   distributed.keeps(lambda: checkpoint.describe_newest(run_dir))
-  say(f'resuming at step {start}' if start else f'starting in {run_dir}')
+  print_once(f'resuming at step {start}' if start else f'starting in {run_dir}')
   if start:
     stream = batches(start)
     first = next(stream)
@@ -261,7 +261,7 @@ def train(
     if not bool(_finite(state)):
       if c.nan_guard:
         raise Diverged(f'{_nonfinite_name(state)} is not finite after step {step}')
-      say(f'warning: the state is not finite after step {step}; it is not saved')
+      print_once(f'warning: the state is not finite after step {step}; it is not saved')
       return False
     checkpoint.save(saves, step, state, {**(meta or {}), 'axes': axes, 'seconds': elapsed()})
     return True
@@ -278,7 +278,7 @@ def train(
         log.push(step, metrics, finite)
         if step == start + 1:
           jax.block_until_ready(metrics)
-          progress.say(f'first step after {time.monotonic() - started:.1f} s (compilation included)')
+          progress.print(f'first step after {time.monotonic() - started:.1f} s (compilation included)')
           if c.log_every > 1:
             meter.restart(step)
         log.read()  # what became due one step ago
@@ -304,7 +304,7 @@ def train(
       stopped = stop.received_by_any()
       if stopped:
         how = 'and saved' if saved else f'without saving; {checkpoint.describe_newest(run_dir)}'
-        progress.say(f'stopped at step {int(state.step)} {how}; run the same command to resume.')
+        progress.print(f'stopped at step {int(state.step)} {how}; run the same command to resume.')
   except Diverged as e:
     checkpoint.finish(saves)
     where = checkpoint.describe_newest(run_dir)

@@ -99,7 +99,7 @@ class Progress:
     self.plain = not quiet and not sys.stderr.isatty()
     self.bar = tqdm.tqdm(initial=start, total=total, unit='step', disable=quiet or self.plain, dynamic_ncols=True)
 
-  def say(self, text: str) -> None:
+  def print(self, text: str) -> None:
     if jax.process_index() == 0:
       self.bar.write(text) if not self.plain else print(text, flush=True)
 
@@ -109,7 +109,9 @@ class Progress:
   def log(self, step: int, values: Mapping[str, float]) -> None:
     text = '  '.join(f'{k} {v:,.0f}' if abs(v) >= 1e4 else f'{k} {v:.4g}' for k, v in values.items() if k != 'seconds')
     left = (time.monotonic() - self.begun) / max(step - self.start, 1) * (self.total - step)
-    self.say(f'step {step}/{self.total}  {text}' + (f'  {tqdm.tqdm.format_interval(left)} left' if self.plain else ''))
+    self.print(
+      f'step {step}/{self.total}  {text}' + (f'  {tqdm.tqdm.format_interval(left)} left' if self.plain else '')
+    )
 
   def close(self) -> None:
     self.bar.close()

@@ -1,7 +1,7 @@
 """One process of a toy run, for test_processes.py: `python -m tests.training.process RUN_DIR STEPS [FLAGS]`.
 
-`--event=KIND:PROCESS:STEP` makes that process fail ('bad'), kill itself ('KILL'), stop itself ('STOP') or ask to end
-('TERM') when it reads the batch of that step, or skip a record from the beginning on ('skip').
+`--event=KIND:PROCESS:STEP` makes that process fail ('bad') or send itself SIGKILL ('KILL'), SIGSTOP ('STOP') or SIGTERM
+('TERM') when it reads the batch of that step, or report a skipped record from the beginning ('skip').
 """
 
 import os
@@ -17,7 +17,7 @@ from dalle_jax.training import distributed, errors, sharding
 from tests.training import toy
 
 MESHES = common.MESHES | {'across': dict(data=1, fsdp=1, tensor=4, sequence=1)}  # layers split over both processes
-STEP = 0.04  # seconds, so that a word gets round before the run is over
+STEP = 0.04  # seconds, so that messages arrive before the run is over
 
 
 def batches(start, event, part, parts):
@@ -35,7 +35,7 @@ def batches(start, event, part, parts):
 
 
 class Rows:
-  """Batches, and what could not be read for them."""
+  """Batches, with the records that could not be read for them in `skipped`."""
 
   def __init__(self, rows):
     self.next = rows.__next__

@@ -57,7 +57,7 @@ def test_sharded_equals_unsharded(tmp_path, straight, mesh, part):
 
 @pytest.mark.parametrize('offload', [False, True])
 def test_resumed_equals_uninterrupted(tmp_path, straight, offload):
-  """Also where the moments are in the memory of the host."""
+  """Also when the moments are in host memory."""
   c = toy.config(tmp_path, offload_optimizer=offload)
 
   def interrupted(start):
@@ -81,7 +81,7 @@ def test_resumed_equals_uninterrupted(tmp_path, straight, offload):
 
 
 def test_killed_equals_uninterrupted(tmp_path):
-  """kill -9 at random moments of a run that saves all the time, started again until it is through."""
+  """A run that saves often is killed by kill -9 at random moments and started again until it completes."""
   command = [sys.executable, '-m', 'tests.training.toy', tmp_path / 'killed', '60', '3']
   lines = lambda: len(metrics.read(tmp_path / 'killed' / 'metrics.jsonl'))
   rng = random.Random(0)
@@ -169,7 +169,7 @@ def test_accumulation_equals_full_batch(tmp_path):
 
 def test_replicas_reduce_their_gradients_once_an_update(tmp_path):
   def reduced(accum, apart):
-    """Bytes of all all-reduces of an update."""
+    """Bytes of all all-reduces in an update."""
     objective, c = toy.Toy(counts=False), toy.config(tmp_path)
     objective.rows_apart = apart
     with sharding.use(dict(data=4), c.rules, jax.devices()[:4]) as mesh:
@@ -185,7 +185,7 @@ def test_replicas_reduce_their_gradients_once_an_update(tmp_path):
       text = step.lower(target, {}, batch).compile().as_text()
     return sum(r.times * c.bytes for r in costs.regions(text, 4) for c in r.collectives if c.kind == 'all-reduce')
 
-  assert reduced(4, True) == pytest.approx(reduced(1, False), rel=0.05)  # beside gradients there are metrics
+  assert reduced(4, True) == pytest.approx(reduced(1, False), rel=0.05)  # the metrics are reduced, too
   assert reduced(4, False) > 3 * reduced(1, False)
 
 
@@ -296,7 +296,7 @@ def test_batch_that_does_not_divide_and_large_model_on_cpu(tmp_path, monkeypatch
 
 
 def test_failing_save_is_one_line(tmp_path):
-  """The file size limit stands in for a full disk."""
+  """A limit on the file size stands in for a full disk."""
   code = 'import resource, sys; from tests.training import toy; toy.batches(); '
   code += 'resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); toy.run(toy.config(sys.argv[1], log_every=100))'
   done = subprocess.run([sys.executable, '-c', code, tmp_path], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Two processes do what one does, go down together, and leave a checkpoint that any number of them goes on from."""
+"""Two processes do what one does, end together, and leave a checkpoint that any number of processes can resume."""
 
 import functools
 import json
@@ -26,7 +26,7 @@ from tests.runs import ROOT
 from tests.training import toy
 
 STEPS = 20
-PATIENCE = 60  # seconds, in which everything here has to be over
+PATIENCE = 60  # seconds within which everything here must be over
 
 
 def free_port():
@@ -36,7 +36,7 @@ def free_port():
 
 
 def start(*command, count=2, devices=2):
-  """`count` processes of `command` on so many devices each."""
+  """Starts `count` processes of `command`, with `devices` devices each."""
   env = os.environ | {'XLA_FLAGS': os.environ['XLA_FLAGS'].replace('device_count=8', f'device_count={devices}')}
   port, pipe = free_port(), subprocess.PIPE
   explicit = [f'--coordinator=localhost:{port}', f'--processes={count}']
@@ -49,7 +49,7 @@ def start(*command, count=2, devices=2):
 
 
 def ends(processes):
-  """(exit status, standard output, last line of the standard error, all of it) of each; none outlives the test."""
+  """(exit status, stdout, last line of stderr, all of stderr) of each process; none of them outlives the test."""
   try:
     texts = [p.communicate(timeout=PATIENCE) for p in processes]
   finally:
@@ -73,7 +73,7 @@ def same(a, b, atol=1e-6):
 
 @pytest.fixture(scope='module')
 def straight(tmp_path_factory):
-  """The last state of one process, uninterrupted."""
+  """The last state of an uninterrupted run of one process."""
   return toy.run(toy.config(tmp_path_factory.mktemp('straight'), steps=STEPS))
 
 
@@ -135,7 +135,7 @@ if __name__ == '__main__':
 
 
 def test_two_processes_encode_ahead_what_one_does(tmp_path):
-  """Each reads half of the pictures."""
+  """Each reads half of the images."""
   fields, picture = dict(variant='test', image_size=24, patch=3), np.zeros((1, 24, 24, 3), np.float32)
   c = {'data': {'image_size': 24}, 'model': fields}
   runs.write(tmp_path / 'vqgan', 'vqgan', vqgan.build(**fields), c, picture)
@@ -177,7 +177,7 @@ def test_who_writes_may_take_its_time_and_flags_are_those_of_all():
 def test_two_processes_equal_one(tmp_path, straight):
   first, second = ends(toys(tmp_path))
   assert (first[0], second[0]) == (0, 0), first[3] + second[3]
-  assert 'devices: 4 x cpu' in first[1] and 'step' not in second[1]  # process 0 speaks for both
+  assert 'devices: 4 x cpu' in first[1] and 'step' not in second[1]  # only process 0 prints
   same(params(tmp_path), straight.params)
   same(checkpoint.load_run(tmp_path).params, straight.ema)
   assert [m['step'] for m in metrics.read(tmp_path / 'metrics.jsonl')] == list(range(1, STEPS + 1))
@@ -232,7 +232,7 @@ def test_a_run_that_loses_processes_again_and_again_equals_one_left_alone(tmp_pa
   )
   assert 'resuming at step 4' in first[1] and checkpoint.steps(tmp_path) == [4]
 
-  first, second = ends(toys(tmp_path, 'KILL:0:7'))  # with it goes what the other is joined by
+  first, second = ends(toys(tmp_path, 'KILL:0:7'))  # the store that joins the processes goes with it
   assert (first[0], second[0]) == (-9, 75), first[3] + second[3]
   assert 'process 1 of 2: ' in second[2] and 'the checkpoint of step 4 is kept. Start all' in second[2], second[3]
 
@@ -256,7 +256,7 @@ def test_a_killed_process_ends_the_others_after_some_silence(tmp_path):
 @pytest.mark.parametrize(
   'flags, message',
   [
-    (['--processes=2', '--process=0'], '--coordinator is missing; give --coordinator=HOST:PORT, --processes=N and'),
+    (['--processes=2', '--process=0'], 'missing --coordinator; give --coordinator=HOST:PORT, --processes=N and'),
     (['--coordinator=here', '--processes=2', '--process=0'], "--coordinator 'here' is not a HOST:PORT"),
     (['--coordinator=here:1', '--processes=2', '--process=2'], '--process 2 is not one of 2'),
     ([f'--coordinator=localhost:{free_port()}', '--processes=2', '--process=1', '--join_timeout=1'], 'within 1 s'),
@@ -270,7 +270,7 @@ def test_flags_that_join_nobody_are_one_line(tmp_path, capsys, flags, message):
 
 
 def test_train_with_an_objective_evaluation_and_pictures(tmp_path):
-  """The CLIP of the quickstart: words, data, evaluation and checkpoints of two processes are those of one."""
+  """The CLIP of the quickstart: tokenizer, data, evaluation and checkpoints of two processes equal those of one."""
   command = ['train.py', '--config=configs/quickstart.py:clip']
   model, data = (
     {'variant': 'test', 'patch': 9, 'layers': 1, 'text_layers': 1},

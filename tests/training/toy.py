@@ -1,4 +1,4 @@
-"""A tiny objective for the tests of the loop; `python -m tests.training.toy RUN_DIR STEPS CHECKPOINT_EVERY` trains."""
+"""A tiny objective to test the loop with; `python -m tests.training.toy RUN_DIR STEPS CHECKPOINT_EVERY` trains it."""
 
 import sys
 
@@ -24,7 +24,7 @@ class Net(nn.Module):
 
 
 class Toy:
-  """Learns to copy; `noise` makes the loss depend on ctx.rng, `critic` adds a second player; `counts`: has a state."""
+  """Learns to copy. `noise` makes the loss depend on ctx.rng, `critic` adds a second player, `counts` mutable state."""
 
   def __init__(self, noise=0.0, critic=False, nan_at=-1, counts=True):
     self.noise, self.critic, self.nan_at, self.counts, self.net = noise, critic, nan_at, counts, Net()
@@ -57,7 +57,7 @@ class Toy:
 
 
 def batches(start=0):
-  """Batch k is a function of k alone."""
+  """Batch k depends only on k."""
   step = start
   while True:
     yield {'ids': np.random.default_rng(step).integers(0, VOCAB, (BATCH, SEQ)).astype(np.int32)}
