@@ -4,6 +4,8 @@ The result is a folder that `data.sources.tokens` reads (its files are described
 captions lie in *.partial and progress.json says how much of them counts, so a killed run goes on where it was.
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -11,7 +13,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +48,8 @@ def encode_dataset(
   With a mesh under the parameters each batch is split over it, and each of several processes, which must share
   `out_dir`, reads its part of the pictures, with so many `workers` (0: by threads). A finished folder made of the same
   network, source and size is left as it is, one of others is made anew. The source is known by its kind, length, names
-  and a sample of its records: delete the folder after changing single pictures.
+  and a sample of its records: delete the folder after changing single pictures. A second command that encodes into the
+  same folder waits for the first.
 
   Raises ValueError for an image size that does not suit the network, or when nothing in the source is usable.
   """
@@ -73,41 +76,41 @@ def encode_dataset(
     codes = model.apply({'params': params}, flat, method='encode')
     return {'codes': codes.reshape(images.shape[0], -1), **batch}
 
-  writer = _Writer(Path(out_dir), identity) if writes else None
-  # Where to begin, -1 when there is nothing to do: process 0 knows, as it alone writes.
-  done = int(multihost_utils.broadcast_one_to_all(np.int64(writer.done if writer else 0)))
-  if done >= 0:
-    config = ConfigDict(dict(image_size=image_size, augment=''))
-    part, parts = sharding.part_to_read(mesh) if mesh else (0, 1)
-    loader = pipeline.make_loader(
-      source,
-      config,
-      encode_text=None,
-      batch_size=batch_size,
-      seed=0,
-      shuffle=False,
-      start_step=done // batch_size,
-      part=part,
-      parts=parts,
-      workers=workers,
-    )
-    total, quiet = len(source), writer is None
-    bar = tqdm(total=total, initial=done, unit='pictures', desc='encoding', disable=quiet, mininterval=5.0)
-    for start in range(done // batch_size * batch_size, total, batch_size):
-      batch = {k: v for k, v in next(loader).items() if k in ('image', 'vectors')}
-      size = len(batch['image'])
-      batch['place'] = part * size + np.arange(size, dtype=np.int32)  # a part may lie anywhere in the whole
-      found = encode(params, sharding.put_batch(batch, mesh) if mesh else batch)
-      rows = _of_all([[row.index, list(row.captions)] for row in loader.rows], part, parts)
+  with _Writer(Path(out_dir), identity) if writes else contextlib.nullcontext() as writer:
+    # Where to begin, -1 when there is nothing to do: process 0 knows, as it alone writes.
+    done = int(multihost_utils.broadcast_one_to_all(np.int64(writer.done if writer else 0)))
+    if done >= 0:
+      config = ConfigDict(dict(image_size=image_size, augment=''))
+      part, parts = sharding.part_to_read(mesh) if mesh else (0, 1)
+      loader = pipeline.make_loader(
+        source,
+        config,
+        encode_text=None,
+        batch_size=batch_size,
+        seed=0,
+        shuffle=False,
+        start_step=done // batch_size,
+        part=part,
+        parts=parts,
+        workers=workers,
+      )
+      total, quiet = len(source), writer is None
+      bar = tqdm(total=total, initial=done, unit='pictures', desc='encoding', disable=quiet, mininterval=5.0)
+      for start in range(done // batch_size * batch_size, total, batch_size):
+        batch = {k: v for k, v in next(loader).items() if k in ('image', 'vectors')}
+        size = len(batch['image'])
+        batch['place'] = part * size + np.arange(size, dtype=np.int32)  # a part may lie anywhere in the whole
+        found = encode(params, sharding.put_batch(batch, mesh) if mesh else batch)
+        rows = _of_all([[row.index, list(row.captions)] for row in loader.rows], part, parts)
+        if writer:
+          order = np.argsort(found['place'])
+          vectors = np.asarray(found['vectors'])[order] if 'vectors' in found else None
+          writer.append(start, np.asarray(found['codes'])[order], rows[: total - start], vectors)
+        bar.update(min(start + batch_size, total) - bar.n)
+      bar.close()
+      loader.close()
       if writer:
-        order = np.argsort(found['place'])
-        vectors = np.asarray(found['vectors'])[order] if 'vectors' in found else None
-        writer.append(start, np.asarray(found['codes'])[order], rows[: total - start], vectors)
-      bar.update(min(start + batch_size, total) - bar.n)
-    bar.close()
-    loader.close()
-    if writer:
-      writer.finish()
+        writer.finish()
   multihost_utils.sync_global_devices('encoded')
   return json.loads((Path(out_dir) / 'meta.json').read_text())
 
@@ -165,24 +168,46 @@ def describe(source: pipeline.Source) -> str:
 
 
 class _Writer:
-  """The files of one encoded data set; `done` counts source records, -1 when the folder is finished."""
+  """The files of one encoded data set, locked while they are written; `done` counts source records.
+
+  `done` is -1 when the folder is finished. Another command that encodes into the folder waits until this one has left
+  the `with` block or is gone.
+  """
 
   def __init__(self, out: Path, identity: dict[str, Any]):
     self.out, self.identity = out, identity
-    out.mkdir(parents=True, exist_ok=True)
-    meta, progress = self._read('meta.json'), self._read('progress.json')
-    self.done = -1
-    if meta and all(meta.get(k) == v for k, v in identity.items()):
-      return
-    (out / 'meta.json').unlink(missing_ok=True)  # from here on the folder is not whole
-    paths = [out / name for name in PARTIAL]
-    sizes = progress.get('bytes', [0] * len(paths))
-    whole = all(p.is_file() and p.stat().st_size >= s for p, s in zip(paths, sizes, strict=True))
-    if progress.get('identity') != identity or not whole:
-      progress, sizes = {}, [0] * len(paths)
+    self.done, self.count, self.files = -1, 0, []
+    self._resources = contextlib.ExitStack()
+
+  def __enter__(self) -> '_Writer':
+    self.out.mkdir(parents=True, exist_ok=True)
+    if self._is_finished():  # which needs no lock: the folder may be read-only
+      return self
+    with contextlib.ExitStack() as stack:
+      _lock(stack.enter_context((self.out / 'lock').open('w')), self.out)
+      if not self._is_finished():
+        self._open(stack)
+      self._resources = stack.pop_all()
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self._resources.close()
+
+  def _is_finished(self) -> bool:
+    meta = self._read('meta.json')
+    return bool(meta) and all(meta.get(k) == v for k, v in self.identity.items())
+
+  def _open(self, stack: contextlib.ExitStack) -> None:
+    """Opens the files to append to, at the last saved progress with the same identity or empty."""
+    (self.out / 'meta.json').unlink(missing_ok=True)  # from here on the folder is not whole
+    progress, paths = self._read('progress.json'), [self.out / name for name in PARTIAL]
+    self.sizes = progress.get('bytes', [0] * len(paths))
+    whole = all(p.is_file() and p.stat().st_size >= s for p, s in zip(paths, self.sizes, strict=True))
+    if progress.get('identity') != self.identity or not whole:
+      progress, self.sizes = {}, [0] * len(paths)
     self.done, self.count = progress.get('done', 0), progress.get('count', 0)
-    self.files = [p.open('ab') for p in paths]
-    for file, size in zip(self.files, sizes, strict=True):
+    self.files = [stack.enter_context(p.open('ab')) for p in paths]
+    for file, size in zip(self.files, self.sizes, strict=True):
       file.truncate(size)
     self.saved = time.monotonic()
 
@@ -200,26 +225,35 @@ class _Writer:
     `rows` are (record, captions).
     """
     keep = [i for i, (index, _) in enumerate(rows) if start + i >= self.done and index == start + i]
-    self.files[0].write(codes[keep].astype(self.identity['dtype']).tobytes())
-    self.files[1].write(''.join(json.dumps(rows[i][1]) + '\n' for i in keep).encode())
-    if vectors is not None:
-      self.files[2].write(vectors[keep].astype(np.float32).tobytes())
+    pieces = [
+      codes[keep].astype(self.identity['dtype']).tobytes(),
+      ''.join(json.dumps(rows[i][1]) + '\n' for i in keep).encode(),
+      b'' if vectors is None else vectors[keep].astype(np.float32).tobytes(),
+    ]
+    for i, (file, piece) in enumerate(zip(self.files, pieces, strict=True)):
+      file.write(piece)
+      self.sizes[i] += len(piece)
     self.done, self.count = start + len(rows), self.count + len(keep)
     if time.monotonic() - self.saved > SAVE_EVERY:
       self.save()
 
   def save(self) -> None:
-    for file in self.files:
+    """Records the progress. Raises ValueError when the files are not as long as what was written to them."""
+    for file, size in zip(self.files, self.sizes, strict=True):
       file.flush()
       os.fsync(file.fileno())
-    sizes = [f.tell() for f in self.files]
-    progress = {'identity': self.identity, 'done': self.done, 'count': self.count, 'bytes': sizes}
+      if (there := os.fstat(file.fileno()).st_size) != size:
+        raise ValueError(
+          f'{file.name} has {there} bytes after {size} were written: something else writes to it; stop that, then run '
+          'the same command again.'
+        )
+    progress = {'identity': self.identity, 'done': self.done, 'count': self.count, 'bytes': self.sizes}
     checkpoint.write_json(self.out / 'progress.json', progress)
     self.saved = time.monotonic()
 
   def finish(self) -> None:
     self.save()
-    codes, _, vectors = (file.tell() for file in self.files)
+    codes, _, vectors = self.sizes
     for file, name in zip(self.files, PARTIAL.values(), strict=True):
       file.close()
       os.replace(file.name, self.out / name)
@@ -232,3 +266,14 @@ class _Writer:
     meta = {**self.identity, 'count': self.count, 'skipped': self.done - self.count, 'frames': frames, 'vectors': dim}
     checkpoint.write_json(self.out / 'meta.json', meta)
     (self.out / 'progress.json').unlink()
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+  """Locks `file` until it is closed, waiting for whoever holds it; without a lock where the file system has none."""
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    print(f'{folder} is being encoded by another command; waiting for it to finish', flush=True)
+    fcntl.flock(file, fcntl.LOCK_EX)
+  except OSError as e:
+    print(f'warning: {folder} cannot be locked ({e}); do not encode into it twice at the same time.', flush=True)

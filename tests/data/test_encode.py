@@ -1,5 +1,6 @@
 """Encoding ahead of time: the codes and captions of every usable picture, once, whatever interrupts it."""
 
+import threading
 import types
 
 import jax
@@ -60,7 +61,8 @@ def test_every_usable_picture_is_encoded_once_and_read_back(tmp_path):
   )
   usable = [i for i in range(11) if i not in (4, 10)]
   assert encoded(tmp_path) == [(c, [] if i == 2 else t) for i, (c, t) in zip(usable, expected(usable), strict=True)]
-  assert {p.name for p in tmp_path.iterdir()} == {'meta.json', 'tokens.bin', 'captions.jsonl', 'captions.ends'}
+  files = {'meta.json', 'tokens.bin', 'captions.jsonl', 'captions.ends', 'lock'}
+  assert {p.name for p in tmp_path.iterdir()} == files
   stream = pipeline.make_loader(
     tokens.Tokens(tmp_path), data_config(), encode_text=encode_text, batch_size=8, seed=0, shuffle=True
   )
@@ -126,6 +128,41 @@ def test_a_killed_run_of_another_network_is_not_gone_on_with(tmp_path, monkeypat
     encode.encode_dataset(Numbered(9), run(), tmp_path, 8, 4)
   encode.encode_dataset(Numbered(9), run(1.0), tmp_path, 8, 4)
   assert encoded(tmp_path) == expected(range(9), 1)
+
+
+def test_a_second_command_waits_for_the_first_and_finds_the_folder_finished(tmp_path, monkeypatch, capsys):
+  commands, whole, starts = [], encode._Writer.append, []
+  encode_again = lambda: encode.encode_dataset(Numbered(9), run(), tmp_path, 8, 4)
+
+  def append(self, start, *rest):
+    starts.append(start)
+    if not commands:
+      commands.append(threading.Thread(target=encode_again))
+      commands[0].start()
+      commands[0].join(0.5)
+      assert commands[0].is_alive() and starts == [0]
+    whole(self, start, *rest)
+
+  monkeypatch.setattr(encode._Writer, 'append', append)
+  encode_again()
+  commands[0].join()
+  assert starts == [0, 4, 8] and encoded(tmp_path) == expected(range(9))
+  assert f'{tmp_path} is being encoded by another command; waiting' in capsys.readouterr().out
+
+
+def test_files_that_something_else_writes_to_are_not_finished(tmp_path, monkeypatch):
+  """As on a file system without locks."""
+  whole = encode._Writer.append
+
+  def append(self, *rest):
+    whole(self, *rest)
+    with (tmp_path / 'tokens.partial').open('ab') as file:
+      file.write(b'codes')
+
+  monkeypatch.setattr(encode._Writer, 'append', append)
+  with pytest.raises(ValueError, match=r'tokens.partial has 87 bytes after 72 were written: something else writes'):
+    encode.encode_dataset(Numbered(9), run(), tmp_path, 8, 4)
+  assert not (tmp_path / 'meta.json').exists()
 
 
 def test_a_mesh_under_the_parameters_splits_the_batch(tmp_path):
