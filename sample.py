@@ -12,6 +12,7 @@ Writes OUT/NUMBER_RANK.png, OUT/grid.png (best first with --clip), OUT/samples.j
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,7 +53,8 @@ flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 def prompts() -> list[str]:
   found = list(FLAGS.prompt)
   if FLAGS.prompts:
-    found += [line.strip() for line in Path(FLAGS.prompts).read_text(encoding='utf-8').splitlines() if line.strip()]
+    lines = Path(FLAGS.prompts).read_text(encoding='utf-8-sig').splitlines()  # with or without a byte order mark
+    found += [line.strip() for line in lines if line.strip()]
   if not found:
     raise ValueError('there is no caption; give --prompt "..." or --prompts FILE with one a line.')
   return found
@@ -66,7 +68,7 @@ def story() -> list[str]:
   if not path.is_file():
     raise FileNotFoundError(f'there is no file {path}; expected a JSON file with the captions of a story.')
   try:
-    found = json.loads(path.read_text(encoding='utf-8'))
+    found = json.loads(path.read_text(encoding='utf-8-sig'))
   except ValueError as e:
     raise ValueError(f'{path} is no JSON file ({e}); expected {{"captions": ["...", "..."]}}.') from e
   found = {'captions': found} if isinstance(found, list) else found
@@ -139,6 +141,7 @@ def draw_pictures(model: Any, asked: list[str], how: dict[str, Any]) -> list[Any
 def write(out: Path, results: Iterable[tuple[Any, ...]], board: Image.Image | None, how: dict[str, Any]) -> None:
   """Pictures, grid and table of (caption, pictures, numbers, scores) each, and the storyboard of a story."""
   out.mkdir(parents=True, exist_ok=True)
+  remove_earlier(out)
   if board:
     board.save(out / 'storyboard.png')
   table, rows, best = [], [], FLAGS.best or FLAGS.n
@@ -155,6 +158,18 @@ def write(out: Path, results: Iterable[tuple[Any, ...]], board: Image.Image | No
   (out / 'samples.json').write_text(json.dumps({**settings, 'samples': table}, indent=2) + '\n')
   more = 'storyboard.png, ' if FLAGS.story else ''
   print(f'wrote {sum(len(t["files"]) for t in table)} pictures, {more}grid.png and samples.json to {out}')
+
+
+def remove_earlier(out: Path) -> None:
+  """Removes the images that an earlier samples.json in `out` lists, except those that this command was given."""
+  try:
+    files = [name for row in json.loads((out / 'samples.json').read_text())['samples'] for name in row['files']]
+  except (OSError, ValueError, KeyError, TypeError):
+    return  # there is none, or it is something else
+  given = {Path(name).resolve() for name in (FLAGS.source, FLAGS.init_image, FLAGS.vary) if name}
+  for path in (out / name for name in files if re.fullmatch(r'\d+_\d+\.png', str(name))):
+    if path.resolve() not in given:
+      path.unlink(missing_ok=True)
 
 
 def main(argv: list[str]) -> int:
