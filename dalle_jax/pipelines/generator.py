@@ -45,6 +45,8 @@ class Generator:
     self.config, self.reranker, self.mesh, self.rules = run.config, reranker, mesh, rules
     reads = frozen[self.WORDS] if self.WORDS else run
     self.words = text_encoder(reads.tokenizer, reads.config['tokenizer'])
+    markers = [name for name in ('start', 'end') if reads.config['tokenizer'].get(name, -1) >= 0]
+    self.text_capacity = self.words.length - len(markers)  # tokens of a caption that the model reads
     self.image_size = self.config['data']['image_size']
     self.step, self.params, self.int8 = run.step, dict(run.params), int8
     self._jit = functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
@@ -87,10 +89,10 @@ class Generator:
   # --- On the host
 
   def _text(self, prompt: str) -> np.ndarray:
-    text = self.words(prompt)
-    if self.words.is_full(text) and (count := len(self.words.bpe.encode(prompt))) > self.words.length:
-      logger.warning('the prompt %r has %d tokens; the model reads the first %d.', prompt, count, self.words.length)
-    return text
+    count = len(self.words.bpe.encode(prompt))
+    if count > self.text_capacity:
+      logger.warning('the prompt %r has %d tokens; the model reads the first %d.', prompt, count, self.text_capacity)
+    return self.words(prompt)
 
   def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
     return sharding.put_whole(batch, self.mesh) if self.mesh else batch
