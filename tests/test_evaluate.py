@@ -128,7 +128,7 @@ def test_labelled_stories_by_a_classifier_with_a_broken_one(root, run, tmp_path,
   assert [r['labels'] for r in rows] == [[pororo.CHARACTERS[k % 9]] for k in range(6, 10)]
   assert metrics['skipped'] == 1 and 'ep1/10.png is missing' in metrics['skipped_records'][0]
   out = capsys.readouterr().out
-  assert f'skipped {CLIPS[6]}: FileNotFoundError' in out and 'FID of 4 and 4 pictures by 8 features' in out
+  assert f'skipped {CLIPS[6]}: FileNotFoundError' in out and 'FID of 4 and 4 images with 8 features' in out
   assert (metrics['records'], metrics['pictures'], metrics['fid_resize']) == (1, 4, 8)
   assert metrics['fid_network']['kind'] == 'classifier' and 'caption' not in metrics and 'clip_score' not in metrics
 
@@ -254,57 +254,98 @@ def test_reconstructions_of_frames(root, run, tmp_path):
   assert not (tmp_path / 'out' / 'true.npz').exists()
 
 
+def test_retrieval_by_a_clip(root, run, tmp_path):
+  folder, rng = tmp_path / 'pictures', np.random.default_rng(0)
+  folder.mkdir()
+  captions = ['snow', 'sand', 'snow', '', 'two moons', 'a red ring', 'grass']
+  for name, caption in zip('abcdefg', captions, strict=True):
+    Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), np.uint8)).save(folder / f'{name}.png')
+    (folder / f'{name}.txt').write_text(caption)
+  flags = ['--split', 'all', '--source', 'folder', '--path', folder, '--batch_size', 4]
+  assert run('--run', root / 'clip', *flags) == 0
+  assert {p.name for p in (tmp_path / 'out').iterdir()} == {'grid.png', 'metrics.json', 'predictions.json'}
+  rows, metrics = read(tmp_path)
+  usable = [0, 1, 2, 4, 5, 6]
+  assert [r['index'] for r in rows] == usable and [r['caption'] for r in rows] == [captions[k] for k in usable]
+  assert (metrics['records'], metrics['captions'], metrics['skipped']) == (6, 5, 1)
+
+  true = np.stack([np.asarray(Image.open(folder / f'{"abcdefg"[k]}.png')) for k in usable])
+  texts = [captions[k] for k in usable]
+  scores = Reranker.load(root / 'clip').scores(texts, np.broadcast_to(true, (6, *true.shape)))  # caption, image
+  np.testing.assert_allclose([r['clip_score_true'] for r in rows], np.diag(scores), atol=1e-4)
+  order = np.argsort(-scores, axis=1)
+  assert [r['nearest_images'] for r in rows] == [[usable[k] for k in line[:5]] for line in order]
+  for direction, table in (('text_to_image', scores), ('image_to_text', scores.T)):
+    ranked = [[texts[k] for k in np.argsort(-line)] for line in table]
+    expected = [line.index(text) + 1 for line, text in zip(ranked, texts, strict=True)]
+    assert [r[f'{direction}_rank'] for r in rows] == expected and len(set(expected)) > 1
+    for k in (1, 5, 10):
+      assert metrics[f'{direction}_R@{k}'] == pytest.approx(np.mean(np.array(expected) <= k))
+  # Six rows of the image of a caption and the five nearest ones
+  assert Image.open(tmp_path / 'out' / 'grid.png').width > 6 * SIZE
+  assert metrics['settings']['run'] == str(root / 'clip') and metrics['settings']['step'] == 3
+
+
 def test_mistakes_are_one_line(root, run, tmp_path, capsys):
   folder = write_pororo(tmp_path / 'pororo')
   write_pororo_tables(folder)
   story, other = ['--run', root / 'story', '--split', 'test_seen'], tmp_path / 'other.npz'
+  (one := tmp_path / 'one').mkdir()
+  Image.new('RGB', (8, 8)).save(one / 'a.png')
   np.savez(other, mu=np.zeros(3), sigma=np.eye(3))
   for arguments, message in (
     ([], 'give --run RUN_DIR'),
     (['--run', tmp_path / 'nowhere'], 'has no checkpoints'),
-    (['--run', root / 'clip'], "is a run of 'clip', which draws nothing from captions"),
-    (['--run', root / 'vqgan', '--top_k', 5], 'is an image tokenizer, which draws nothing; leave out --top_k'),
+    (['--run', root / 'classifier'], "is a run of 'classifier', which draws nothing from captions"),
+    (['--run', root / 'clip', '--n', 2, '--top_k', 5], 'is a CLIP, which makes no images; leave out --n, --top_k'),
+    (['--run', root / 'clip', '--clip', root / 'clip', '--save_true'], 'leave out --clip, --save_true'),
+    (['--run', root / 'clip', '--image_size', 8], '--image_size is for reconstructions by an image tokenizer'),
+    (['--run', root / 'vqgan', '--top_k', 5], 'is an image tokenizer, which samples nothing; leave out --top_k'),
     (['--run', root / 'vqgan', '--image_size', 25], 'needs image sizes divisible by 6, not 25'),
     (['--run', root / 'dalle', '--lpips', root / 'lpips'], '--lpips is for reconstructions'),
     (['--run', root / 'dalle', '--fid_reference', 'true.npz'], '--fid_reference is for the FID; give --inception'),
     (
       ['--run', root / 'dalle', '--clip', root / 'clip', '--fid_reference', other],
-      'is of another network or another resize than',
+      'comes from another network or another resize than',
     ),
-    (['--run', root / 'vqgan', '--source', 'tokens'], 'the data source tokens has no pictures; give them'),
+    (['--run', root / 'vqgan', '--source', 'tokens'], 'the data source tokens has no images; give data that has'),
     (['--run', root / 'vqgan', '--source_arg', 'seed'], "--source_arg 'seed' is not understood; write NAME=VALUE"),
     (['--run', root / 'dalle', '--inception', root / 'clip'], f"--inception {root / 'clip'} is a run of 'clip'"),
     (
       ['--run', root / 'dalle', '--inception', root / 'inception', '--classifier', root / 'classifier'],
-      '--classifier finds labels, which the data does not have',
+      '--classifier predicts labels, which the data does not have',
     ),
-    ([*story, '--source', 'shapes', '--split', 'val'], 'record 0 is a picture; expected a story'),
+    ([*story, '--source', 'shapes', '--split', 'val'], 'record 0 is an image; expected a story'),
     ([*story, '--source_arg', 'count=abc'], "cannot use its arguments, count='abc', image_size=24"),
     ([*story, '--source', 'folder'], "the data source 'folder' needs path; set --path"),
     ([*story, '--resize', 8], '--resize is for the FID'),
     ([*story, '--out', root], 'holds other things than an evaluation (classifier, clip, dalle, imported,'),
     (['--run', root / 'vqgan', '--source', 'foo'], "--source 'foo' is unknown"),
+    (['--run', root / 'vqgan', '--source', 'folder', '--path', 'no'], "--path 'no' is"),
+    (['--run', root / 'vqgan', '--source', 'folder', '--path', one, '--split', 'no'], "split 'no'"),
+    (['--run', root / 'vqgan', '--source', 'folder', '--path', one], "the split 'test' of 1"),
+    ([*story, '--source', 'clevr_sv', '--path', one, '--split', 'val'], 'or --split test'),
     ([*story, '--source_arg', 'a.b=1'], "--source_arg 'a.b=1' is not understood"),
     ([*story, '--mesh', 'data=3'], 'set --mesh so that'),
     ([*story, '--mesh', 'data=2,data=4'], 'has an axis twice'),
     (
       ['--run', root / 'vqgan', '--split', 'val', '--clip', root / 'clip', '--inception', root / 'inception'],
-      '--clip has nothing to do for an image tokenizer beside --inception',
+      'an image tokenizer has no use for --clip in addition to --inception',
     ),
     ([*story, '--out', '.'], 'is a link, a mount or the current directory'),
-    (['--run', root / 'vqgan', '--n', 2], 'is an image tokenizer, which draws nothing; leave out --n'),
+    (['--run', root / 'vqgan', '--n', 2], 'is an image tokenizer, which samples nothing; leave out --n'),
     (['--run', root / 'vqgan', '--split', 'val', '--lpips', root / 'clip'], '--lpips takes an imported LPIPS'),
     ([*story, '--n', 2], '--n 2 needs --clip RUN_DIR'),
     ([*story, '--step', 7], 'has no checkpoint of step 7'),
     ([*story, '--path', folder], "the data source 'story_shapes' does not take path"),
     (['--run', root / 'imported'], 'was imported, without data; give them, e.g. --source folder'),
     (['--run', root / 'story'], "unknown split 'test'; expected one of train, val, test_seen, test_unseen"),
-    ([*story, '--classifier', root / 'vqgan'], 'looking at pictures needs one of inception, classifier, clip'),
+    ([*story, '--classifier', root / 'vqgan'], 'image features need one of inception, classifier, clip'),
     ([*story, 'more'], "arguments ['more'] are not understood"),
   ):
     assert run(*arguments) == 2
     err = capsys.readouterr().err
-    assert message in err and err.count('\n') == 1, err
+    assert message in err and err.count('\n') == 1 and 'config.' not in err, err  # in terms of flags
   for name in CLIPS[5:]:
     (folder / name).unlink()
   assert run('--run', root / 'imported', '--source', 'pororo', '--path', folder, '--int8') == 2

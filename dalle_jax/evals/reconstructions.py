@@ -1,4 +1,4 @@
-"""Pictures of a held-out split through image tokens and back."""
+"""Images of a held-out split, encoded to image tokens and decoded again."""
 
 import functools
 from collections.abc import Sequence
@@ -8,42 +8,44 @@ import jax
 import numpy as np
 from PIL import Image
 
+from dalle_jax.evals.evaluation import ImageEvaluation, Record, Result, Settings, filled
 from dalle_jax.evals.oracle import reader
 from dalle_jax.evals.pictures import grid
-from dalle_jax.evals.split import Evaluation, Record, Result, Settings, filled
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import lpips
 from dalle_jax.pipelines.grids import CELL
-from dalle_jax.training import checkpoint, sharding
+from dalle_jax.training import sharding
 
-SEEN = 16  # pairs of pictures through LPIPS at once
+LPIPS_BATCH = 16  # pairs of images through LPIPS at once
 
 
-class Reconstructions(Evaluation):
-  """Every picture, by the pipeline of an image tokenizer.
+class Reconstructions(ImageEvaluation):
+  """The reconstruction of every image, by the pipeline of an image tokenizer.
 
-  A picture's PSNR is in decibels, its L1 the mean absolute difference of pixels in [-1, 1], as in training; 'lpips'
-  needs `distance`. 'codes_used' is the share of all codes that came up, 'codes_perplexity' that of their frequencies.
+  The PSNR of an image is in decibels, its L1 the mean absolute difference of pixels in [-1, 1], as in training; 'lpips'
+  needs `settings.lpips`. 'codes_used' is the share of all codes that came up, 'codes_perplexity' the perplexity of
+  their frequencies.
   """
 
-  EXPECTED = 'a picture'
+  EXPECTED = 'an image'
 
-  def __init__(self, model: Any, source: Any, settings: Settings, distance: checkpoint.Run | None = None):
+  def __init__(self, model: Any, source: Any, settings: Settings):
     super().__init__(model, source, settings)
     self.read = reader(source, model.image_size)
     self.counts = np.zeros(model.num_codes, np.int64)
-    self.distance, self.distance_of = None, distance
-    if distance:
-      network, params = lpips.build(**distance.config['model']), distance.network('lpips')
+    self.distance = None
+    if run := settings.lpips:
+      network = lpips.build(**run.config['model'])
       one = lambda params, pair: network.apply({'params': params}, *(to_float(x)[None] for x in pair))[0]
       one = jax.default_matmul_precision('highest')(one)  # see fid.FeatureExtractor
-      between = lambda params, *pairs: jax.lax.map(functools.partial(one, params), pairs, batch_size=SEEN)
-      self.distance = functools.partial(jax.jit(between, out_shardings=sharding.whole(model.mesh)), params)
+      every = lambda params, *pairs: jax.lax.map(functools.partial(one, params), pairs, batch_size=LPIPS_BATCH)
+      jitted = jax.jit(every, out_shardings=sharding.whole(model.mesh))
+      self.distance = functools.partial(jitted, run.network('lpips'))
 
   def usable(self, captions: Sequence[str]) -> bool:
     return True
 
-  def at_once(self) -> int:
+  def records_per_call(self) -> int:
     return self.settings.batch_size
 
   def make(self, part: Sequence[Record], size: int) -> list[Result]:
@@ -58,26 +60,29 @@ class Reconstructions(Evaluation):
     results = []
     for i, record in enumerate(part):
       row = self.name(record) | {name: round(float(v[i]), 4) for name, v in values.items()}
-      row |= {} if self.read is None else {'right': self.read(record.index, drawn[i : i + 1])[0]}
+      if self.read:
+        row['right'] = self.read(record.index, drawn[i : i + 1])[0]
       labels = record.arrays.get('labels')
       results.append(Result(drawn[i : i + 1], true[i : i + 1], [row], None if labels is None else labels[None]))
     return results
 
-  def grid(self, shown: Sequence[tuple[Record, Result]]) -> Image.Image:
-    pairs = np.concatenate([y for _, x in shown for y in (x.true, x.drawn)])
-    times = max(1, -(-CELL // pairs.shape[1]))
-    return Image.fromarray(grid(pairs.repeat(times, 1).repeat(times, 2), 6))
+  def grid(self) -> Image.Image:
+    pairs = np.concatenate([images for _, result in self.shown for images in (result.true, result.drawn)])
+    scale = max(1, -(-CELL // pairs.shape[1]))
+    return Image.fromarray(grid(pairs.repeat(scale, 1).repeat(scale, 2), 6))
 
   def metrics(self) -> dict[str, Any]:
+    """Also the use of the codes, and the checkpoint of the LPIPS."""
     share = self.counts[self.counts > 0] / self.counts.sum()
-    used = {
+    result = super().metrics() | {
       'codes_used': float((self.counts > 0).mean()),
       'codes_perplexity': float(np.exp(-(share * np.log(share)).sum())),
     }
-    by = {'run': self.distance_of.path, 'step': self.distance_of.step} if self.distance_of else None
-    return super().metrics() | used | ({'lpips_network': by} if by else {})
+    if run := self.settings.lpips:
+      result['lpips_network'] = {'run': run.path, 'step': run.step}
+    return result
 
 
 def psnr(squares: np.ndarray) -> np.ndarray:
-  """Decibels for mean squared errors of pixels in [0, 255]; at most 100, for equal pictures."""
+  """Decibels for mean squared errors of pixels in [0, 255]; at most 100, which is that of equal images."""
   return 10 * np.log10(255.0**2 / np.maximum(squares, 255.0**2 * 1e-10))

@@ -15,8 +15,6 @@ from dalle_jax.models import image_tokenizer
 from dalle_jax.pipelines.rerank import in_batches
 from dalle_jax.training import checkpoint, sharding
 
-BATCH = 64  # pictures at once
-
 
 class ImageTokenizer:
   """A trained image tokenizer for pictures of one size.
@@ -27,6 +25,8 @@ class ImageTokenizer:
     num_codes: tokens lie in [0, num_codes).
     frozen: paths of what it was trained with, by name.
   """
+
+  BATCH = 64  # images at once, by default
 
   def __init__(self, run: checkpoint.Run, image_size: int = 0, mesh: Mesh | None = None, rules: sharding.Rules = ()):
     """Without `image_size` it is that of training. Raises ValueError for a size that the network does not suit."""

@@ -1,4 +1,4 @@
-"""Which picture fits a caption best, by a trained CLIP (Ramesh et al., 2021, section 2.6)."""
+"""How well images fit captions, by a trained CLIP that ranks samples (Ramesh et al., 2021, section 2.6)."""
 
 import functools
 from collections.abc import Sequence
@@ -9,52 +9,73 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax.data.bpe import TextEncoder, text_encoder
+from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional.pixels import resized, to_float
 from dalle_jax.models import clip
 from dalle_jax.training import checkpoint, sharding
 
-BATCH = 256  # pictures at once
-
 
 class Reranker:
-  """A CLIP with its tokenizer; `Reranker.load(run)`."""
+  """A trained CLIP with its tokenizer: `Reranker.load(run)`."""
 
-  def __init__(self, model: clip.CLIP, params: Any, encode_text: TextEncoder, mesh: Mesh | None = None):
-    self.model, self.params, self.encode_text = model, params, encode_text
-    apply = lambda params, x, method: model.apply({'params': params}, x, method=method)
+  BATCH = 256  # images or captions at once
+
+  def __init__(self, run: checkpoint.Run, mesh: Mesh | None = None):
+    """Raises ValueError for a CLIP without an image tower."""
+    self.config, self.step, self.mesh = run.config, run.step, mesh
+    self.model, self.params = clip.of_run(run.config), run.network('clip')
+    self.image_size = self.model.side
+    self._tokenize = text_encoder(run.tokenizer, run.config['tokenizer'])
     jit = functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
-    self._text = jit(functools.partial(apply, method='encode_text'))
-    side = model.side
-    sized = lambda images: resized(to_float(images), side)
-    self._image = jit(lambda params, images: apply(params, sized(images), method='encode_image'))
+    self._encode_text, self._encode_images = jit(self._text_embeds), jit(self._image_embeds)
 
   @classmethod
-  def load(cls, path: str | Path, *, mesh: Mesh | None = None, rules: sharding.Rules = ()) -> 'Reranker':
-    """Loads a run of the objective clip. Raises FileNotFoundError without checkpoints, ValueError for another run."""
-    run = checkpoint.load_run(path, mesh=mesh, rules=rules)
-    if run.config.get('objective') != 'clip' or not run.tokenizer:
-      raise ValueError(
-        f'{path} is a run of {run.config.get("objective")!r}; reranking needs one of the objective clip.'
-      )
-    words = text_encoder(run.tokenizer, run.config['tokenizer'])
-    return cls(clip.of_run(run.config), run.network('clip'), words, mesh)
+  def load(
+    cls, path: str | Path, *, mesh: Mesh | None = None, rules: sharding.Rules = (), step: int | None = None
+  ) -> 'Reranker':
+    """Loads a run of the objective clip, by default its newest checkpoint.
+
+    Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError for a run of another objective.
+    """
+    run = checkpoint.load_run(path, mesh=mesh, rules=rules, step=step)
+    if run.config.get('objective') != 'clip':
+      found = run.config.get('objective')
+      raise ValueError(f'{path} is a run of {found!r}; reranking needs one of the objective clip.')
+    if not run.tokenizer:
+      raise ValueError(f'{path} has no tokenizer, which reading captions needs; convert it again with one.')
+    return cls(run, mesh)
 
   def scores(self, prompts: Sequence[str], images: np.ndarray) -> np.ndarray:
-    """Cosines float32[B, n] between each of B prompts and its n pictures, uint8[B, n, H, W, 3]."""
+    """Cosine similarities float32[B, n] between each of B prompts and its n images, uint8[B, n, H, W, 3]."""
     if images.ndim != 5 or len(images) != len(prompts) or images.dtype != np.uint8:
       raise ValueError(
-        f'pictures are {images.dtype}{list(images.shape)} for {len(prompts)} prompts; expected uint8[B, n, H, W, 3].'
+        f'images are {images.dtype}{list(images.shape)} for {len(prompts)} prompts; expected uint8[B, n, H, W, 3].'
       )
-    text = np.stack([self.encode_text(p) for p in prompts])
-    texts = in_batches(lambda x: self._text(self.params, x), text, BATCH)
-    flat = images.reshape(-1, *images.shape[2:])
-    pictures = in_batches(lambda x: self._image(self.params, x), flat, BATCH)
-    return np.einsum('be,bne->bn', texts, pictures.reshape(*images.shape[:2], -1))
+    text_embeds = self.encode_prompts(prompts)
+    image_embeds = self.encode_images(images.reshape(-1, *images.shape[2:]))
+    return np.einsum('be,bne->bn', text_embeds, image_embeds.reshape(*images.shape[:2], -1))
+
+  def encode_prompts(self, prompts: Sequence[str]) -> np.ndarray:
+    """Embeddings float32[B, E] of unit length."""
+    ids = np.stack([self._tokenize(p) for p in prompts])
+    return in_batches(lambda x: self._encode_text(self.params, x), ids, self.BATCH)
+
+  def encode_images(self, images: np.ndarray) -> np.ndarray:
+    """Square images uint8[B, H, W, 3] of any size -> embeddings float32[B, E] of unit length."""
+    return in_batches(lambda x: self._encode_images(self.params, x), images, self.BATCH)
+
+  # --- Under jit
+
+  def _text_embeds(self, params: Any, ids: jax.Array) -> jax.Array:
+    return self.model.apply({'params': params}, ids, method='encode_text')
+
+  def _image_embeds(self, params: Any, images: jax.Array) -> jax.Array:
+    images = resized(to_float(images), self.image_size)
+    return self.model.apply({'params': params}, images, method='encode_image')
 
 
 def in_batches(function: Any, rows: np.ndarray, batch: int) -> np.ndarray:
-  """`function` over the rows, at most `batch` at a time and always as many, so that it compiles once."""
+  """`function` of all rows, in calls of one size, at most `batch` rows, so that it compiles once."""
   batch = min(batch, len(rows))
   results = []
   for start in range(0, len(rows), batch):

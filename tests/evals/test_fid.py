@@ -57,7 +57,7 @@ def test_statistics_are_float64_and_name_what_they_are_of():
     fid.statistics(np.zeros((1, 4)))
   with pytest.raises(ValueError, match='some features are not finite'):
     fid.statistics(np.full((2, 4), np.nan))
-  with pytest.raises(ValueError, match='features of 1 and of 4 numbers'):
+  with pytest.raises(ValueError, match='the features have 1 and 4 dimensions'):
     fid.frechet(s, fid.statistics(np.zeros((3, 4))))
 
 
@@ -87,7 +87,7 @@ def test_a_network_looks_at_pictures_of_any_size_and_number(network):
   np.testing.assert_allclose(network.features(images[-2:]), features[-2:], atol=1e-5)
   larger = images.repeat(2, 1).repeat(2, 2)
   assert network.features(larger).shape == features.shape
-  with pytest.raises(ValueError, match="runs/x is a run of 'dalle'; looking at pictures needs one of inception, "):
+  with pytest.raises(ValueError, match="runs/x is a run of 'dalle'; image features need one of inception, "):
     fid.FeatureExtractor(Run({'objective': 'dalle'}, {}, None, 1, 'runs/x'))
 
 
@@ -107,7 +107,7 @@ def test_the_hash_is_of_pictures_resize_and_network_not_of_batches(network, caps
   assert len({base.sha256, *(s.statistics().sha256 for s in others)}) == 4
   report = fid.report(seen(network, 0, images[:7]), seen(network, 0, images))
   assert report['fid'] > 0 and report['fid_reference_sha256'] == base.sha256 and report['fid_pictures'] == [7, 9]
-  assert report['fid_network']['step'] == 5 and 'FID of 7 and 9 pictures by 8 features' in capsys.readouterr().out
+  assert report['fid_network']['step'] == 5 and 'FID of 7 and 9 images with 8 features' in capsys.readouterr().out
 
 
 def test_saved_statistics_are_read_and_others_refused(network, tmp_path):
@@ -133,8 +133,8 @@ def test_saved_statistics_are_read_and_others_refused(network, tmp_path):
   torn[60:90] = b'?' * 30
   (tmp_path / 'torn.npz').write_bytes(torn)
   (tmp_path / 'short.npz').write_bytes(bytes(torn[:100]))
-  no, other = 'has no mu and sigma', 'is of another network or another resize'
-  told = dict(
+  no, other = 'has no mu and sigma', 'comes from another network or another resize'
+  messages = dict(
     lacks=no,
     shapes=r'has mu \[\d+\] and sigma',
     skew='symmetric',
@@ -144,7 +144,7 @@ def test_saved_statistics_are_read_and_others_refused(network, tmp_path):
     torn=no,
     short=no,
   )
-  for name, message in told.items():
+  for name, message in messages.items():
     with pytest.raises(ValueError, match=message):
       fid.reference(tmp_path / f'{name}.npz', network)
   with pytest.raises(ValueError, match=no):
