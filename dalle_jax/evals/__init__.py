@@ -1,1 +1,1 @@
-"""Measures of quality."""
+"""Evaluation of trained models."""

@@ -1,8 +1,8 @@
-"""Who is in the frames: F1 over characters, and how many frames have all of them right (Maharana et al., 2022).
+"""Which characters are in the frames: F1 over characters, and frame accuracy (Maharana et al., 2022).
 
-What is absent: a class that no frame has and none is said to have is left out of the macro average (its F1 is 0 / 0);
-one that no frame has but some are said to have counts as 0 there, and its false alarms count in the micro average.
-Where nothing at all is there to find and nothing is claimed, both averages are 1.
+Absent classes: a class that is neither in a frame nor predicted for one is left out of the macro average (its F1 is
+0 / 0). A class that is in no frame but is predicted for some counts as 0 there, and its false positives count in the
+micro average. When no frame has a class and none is predicted, both averages are 1.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,74 +13,76 @@ import numpy as np
 from dalle_jax.evals.fid import FeatureExtractor
 
 
-def f1_by_class(found: np.ndarray, true: np.ndarray) -> np.ndarray:
-  """F1 of each class, float64[C] in [0, 1], NaN for one that is in neither of bool[N, C]. Raises as `scores`."""
-  _check(found, true)
-  hits, claims = (found & true).sum(0), found.sum(0) + true.sum(0)
-  return np.where(claims > 0, 2 * hits / np.maximum(claims, 1), np.nan)
+def f1_by_class(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
+  """F1 of each class, float64[C] in [0, 1], of two bool[N, C]; NaN for a class in neither. Raises as `scores`."""
+  _check(predicted, true)
+  hits, total = (predicted & true).sum(0), predicted.sum(0) + true.sum(0)
+  return np.where(total > 0, 2 * hits / np.maximum(total, 1), np.nan)
 
 
-def scores(found: np.ndarray, true: np.ndarray, names: Sequence[str] = ()) -> dict[str, float | dict]:
-  """What a classifier finds in N frames against what they should show, both bool[N, C].
+def scores(predicted: np.ndarray, true: np.ndarray, names: Sequence[str] = ()) -> dict[str, float | dict]:
+  """Compares the labels that a classifier predicts for N frames with the true ones, both bool[N, C].
 
   Returns, in [0, 1]: 'f1_micro', over all pairs of frame and class; 'f1_macro', the mean over classes;
-  'frame_accuracy', the share of frames with every class right; with the `names` of the classes 'f1', by name, None for
-  a class that is absent. Raises ValueError for other shapes or dtypes, or no frames.
+  'frame_accuracy', the share of frames with every class right; and, given the `names` of the classes, 'f1' by name,
+  None for an absent class. Raises ValueError for other shapes or dtypes, or no frames.
   """
-  each = f1_by_class(found, true)
-  hits, claims = int((found & true).sum()), int(found.sum() + true.sum())
-  there = each[~np.isnan(each)]
+  by_class = f1_by_class(predicted, true)
+  hits, total = int((predicted & true).sum()), int(predicted.sum() + true.sum())
+  present = by_class[~np.isnan(by_class)]
   result: dict[str, float | dict] = {
-    'f1_micro': 2 * hits / claims if claims else 1.0,
-    'f1_macro': float(there.mean()) if len(there) else 1.0,
-    'frame_accuracy': float((found == true).all(1).mean()),
+    'f1_micro': 2 * hits / total if total else 1.0,
+    'f1_macro': float(present.mean()) if len(present) else 1.0,
+    'frame_accuracy': float((predicted == true).all(1).mean()),
   }
   if names:
-    result['f1'] = {n: None if np.isnan(f) else float(f) for n, f in zip(names, each, strict=True)}
+    result['f1'] = {n: None if np.isnan(f) else float(f) for n, f in zip(names, by_class, strict=True)}
   return result
 
 
 class Tally:
-  """What a classifier finds in several sets of pictures of the same N frames, added batch by batch.
+  """The labels that a classifier predicts for several sets of images of the same N frames, added batch by batch.
 
-  Figures for true frames are the ceiling of those for drawn ones, and say how far the classifier can be trusted.
+  The scores of true frames are the ceiling of those of generated ones, and show how reliable the classifier is.
   """
 
   def __init__(self, network: FeatureExtractor, names: Sequence[str]):
-    """Raises ValueError when the classifier does not know as many labels as there are names."""
+    """Raises ValueError when the classifier does not have as many labels as there are names."""
     if network.kind != 'classifier' or network.model.labels != len(names):
       known = getattr(network.model, 'labels', 0)
       raise ValueError(
-        f'{network.run} knows {known} labels, the data has {len(names)}; give a classifier trained on this data.'
+        f'{network.run} has {known} labels and the data {len(names)}; give a classifier trained on these data.'
       )
     self.network, self.names = network, tuple(names)
     self._labels: list[np.ndarray] = []
-    self._found: dict[str, list[np.ndarray]] = {}
+    self._predicted: dict[str, list[np.ndarray]] = {}
 
   def add(self, labels: np.ndarray, images: Mapping[str, np.ndarray]) -> list[dict[str, list[str]]]:
-    """Adds frames, set -> uint8[n, S, S, 3], with bool[n, C]; returns a dict a frame: 'labels' and 'labels_SET'."""
+    """Adds n frames with their labels bool[n, C] and `images` uint8[n, S, S, 3] by set.
+
+    Returns for each frame the names of its 'labels' and, for every set, of its 'labels_SET'.
+    """
     self._labels.append(labels)
     tables = {'labels': labels}
-    for name, pictures in images.items():
-      tables[f'labels_{name}'] = self.network.labels(pictures)
-      self._found.setdefault(name, []).append(tables[f'labels_{name}'])
+    for name, frames in images.items():
+      tables[f'labels_{name}'] = self.network.labels(frames)
+      self._predicted.setdefault(name, []).append(tables[f'labels_{name}'])
     columns = [named(t, self.names) for t in tables.values()]
     return [dict(zip(tables, row, strict=True)) for row in zip(*columns, strict=True)]
 
   def report(self) -> dict[str, Any]:
-    """'characters_SET': the `scores` of each set of pictures."""
+    """'characters_SET': the `scores` of each set of images."""
     true = np.concatenate(self._labels)
-    return {f'characters_{k}': scores(np.concatenate(v), true, self.names) for k, v in self._found.items()}
+    return {f'characters_{k}': scores(np.concatenate(v), true, self.names) for k, v in self._predicted.items()}
 
 
 def named(labels: np.ndarray, names: Sequence[str]) -> list[list[str]]:
-  """bool[N, C] -> the names of the classes that are in each frame. Raises ValueError unless there are C names."""
-  return [[name for name, there in zip(names, row, strict=True) if there] for row in labels]
+  """bool[N, C] -> the names of the classes in each frame. Raises ValueError unless there are C names."""
+  return [[name for name, present in zip(names, row, strict=True) if present] for row in labels]
 
 
-def _check(found: np.ndarray, true: np.ndarray) -> None:
-  if found.dtype != bool or true.dtype != bool or found.shape != true.shape or found.ndim != 2 or not len(found):
-    raise ValueError(
-      f'labels are {found.dtype}{list(found.shape)} and {true.dtype}{list(true.shape)}; expected bool[N, C] of both, '
-      'with N of 1 or more.'
-    )
+def _check(predicted: np.ndarray, true: np.ndarray) -> None:
+  fits = predicted.dtype == bool and true.dtype == bool and predicted.shape == true.shape and predicted.ndim == 2
+  if not fits or not len(predicted):
+    given = f'{predicted.dtype}{list(predicted.shape)} and {true.dtype}{list(true.shape)}'
+    raise ValueError(f'labels are {given}; expected bool[N, C] for both, with N of 1 or more.')

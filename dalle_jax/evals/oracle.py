@@ -1,8 +1,8 @@
-"""The oracle of the procedural world: reads a picture back into a scene and says which attributes are right.
+"""The oracle of the procedural world: reads an image back into a scene and checks which attributes are right.
 
-Each cell is compared with the rendering of every possible content (nearest in mean squared error); a cell that is near
-none of them is unreadable. So the oracle accepts what `render` draws and forgives what a tokenizer blurs, but not a
-ring for a circle or a picture of nothing.
+Each cell is compared with the rendering of every possible content (the nearest in mean squared error counts); a cell
+that is near none of them is unreadable. So the oracle accepts what `render` draws and tolerates the blur of a
+tokenizer, but not a ring in place of a circle or an empty image.
 """
 
 import functools
@@ -18,18 +18,18 @@ from dalle_jax.data.sources.story_shapes import Moment
 from dalle_jax.data.stories import Frames
 
 ATTRIBUTES = ('background', 'count', 'position', 'shape', 'color', 'size')
-COLUMNS = ('caption', 'hero', 'setting', 'size')  # of the frames of stories
-_READABLE = 0.16  # RMS error, of 1, up to which a cell is read as its nearest content; uniform noise is at 0.3
-_MAX_SIZE = 96  # larger pictures are averaged down first: the templates of 9 x 774 cells must fit in memory
-_MIN_SIZE = 32  # but not below what is told apart surely
+COLUMNS = ('caption', 'hero', 'setting', 'size')  # what is checked in frames of stories
+_READABLE = 0.16  # RMS error, of 1, up to which a cell counts as its nearest content; uniform noise has 0.3
+_MAX_SIZE = 96  # larger images are averaged down first: the templates of 9 x 774 cells must fit in memory
+_MIN_SIZE = 32  # but not below the size at which contents are told apart reliably
 
 
 class Oracle:
-  """Reads square pictures of one size.
+  """Reads square images of one size.
 
   Args:
-    image_size: side of the pictures in pixels; above 96 they are averaged down by an integer that divides it.
-    accessories: whether objects may wear any; templates are four times as many.
+    image_size: side of the images in pixels; above 96 they are averaged down by an integer that divides it.
+    accessories: whether objects may wear accessories; this makes four times as many templates.
   """
 
   def __init__(self, image_size: int, accessories: bool = False):
@@ -45,16 +45,16 @@ class Oracle:
 
   @functools.cached_property
   def _templates(self) -> list[tuple[slice, slice, np.ndarray, np.ndarray]]:
-    """A row a cell: rows, columns, templates float32[backgrounds * contents, pixels], their squared norms."""
+    """For each cell: rows, columns, templates float32[backgrounds * contents, pixels], their squared norms."""
     side, table = self.image_size // self._reduce, []
     for position in range(shapes.GRID**2):
       rows, cols, _ = shapes.coverage('circle', 'large', position, side)
-      pictures = []
+      cells = []
       for background, content in itertools.product(shapes.BACKGROUNDS, self._contents):
         objects = () if content is None else (Object(position, *content),)
         full = self._shrink(shapes.render(Scene(background, objects), self.image_size)[None])
-        pictures.append(full[0, rows, cols].ravel())
-      stack = np.stack(pictures)
+        cells.append(full[0, rows, cols].ravel())
+      stack = np.stack(cells)
       table.append((rows, cols, stack, np.square(stack).sum(1)))
     return table
 
@@ -63,10 +63,10 @@ class Oracle:
     return images.astype(np.float32).reshape(n, side, f, side, f, 3).mean((2, 4)) / 255
 
   def read(self, images: np.ndarray) -> list[Scene | None]:
-    """Reads uint8[N, S, S, 3]; None where a cell is unreadable."""
+    """The scenes in uint8[N, S, S, 3]; None for an image with an unreadable cell."""
     expected = (self.image_size, self.image_size, 3)
     if images.ndim != 4 or images.shape[1:] != expected or images.dtype != np.uint8:
-      raise ValueError(f'oracle: expected uint8 pictures [N, {expected}], got {images.dtype}{list(images.shape)}')
+      raise ValueError(f'oracle: expected uint8 images [N, {expected}], got {images.dtype}{list(images.shape)}')
     x = self._shrink(images)
     backgrounds, kinds = list(shapes.BACKGROUNDS), len(self._contents)
     best, error = [], []
@@ -86,48 +86,48 @@ class Oracle:
     return scenes
 
   def score(self, images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, np.ndarray]:
-    """What is right in each picture, attribute by attribute: `{attribute or 'all': bool[N]}`.
+    """Which attributes are right in each image: `{attribute or 'all': bool[N]}`.
 
-    Objects are paired so that most attributes agree, in scenes of more than three those of the same cell; an attribute
-    is right when every object has it.
+    Objects are paired with the true ones so that as many attributes as possible agree; in scenes of more than three
+    objects, those in the same cell are paired. An attribute is right when it is right for every object.
     """
     if len(images) != len(scenes):
-      raise ValueError(f'oracle: {len(images)} pictures but {len(scenes)} scenes; expected one scene a picture')
-    rows = [_compare(seen, true) for seen, true in zip(self.read(images), scenes, strict=True)]
+      raise ValueError(f'oracle: there are {len(images)} images and {len(scenes)} scenes; expected one scene per image')
+    rows = [_compare(read, true) for read, true in zip(self.read(images), scenes, strict=True)]
     result = {name: np.array([row[name] for row in rows], bool) for name in ATTRIBUTES}
     return result | {'all': np.logical_and.reduce([result[name] for name in ATTRIBUTES])}
 
 
-def _compare(seen: Scene | None, true: Scene) -> dict[str, bool]:
-  if seen is None or not seen.objects:  # a picture of nothing
+def _compare(read: Scene | None, true: Scene) -> dict[str, bool]:
+  if read is None or not read.objects:  # an empty image has nothing right
     return dict.fromkeys(ATTRIBUTES, False)
-  same_count = len(seen.objects) == len(true.objects)
-  if len(seen.objects) < len(true.objects):
+  same_count = len(read.objects) == len(true.objects)
+  if len(read.objects) < len(true.objects):
     pairings: list[tuple[Object, ...]] = []
-  elif len(true.objects) > 3 and same_count:  # a crowded scene, from which image tokenizers learn
-    pairings = [_by_cell(seen.objects, true.objects)]
-  elif len(seen.objects) > 3:  # too many to pair: the picture is no scene of this world
+  elif len(true.objects) > 3 and same_count:  # a crowded scene, as image tokenizers are trained on
+    pairings = [_by_cell(read.objects, true.objects)]
+  elif len(read.objects) > 3:  # too many to pair: this is not a scene of this world
     pairings = []
   else:
-    pairings = list(itertools.permutations(seen.objects, len(true.objects)))
+    pairings = list(itertools.permutations(read.objects, len(true.objects)))
   names = ('position', 'shape', 'color', 'size')
   options = [
     {n: all(getattr(a, n) == getattr(b, n) for a, b in zip(p, true.objects, strict=True)) for n in names}
     for p in pairings
   ]
   best = max(options, key=lambda o: sum(o.values()), default=dict.fromkeys(names, False))
-  return {'background': seen.background == true.background, 'count': same_count, **best}
+  return {'background': read.background == true.background, 'count': same_count, **best}
 
 
-def _by_cell(seen: Sequence[Object], true: Sequence[Object]) -> tuple[Object, ...]:
-  """For each true object the one seen in its cell, for those of empty cells, in raster order, what is left."""
-  at = {o.position: o for o in seen}
-  left = iter([o for o in seen if o.position not in {t.position for t in true}])
+def _by_cell(read: Sequence[Object], true: Sequence[Object]) -> tuple[Object, ...]:
+  """For each true object the one read in its cell; if that is empty, the next unpaired one in raster order."""
+  at = {o.position: o for o in read}
+  left = iter([o for o in read if o.position not in {t.position for t in true}])
   return tuple(at[t.position] if t.position in at else next(left) for t in true)
 
 
 def reader(source: Any, image_size: int) -> Callable[[int, np.ndarray], list[dict[str, bool]]] | None:
-  """Judges pictures that should show record k of a procedural source: (k, uint8[P, S, S, 3]) -> what is right in each.
+  """A function (k, uint8[P, S, S, 3]) -> what `Oracle.score` finds in each image, for record k of a procedural source.
 
   None for a source that is not procedural.
   """
@@ -150,27 +150,28 @@ def reader(source: Any, image_size: int) -> Callable[[int, np.ndarray], list[dic
 def score_moments(oracle: Oracle, images: np.ndarray, moments: Sequence[Moment]) -> dict[str, np.ndarray]:
   """What is right in each frame of a story, uint8[N, S, S, 3]: `{column: bool[N]}`. `oracle` must read accessories.
 
-  'caption': all that the caption tells, the hero's place, the other object and no third one, size and setting if told.
-  'hero': shape, colour and accessory of the object at the hero's place (if that is empty, of any that was not told).
-  'setting': that of the source or of the last change, be there a hero or not. 'size': the hero's, as the story has
-  left it.
+  'caption': everything that the caption states: the hero's position, the other object and no third one, and the size
+  and the setting if it mentions them. 'hero': shape, colour and accessory of the object at the hero's position (if that
+  is empty, of any object that the caption does not describe). 'setting': the setting of the source or of the last
+  change, whether there is a hero or not. 'size': the hero's size, as the story has left it.
   """
-  rows = [_judge(seen, moment) for seen, moment in zip(oracle.read(images), moments, strict=True)]
+  rows = [_score_moment(read, moment) for read, moment in zip(oracle.read(images), moments, strict=True)]
   return {name: np.array([row[name] for row in rows], bool) for name in COLUMNS}
 
 
-def _judge(seen: Scene | None, true: Moment) -> dict[str, bool]:
-  if seen is None:
+def _score_moment(read: Scene | None, true: Moment) -> dict[str, bool]:
+  if read is None:
     return dict.fromkeys(COLUMNS, False)
-  others = [o for o in seen.objects if true.met is None or o.position != true.met.position]
+  others = [o for o in read.objects if true.met is None or o.position != true.met.position]
   here = [o for o in others if o.position == true.hero.position]
+  heroes = here or others  # objects that may be the hero
   look = lambda o: (o.shape, o.color, o.accessory)
-  size = any(o.size == true.hero.size for o in here or others)
-  told = bool(here) and len(seen.objects) == len(true.scene.objects) and (true.met is None or true.met in seen.objects)
-  setting = seen.background == true.scene.background
+  size = any(o.size == true.hero.size for o in heroes)
+  objects = bool(here) and len(read.objects) == len(true.scene.objects) and (not true.met or true.met in read.objects)
+  setting = read.background == true.scene.background
   return {
-    'caption': told and (size or not true.tells_size) and (setting or not true.tells_setting),
-    'hero': any(look(o) == look(true.hero) for o in here or others),
+    'caption': objects and (size or not true.tells_size) and (setting or not true.tells_setting),
+    'hero': any(look(o) == look(true.hero) for o in heroes),
     'setting': setting,
     'size': size,
   }

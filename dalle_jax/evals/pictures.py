@@ -1,4 +1,4 @@
-"""Samples of the objective for a few held-out records, as one grid."""
+"""Samples of the objective for a few held-out records, as one grid of images."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from dalle_jax.training.state import Context, Objective, Params
 
 
 def grid(images: np.ndarray, columns: int = 0, pad: int = 2) -> np.ndarray:
-  """uint8[N, H, W, 3] -> one white-framed uint8[H', W', 3] in reading order; about square unless `columns` is given."""
+  """uint8[N, H, W, 3] -> one white-framed uint8[H', W', 3] in reading order; nearly square unless `columns` is set."""
   n, h, w, _ = images.shape
   columns = columns or math.ceil(math.sqrt(n))
   rows = math.ceil(n / columns)
@@ -29,14 +29,19 @@ def grid(images: np.ndarray, columns: int = 0, pad: int = 2) -> np.ndarray:
 def build(
   objective: Objective, config: ConfigDict, batches: Callable[[], Iterator[dict[str, np.ndarray]]], mesh: Mesh
 ) -> Evaluator:
-  """A picture `samples` of `objective.sample` for the same records and noise every time; nothing without `sample`."""
+  """An evaluator that makes the image `samples` with `objective.sample`, every time from the same records and noise.
+
+  An objective without `sample` gives no image.
+  """
   if not hasattr(objective, 'sample'):
     return lambda params, context: {}
   sample = jax.jit(objective.sample, out_shardings=sharding.whole(mesh))
   if config.train.pictures < 1:
-    raise ValueError(f'train.pictures is {config.train.pictures}; expected 1 or more, or train.evals without pictures.')
+    raise ValueError(
+      f'train.pictures is {config.train.pictures}; expected 1 or more; or leave pictures out of train.evals.'
+    )
   shards = sharding.batch_shards(mesh)
-  rows = math.ceil(config.train.pictures / shards) * shards  # every device has its share
+  rows = math.ceil(config.train.pictures / shards) * shards  # a multiple of the number of shards
   batch: dict[str, jax.Array] = {}
 
   def evaluate(params: Params, context: Context) -> dict[str, Any]:

@@ -51,11 +51,11 @@ def test_tally_adds_batches():
 
 
 def test_errors():
-  with pytest.raises(ValueError, match=r'labels are bool\[4, 4\] and bool\[4, 3\]; expected bool\[N, C\] of both'):
+  with pytest.raises(ValueError, match=r'labels are bool\[4, 4\] and bool\[4, 3\]; expected bool\[N, C\] for both'):
     characters.scores(FOUND, TRUE[:, :3])
   with pytest.raises(ValueError, match='with N of 1 or more'):
     characters.scores(FOUND[:0], TRUE[:0])
   with pytest.raises(ValueError, match='labels are float64'):
     characters.f1_by_class(FOUND * 1.0, TRUE)
-  with pytest.raises(ValueError, match='runs/fake knows 2 labels, the data has 3; give a classifier'):
+  with pytest.raises(ValueError, match='runs/fake has 2 labels and the data 3; give a classifier'):
     characters.Tally(Fake(), 'abc')
