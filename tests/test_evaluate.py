@@ -241,7 +241,7 @@ def test_reconstructions_of_frames(root, run, tmp_path):
   rows, metrics = read(tmp_path)
   assert picture(tmp_path, rows[2]).shape == (48, 48, 3)
   assert metrics['lpips_network'] == {'run': str(root / 'vqgan' / 'frozen' / 'lpips'), 'step': 3}  # its own
-  with pytest.raises(ValueError, match=r'image tokens reach from 1 to 16; expected 0 to 15'):
+  with pytest.raises(ValueError, match=r'image tokens range from 1 to 16; expected 0 to 15'):
     model.decode(np.arange(1, 17)[None])
   files = [tmp_path / 'out' / row['file'] for row in rows]
   np.testing.assert_array_equal(model.encode(files), model.encode([Image.open(f) for f in files]))
@@ -296,7 +296,7 @@ def test_mistakes_are_one_line(root, run, tmp_path, capsys):
   for arguments, message in (
     ([], 'give --run RUN_DIR'),
     (['--run', tmp_path / 'nowhere'], 'has no checkpoints'),
-    (['--run', root / 'classifier'], "is a run of 'classifier', which draws nothing from captions"),
+    (['--run', root / 'classifier'], "is a run of 'classifier', which generates no images from captions"),
     (['--run', root / 'clip', '--n', 2, '--top_k', 5], 'is a CLIP, which makes no images; leave out --n, --top_k'),
     (['--run', root / 'clip', '--clip', root / 'clip', '--save_true'], 'leave out --clip, --save_true'),
     (['--run', root / 'clip', '--image_size', 8], '--image_size is for reconstructions by an image tokenizer'),

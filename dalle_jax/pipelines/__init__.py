@@ -1,1 +1,1 @@
-"""What a user calls."""
+"""Trained runs as objects that a user calls."""

@@ -1,7 +1,7 @@
-"""Pictures from captions by a trained DALL-E: `DallE.load('runs/mine').sample(['a red circle'], n=8, seed=0)`."""
+"""Images from captions by a trained DALL-E: `DallE.load('runs/mine').sample(['a red circle'], n=8, seed=0)`."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,21 +11,21 @@ from dalle_jax.data import ops
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import dalle, image_tokenizer
-from dalle_jax.pipelines.generator import TokenGenerator, request_keys
+from dalle_jax.pipelines.generator import Setup, TokenGenerator, request_keys
 from dalle_jax.pipelines.image_tokenizer import decode_codes
 from dalle_jax.pipelines.images import ImageGenerator, Sample, check_prompts
 from dalle_jax.training import checkpoint
 
 
 class DallE(TokenGenerator, ImageGenerator):
-  """A trained DALL-E with its VQGAN, its tokenizer and, if wanted, a CLIP that ranks what it draws."""
+  """A trained DALL-E with its VQGAN, its tokenizer and, optionally, a CLIP that ranks the images."""
 
   OBJECTIVE = 'dalle'
 
-  def __init__(self, run: checkpoint.Run, frozen: dict[str, checkpoint.Run], *layout: Any):
-    super().__init__(run, frozen, *layout)
+  def __init__(self, run: checkpoint.Run, frozen: Mapping[str, checkpoint.Run], setup: Setup | None = None):
+    super().__init__(run, frozen, setup)
     self.model = dalle.build(**{**self.config['model'], **self.sizes})
-    self._to_draw_with(self.model.dtype)
+    self._prepare_params(self.model.dtype)
     self._draw = self._jit(functools.partial(draw, self.model, self.vqgan.network), static_argnames='sampling')
 
   def sample(
@@ -43,37 +43,38 @@ class DallE(TokenGenerator, ImageGenerator):
     keep_rows: int = 0,
     batch_size: int = 64,
   ) -> list[Sample]:
-    """Draws `n` pictures for each prompt.
+    """Generates `n` images for each prompt.
 
-    A picture is a function of (prompt, seed, its number), whatever else is asked for beside it.
+    An image is a function of (prompt, seed, its number), whatever else is requested in the same call.
 
     Args:
       temperature, top_k, top_p, guidance: see `functional.decoding.Sampling`. Guidance above 1 needs a model trained
         with loss.caption_dropout.
-      first: the number of the first picture, of all prompts or of each; the others follow it.
-      init_image: a picture to complete (a path, bytes, PIL image or uint8[H, W, 3]), cropped to the model's size, of
+      first: the number of the first image, for all prompts or for each; the others follow it.
+      init_image: an image to complete (a path, bytes, PIL image or uint8[H, W, 3]), cropped to the model's size, of
         which the top `keep_rows` rows of image tokens are kept.
-      batch_size: pictures at once.
+      batch_size: images at once.
 
     Raises ValueError for arguments out of range.
     """
     check_prompts(prompts)
-    sampling, given = Sampling(temperature, top_k, top_p, guidance), self._given(init_image, keep_rows)
+    sampling = Sampling(temperature, top_k, top_p, guidance)
+    prefix = self._prefix(init_image, keep_rows)
     text = np.stack([self._text(p) for p in prompts])
-    rows = {'text': text, 'image': np.tile(given, (len(prompts), 1))}
+    rows = {'text': text, 'image': np.tile(prefix, (len(prompts), 1))}
     call = lambda batch, seed: self._draw(self.params, batch, seed, sampling=sampling)
-    asked = dict(n=n, seed=seed, first=first, batch_size=batch_size)
-    return self._ranked(prompts, self._generate([p.encode() for p in prompts], rows, call, **asked))
+    request = dict(n=n, seed=seed, first=first, batch_size=batch_size)
+    return self._ranked(prompts, self._generate([p.encode() for p in prompts], rows, call, **request))
 
   # --- On the host
 
-  def _given(self, init_image: Any, keep_rows: int) -> np.ndarray:
-    """The image tokens to start from, int32[1, k]."""
+  def _prefix(self, init_image: Any, keep_rows: int) -> np.ndarray:
+    """The image tokens that are given, int32[1, k]."""
     h, w = self.model.grid
     if init_image is None and not keep_rows:
       return np.zeros((1, 0), np.int32)
     if init_image is None or not 0 < keep_rows < h:
-      raise ValueError(f'keep_rows is {keep_rows}; with an init_image it must be 1 to {h - 1} rows of {h}, else 0.')
+      raise ValueError(f'keep_rows is {keep_rows}; expected 1 to {h - 1} of {h} rows with an init_image, else 0.')
     return self.encode(ops.open_image(init_image, self.image_size, 'init_image')[None])[:, : keep_rows * w]
 
 
@@ -86,10 +87,11 @@ def draw(
   *,
   sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
-  """uint8[B, n, H, W, 3] and int32[B, n, I]; under jit.
+  """Images uint8[B, n, H, W, 3] and their tokens int32[B, n, I]; under jit.
 
   `params` has 'dalle' and 'vqgan', `batch` text int32[B, T], image int32[B, k], name uint32[B] and number int32[B, n].
   """
+  n = batch['number'].shape[1]
   tokens = decoding.sample(
     functools.partial(model.apply, {'params': params['dalle']}),
     batch['text'],
@@ -97,11 +99,10 @@ def draw(
     request_keys(seed, batch['name'], batch['number']),
     empty=model.padding,
     length=model.image_length,
-    n=batch['number'].shape[1],
+    n=n,
     sampling=sampling,
   )
   images = decode_codes(vqgan, params['vqgan'], tokens, model.grid)
-  n = batch['number'].shape[1]
   return images.reshape(-1, n, *images.shape[1:]), tokens.reshape(-1, n, tokens.shape[-1])
 
 

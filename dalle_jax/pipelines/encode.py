@@ -1,7 +1,8 @@
-"""Pictures to VQGAN codes once, before a transformer trains on them thousands of times.
+"""Encodes images to VQGAN codes once, before a transformer trains on them thousands of times.
 
-The result is a folder that `data.sources.tokens` reads (its files are described there). Until it is whole, codes and
-captions lie in *.partial and progress.json says how much of them counts, so a killed run goes on where it was.
+The result is a folder that `data.sources.tokens` reads (which describes its files). Until it is complete, codes and
+captions are in *.partial, and progress.json records how much of them is valid, so that a killed run resumes there. The
+file `lock` is locked while a command writes to the folder.
 """
 
 import contextlib
@@ -32,7 +33,7 @@ from dalle_jax.training import checkpoint, sharding
 
 SAVE_EVERY = 30.0  # seconds
 PARTIAL = {'tokens.partial': 'tokens.bin', 'captions.partial': 'captions.jsonl', 'vectors.partial': 'vectors.bin'}
-SAMPLED = 16  # records by whose content a source is recognised
+SAMPLED = 16  # records whose content is part of the identity of a source
 
 
 def encode_dataset(
@@ -43,13 +44,13 @@ def encode_dataset(
   batch_size: int,
   workers: int = 0,
 ) -> dict[str, Any]:
-  """Encodes every usable picture or story of `source`, centrally cropped, and returns what meta.json says.
+  """Encodes every usable image or story of `source`, centrally cropped, and returns the content of meta.json.
 
-  With a mesh under the parameters each batch is split over it, and each of several processes, which must share
-  `out_dir`, reads its part of the pictures, with so many `workers` (0: by threads). A finished folder made of the same
-  network, source and size is left as it is, one of others is made anew. The source is known by its kind, length, names
-  and a sample of its records: delete the folder after changing single pictures. A second command that encodes into the
-  same folder waits for the first.
+  If the parameters are laid out over a mesh, each batch is split over it. With several processes, which must share
+  `out_dir`, each reads its part of the images, with `workers` worker processes (0: with threads). A finished folder of
+  the same network, source and size is left as it is; one of others is encoded anew. A source is identified by its kind,
+  its length, the names of its records and a sample of their content: delete the folder after changing single images. A
+  second command that encodes into the same folder waits for the first.
 
   Raises ValueError for an image size that does not suit the network, or when nothing in the source is usable.
   """
@@ -64,20 +65,20 @@ def encode_dataset(
     'num_codes': num_codes,
     'dtype': 'uint16' if num_codes <= 2**16 else 'int32',
   }
-  where = getattr(jax.tree.leaves(params)[0], 'sharding', None)
-  mesh = where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
+  layout = getattr(jax.tree.leaves(params)[0], 'sharding', None)
+  mesh = layout.mesh if isinstance(layout, NamedSharding) and isinstance(layout.mesh, Mesh) else None
   shards = sharding.batch_shards(mesh) if mesh else 1
-  batch_size = -(-batch_size // shards) * shards  # so that every device has its share
+  batch_size = -(-batch_size // shards) * shards  # a multiple of the number of shards
 
   @functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
   def encode(params: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     images = batch.pop('image')
-    flat = to_float(images.reshape(-1, *images.shape[-3:]))  # frames of a story are pictures
+    flat = to_float(images.reshape(-1, *images.shape[-3:]))  # frames of a story are images
     codes = model.apply({'params': params}, flat, method='encode')
     return {'codes': codes.reshape(images.shape[0], -1), **batch}
 
   with _Writer(Path(out_dir), identity) if writes else contextlib.nullcontext() as writer:
-    # Where to begin, -1 when there is nothing to do: process 0 knows, as it alone writes.
+    # Where to begin, -1 when there is nothing to do: only process 0 knows, as only it writes.
     done = int(multihost_utils.broadcast_one_to_all(np.int64(writer.done if writer else 0)))
     if done >= 0:
       config = ConfigDict(dict(image_size=image_size, augment=''))
@@ -94,18 +95,18 @@ def encode_dataset(
         parts=parts,
         workers=workers,
       )
-      total, quiet = len(source), writer is None
-      bar = tqdm(total=total, initial=done, unit='pictures', desc='encoding', disable=quiet, mininterval=5.0)
+      total = len(source)
+      bar = tqdm(total=total, initial=done, unit='images', desc='encoding', disable=writer is None, mininterval=5.0)
       for start in range(done // batch_size * batch_size, total, batch_size):
         batch = {k: v for k, v in next(loader).items() if k in ('image', 'vectors')}
         size = len(batch['image'])
-        batch['place'] = part * size + np.arange(size, dtype=np.int32)  # a part may lie anywhere in the whole
-        found = encode(params, sharding.put_batch(batch, mesh) if mesh else batch)
-        rows = _of_all([[row.index, list(row.captions)] for row in loader.rows], part, parts)
+        batch['place'] = part * size + np.arange(size, dtype=np.int32)  # parts may be anywhere in the batch
+        encoded = encode(params, sharding.put_batch(batch, mesh) if mesh else batch)
+        rows = _gather_rows([[row.index, list(row.captions)] for row in loader.rows], part, parts)
         if writer:
-          order = np.argsort(found['place'])
-          vectors = np.asarray(found['vectors'])[order] if 'vectors' in found else None
-          writer.append(start, np.asarray(found['codes'])[order], rows[: total - start], vectors)
+          order = np.argsort(encoded['place'])
+          vectors = np.asarray(encoded['vectors'])[order] if 'vectors' in encoded else None
+          writer.append(start, np.asarray(encoded['codes'])[order], rows[: total - start], vectors)
         bar.update(min(start + batch_size, total) - bar.n)
       bar.close()
       loader.close()
@@ -115,42 +116,41 @@ def encode_dataset(
   return json.loads((Path(out_dir) / 'meta.json').read_text())
 
 
-def _of_all(rows: list[Any], part: int, parts: int) -> list[Any]:
-  """Rows of JSON of all parts, in their order, from those of this process, which has read this part."""
+def _gather_rows(rows: list[Any], part: int, parts: int) -> list[Any]:
+  """The rows of all parts in order, as JSON values, given those of `part`, which this process has read."""
   if parts == 1:
     return rows
   text = np.frombuffer(json.dumps(rows).encode(), np.uint8)
-  heads = multihost_utils.process_allgather(np.array([part, len(text)]))
-  longest = 2 ** int(heads[:, 1].max() - 1).bit_length()  # of few lengths, as each is compiled for
+  headers = multihost_utils.process_allgather(np.array([part, len(text)]))
+  longest = 2 ** int(headers[:, 1].max() - 1).bit_length()  # a power of two, as each length is compiled
   texts = multihost_utils.process_allgather(np.pad(text, (0, longest - len(text))))
-  found = {int(p): json.loads(bytes(line[:n])) for (p, n), line in zip(heads, texts, strict=True)}
-  return [row for p in range(parts) for row in found[p]]
+  by_part = {int(p): json.loads(bytes(line[:n])) for (p, n), line in zip(headers, texts, strict=True)}
+  return [row for p in range(parts) for row in by_part[p]]
 
 
 def fingerprint(params: Any) -> str:
-  """A hash of all parameters that is the same for any sharding: sums of integers, not of floats."""
+  """A hash of all parameters that does not depend on their sharding, as it sums integers, not floats."""
 
   def checksum(x: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).ravel()
     return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
 
   sums = jax.device_get(jax.jit(lambda tree: jax.tree.map(checksum, tree))(params))
-  text = '; '.join(f'{k} {v.shape} {s}' for (k, v), s in zip(
-    sorted(sharding.flatten(params).items()), (s for _, s in sorted(sharding.flatten(sums).items())), strict=True
-  ))  # fmt: skip
+  flat_params, flat_sums = sharding.flatten(params), sharding.flatten(sums)
+  text = '; '.join(f'{k} {flat_params[k].shape} {flat_sums[k]}' for k in sorted(flat_params))
   return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def check(source: Any, vqgan_run: checkpoint.Run) -> None:
-  """Raises ValueError unless the encoded data set was made by this VQGAN."""
+  """Raises ValueError unless the data set was encoded by this VQGAN."""
   if source.meta['vqgan'] != fingerprint(vqgan_run.network('vqgan')):
     raise ValueError(
-      f'{source.path} was encoded by another VQGAN than {vqgan_run.path}; set config.frozen.vqgan to it.'
+      f'{source.path} was encoded by another VQGAN than {vqgan_run.path}; set config.frozen.vqgan to that one.'
     )
 
 
 def describe(source: pipeline.Source) -> str:
-  """Kind, length and a hash of the names and of some records of a source."""
+  """The kind and length of a source, and a hash of its names and of some of its records."""
   digest = hashlib.sha256()
   name: Any = getattr(source, 'name', None)
   for i in range(len(source)) if name else ():
@@ -199,11 +199,11 @@ class _Writer:
 
   def _open(self, stack: contextlib.ExitStack) -> None:
     """Opens the files to append to, at the last saved progress with the same identity or empty."""
-    (self.out / 'meta.json').unlink(missing_ok=True)  # from here on the folder is not whole
+    (self.out / 'meta.json').unlink(missing_ok=True)  # from here on the folder is incomplete
     progress, paths = self._read('progress.json'), [self.out / name for name in PARTIAL]
     self.sizes = progress.get('bytes', [0] * len(paths))
-    whole = all(p.is_file() and p.stat().st_size >= s for p, s in zip(paths, self.sizes, strict=True))
-    if progress.get('identity') != self.identity or not whole:
+    intact = all(p.is_file() and p.stat().st_size >= s for p, s in zip(paths, self.sizes, strict=True))
+    if progress.get('identity') != self.identity or not intact:
       progress, self.sizes = {}, [0] * len(paths)
     self.done, self.count = progress.get('done', 0), progress.get('count', 0)
     self.files = [stack.enter_context(p.open('ab')) for p in paths]
@@ -220,9 +220,9 @@ class _Writer:
   def append(
     self, start: int, codes: np.ndarray, rows: Sequence[tuple[int, list[str]]], vectors: np.ndarray | None = None
   ) -> None:
-    """Takes records `start`, `start` + 1, ...; those already done, and substitutes of broken ones, are left out.
+    """Appends records `start`, `start` + 1, ... except those already done and those that replace broken ones.
 
-    `rows` are (record, captions).
+    `rows` are pairs of record index and captions.
     """
     keep = [i for i, (index, _) in enumerate(rows) if start + i >= self.done and index == start + i]
     pieces = [
@@ -242,9 +242,10 @@ class _Writer:
     for file, size in zip(self.files, self.sizes, strict=True):
       file.flush()
       os.fsync(file.fileno())
-      if (there := os.fstat(file.fileno()).st_size) != size:
+      actual = os.fstat(file.fileno()).st_size
+      if actual != size:
         raise ValueError(
-          f'{file.name} has {there} bytes after {size} were written: something else writes to it; stop that, then run '
+          f'{file.name} has {actual} bytes after {size} were written: something else writes to it; stop that, then run '
           'the same command again.'
         )
     progress = {'identity': self.identity, 'done': self.done, 'count': self.count, 'bytes': self.sizes}
@@ -252,6 +253,7 @@ class _Writer:
     self.saved = time.monotonic()
 
   def finish(self) -> None:
+    """Gives the files their final names and writes meta.json. Raises as `save`."""
     self.save()
     codes, _, vectors = self.sizes
     for file, name in zip(self.files, PARTIAL.values(), strict=True):

@@ -1,4 +1,4 @@
-"""Pictures in rows under their captions, as one picture."""
+"""Images in rows with their captions, as one image."""
 
 import textwrap
 from collections.abc import Sequence
@@ -8,16 +8,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 PAD, FONT_SIZE = 6, 14  # pixels
-CELL, BOARD = 96, 144  # smallest side of a picture shown in a grid, on a storyboard
+CELL, BOARD = 96, 144  # smallest width of an image in a grid, on a storyboard
 
 
 def caption_grid(rows: Sequence[tuple[str, Sequence[np.ndarray]]], labels: Sequence[str] = ()) -> Image.Image:
-  """One row a caption: its text above its pictures, uint8[H, W, 3] each; small pictures are enlarged to 96 pixels.
+  """One row per caption: its text above its images, uint8[H, W, 3] each; small images are enlarged to 96 pixels.
 
-  `labels` stand above the columns. Raises ValueError when there is nothing to show.
+  `labels` are the titles of the columns. Raises ValueError when there is nothing to show.
   """
   if not rows or not any(len(images) for _, images in rows):
-    raise ValueError('there are no pictures to put into a grid.')
+    raise ValueError('there are no images to put into a grid.')
   font = ImageFont.load_default(FONT_SIZE)
   first = next(images[0] for _, images in rows if len(images))
   scale = max(1, -(-CELL // first.shape[1]))
@@ -37,8 +37,8 @@ def caption_grid(rows: Sequence[tuple[str, Sequence[np.ndarray]]], labels: Seque
       draw.text((PAD, y), part, 'black', font)
       y += line
     for i, image in enumerate(images):
-      picture = Image.fromarray(np.asarray(image)).resize((width, height), Image.Resampling.NEAREST)
-      canvas.paste(picture, (PAD + i * (width + PAD), y))
+      cell = Image.fromarray(np.asarray(image)).resize((width, height), Image.Resampling.NEAREST)
+      canvas.paste(cell, (PAD + i * (width + PAD), y))
     y += height + 2 * PAD
   return canvas
 
@@ -55,15 +55,15 @@ def storyboard(source: np.ndarray, frames: Sequence[np.ndarray], captions: Seque
   draw = ImageDraw.Draw(canvas)
   for i, (image, text) in enumerate(zip([source, *frames], texts, strict=True)):
     x = PAD + i * (width + PAD)
-    picture = Image.fromarray(np.asarray(image)).resize((width, height), Image.Resampling.NEAREST)
-    canvas.paste(picture, (x, PAD))
+    cell = Image.fromarray(np.asarray(image)).resize((width, height), Image.Resampling.NEAREST)
+    canvas.paste(cell, (x, PAD))
     for k, part in enumerate(text):
-      draw.text((x, height + 2 * PAD + k * line), part, 'black' if i else 'gray', font)
+      draw.text((x, height + 2 * PAD + k * line), part, 'gray' if i == 0 else 'black', font)
   return canvas
 
 
 def _wrap(text: str, width: int, font: Any) -> list[str]:
-  """Lines of whole words that are at most `width` pixels wide, as far as the words are."""
+  """Lines of whole words, at most `width` pixels wide unless a single word is wider."""
   lines = ['']
   for word in text.split():
     longer = f'{lines[-1]} {word}'.strip()
@@ -74,11 +74,11 @@ def _wrap(text: str, width: int, font: Any) -> list[str]:
   return lines
 
 
-def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
-  """Pictures one under the other, as one."""
-  canvas = Image.new('RGB', (max(p.width for p in pictures), sum(p.height for p in pictures)), 'white')
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+  """Images one below the other, as one image."""
+  canvas = Image.new('RGB', (max(x.width for x in images), sum(x.height for x in images)), 'white')
   y = 0
-  for picture in pictures:
-    canvas.paste(picture, (0, y))
-    y += picture.height
+  for image in images:
+    canvas.paste(image, (0, y))
+    y += image.height
   return canvas

@@ -1,4 +1,4 @@
-"""Pictures to image tokens and back by a trained VQGAN or dVAE: `ImageTokenizer.load('runs/mine/vqgan')`."""
+"""Images to image tokens and back by a trained VQGAN or dVAE: `ImageTokenizer.load('runs/mine/vqgan')`."""
 
 import functools
 from collections.abc import Sequence
@@ -17,19 +17,23 @@ from dalle_jax.training import checkpoint, sharding
 
 
 class ImageTokenizer:
-  """A trained image tokenizer for pictures of one size.
+  """A trained image tokenizer for images of one size.
 
   Attributes:
-    network: of `models.vqgan` or `models.dvae`.
-    image_size: side of the pictures in pixels; grid: rows and columns of their tokens.
-    num_codes: tokens lie in [0, num_codes).
-    frozen: paths of what it was trained with, by name.
+    network: a network of `models.vqgan` or `models.dvae`.
+    image_size: side of the images in pixels.
+    grid: rows and columns of image tokens.
+    num_codes: tokens are in [0, num_codes).
+    frozen: paths of the frozen runs that it was trained with, by name.
   """
 
   BATCH = 64  # images at once, by default
 
   def __init__(self, run: checkpoint.Run, image_size: int = 0, mesh: Mesh | None = None, rules: sharding.Rules = ()):
-    """Without `image_size` it is that of training. Raises ValueError for a size that the network does not suit."""
+    """Takes images of the size of training unless `image_size` is given.
+
+    Raises ValueError for a size that the network does not support.
+    """
     self.config, self.step, self.frozen = run.config, run.step, run.frozen
     self.mesh, self.rules = mesh, rules
     self.network = image_tokenizer.of_run(run.config)
@@ -49,7 +53,7 @@ class ImageTokenizer:
     rules: sharding.Rules = (),
     step: int | None = None,
   ) -> 'ImageTokenizer':
-    """Loads a run, as `generator.Generator.load` does; with `image_size` for pictures of another size than in training.
+    """Loads a run as `generator.Generator.load` does; `image_size`, if given, replaces the size of training.
 
     Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when a run is of another kind.
     """
@@ -60,12 +64,12 @@ class ImageTokenizer:
     return cls(run, image_size, mesh, rules)
 
   def encode(self, images: np.ndarray | Sequence[Any], batch_size: int = BATCH) -> np.ndarray:
-    """uint8[B, H, W, 3] of the size -> image tokens int32[B, I], row by row; `batch_size` pictures at once.
+    """Images uint8[B, H, W, 3] of the image size -> image tokens int32[B, I], row by row; `batch_size` images at once.
 
-    Instead of an array a list of pictures of any size and kind (paths, bytes, PIL images, arrays), which are cropped.
+    `images` may also be a list of images of any size and kind (paths, bytes, PIL images, arrays), which are cropped.
     """
     if isinstance(images, (list, tuple)) and images:
-      images = np.stack([ops.open_image(x, self.image_size, f'picture {i}') for i, x in enumerate(images)])
+      images = np.stack([ops.open_image(x, self.image_size, f'image {i}') for i, x in enumerate(images)])
     ops.check_images(images, self.image_size)
     with sharding.within(self.mesh, self.rules):
       return in_batches(lambda x: self._encode(self.params, x), images, batch_size)
@@ -76,12 +80,12 @@ class ImageTokenizer:
     if tokens.ndim != 2 or tokens.shape[1] != length or not len(tokens) or tokens.dtype.kind not in 'iu':
       raise ValueError(f'image tokens are {tokens.dtype}{list(tokens.shape)}; expected int32[B, {length}].')
     if not 0 <= tokens.min() <= tokens.max() < self.num_codes:
-      raise ValueError(f'image tokens reach from {tokens.min()} to {tokens.max()}; expected 0 to {self.num_codes - 1}.')
+      raise ValueError(f'image tokens range from {tokens.min()} to {tokens.max()}; expected 0 to {self.num_codes - 1}.')
     with sharding.within(self.mesh, self.rules):
       return in_batches(lambda x: self._decode(self.params, x), tokens.astype(np.int32), batch_size)
 
   def reconstruct(self, images: np.ndarray | Sequence[Any]) -> np.ndarray:
-    """Pictures, as `encode` takes them, through the image tokens and back: uint8[B, H, W, 3]."""
+    """Images, as `encode` takes them, encoded to image tokens and decoded again: uint8[B, H, W, 3]."""
     return self.decode(self.encode(images))
 
   # --- Under jit
@@ -97,5 +101,5 @@ class ImageTokenizer:
 def decode_codes(
   network: image_tokenizer.ImageTokenizer, params: Any, tokens: jax.Array, grid: tuple[int, int]
 ) -> jax.Array:
-  """The pictures uint8[B, H, W, 3] of image tokens int32[B, I]; under jit."""
+  """Image tokens int32[B, I] -> images uint8[B, H, W, 3]; under jit."""
   return to_uint8(network.apply({'params': params}, tokens.reshape(-1, *grid), method='decode_codes'))

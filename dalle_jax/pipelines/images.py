@@ -1,4 +1,4 @@
-"""Pictures for requests that do not know of each other, in calls of few sizes: what DallE and UnCLIP share."""
+"""Images for independent requests, in calls of few sizes: what DallE and UnCLIP share."""
 
 import dataclasses
 import zlib
@@ -8,19 +8,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from dalle_jax.pipelines.generator import Generator, check_numbers, in_one_call
+from dalle_jax.pipelines.generator import Generator, check_numbers, rows_per_call
 from dalle_jax.training import sharding
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-  """The pictures of one prompt, best first where there is a CLIP that ranks.
+  """The images for one prompt, best first if there is a CLIP that ranks.
 
   Attributes:
     images: uint8[n, H, W, 3].
-    candidates: int[n], the number of each: with the seed and the prompt it determines the picture.
-    tokens: int32[n, I], their image tokens; None where there are none.
-    scores: float32[n], cosines by CLIP; None without one.
+    candidates: int[n], the number of each image, which determines it together with the prompt and the seed.
+    tokens: int32[n, I], their image tokens; None for models without.
+    scores: float32[n], cosine similarities by CLIP; None without a CLIP.
   """
 
   prompt: str
@@ -34,7 +34,7 @@ Call = Callable[[dict[str, Any], np.uint32], tuple[jax.Array, jax.Array | None]]
 
 
 class ImageGenerator(Generator):
-  """One whose pictures are functions of (what is asked for, seed, their number), whatever is asked for beside it."""
+  """A generator whose images are functions of (request, seed, number), whatever else is requested in the same call."""
 
   def _generate(
     self,
@@ -47,54 +47,57 @@ class ImageGenerator(Generator):
     first: int | Sequence[int],
     batch_size: int,
   ) -> list[tuple[np.ndarray, np.ndarray | None, np.ndarray]]:
-    """Of each request: `n` pictures, their tokens, their numbers.
+    """For each request, `n` images, their tokens or None, and their numbers.
 
     Args:
-      names: what is asked for, as far as it decides on noise.
+      names: what identifies each request, so that its noise depends on it.
       rows: arrays of the requests, [len(names), ...].
-      call: ({**rows, name uint32[B], number int32[B, k]}, seed) -> pictures uint8[B, k, H, W, 3], their tokens or None.
-      first: the number of the first picture, of all or of each; the others follow it.
-      batch_size: pictures at once.
+      call: ({**rows, name uint32[B], number int32[B, k]}, seed) -> images uint8[B, k, H, W, 3], their tokens or None.
+      first: the number of the first image, for all requests or for each; the others follow it.
+      batch_size: images at once.
 
     Raises ValueError for arguments out of range.
     """
     check_numbers(n, batch_size, seed)
-    begins, count = np.full(len(names), first) if np.ndim(first) == 0 else np.asarray(first), len(names)
-    if begins.shape != (count,) or begins.dtype.kind not in 'iu' or not 0 <= begins.min() <= begins.max() < 2**30:
+    count = len(names)
+    firsts = np.full(count, first) if np.ndim(first) == 0 else np.asarray(first)
+    if firsts.shape != (count,) or firsts.dtype.kind not in 'iu' or not 0 <= firsts.min() <= firsts.max() < 2**30:
       raise ValueError(f'first is {first}; expected a number of 0 or more, or one for each of {count} prompts.')
     shards = sharding.batch_shards(self.mesh) if self.mesh else 1
-    each, together = min(n, batch_size), in_one_call(count, batch_size // n, shards)  # candidates, requests
-    numbers = np.array([zlib.crc32(name) for name in names], np.uint32)
-    drawn: dict[str, np.ndarray] = {}
+    candidates, requests = min(n, batch_size), rows_per_call(count, batch_size // n, shards)  # in one call
+    hashes = np.array([zlib.crc32(name) for name in names], np.uint32)
+    results: dict[str, np.ndarray] = {}
     with sharding.within(self.mesh, self.rules):
-      for done in range(0, n, each):
-        for start in range(0, count, together):
-          chosen = np.minimum(np.arange(start, start + together), count - 1)  # the last call repeats the last one
-          batch = {k: v[chosen] for k, v in rows.items()} | {'name': numbers[chosen]}
-          batch['number'] = (begins[chosen, None] + np.arange(done, done + each)).astype(np.int32)
+      for done in range(0, n, candidates):
+        for start in range(0, count, requests):
+          chosen = np.minimum(np.arange(start, start + requests), count - 1)  # the last call repeats the last one
+          batch = {k: v[chosen] for k, v in rows.items()} | {'name': hashes[chosen]}
+          batch['number'] = (firsts[chosen, None] + np.arange(done, done + candidates)).astype(np.int32)
           images, tokens = call(self._put(batch), np.uint32(seed))
           for name, value in (('images', images), ('tokens', tokens)):
             if value is not None:
-              whole = drawn.setdefault(name, np.zeros((count, n, *value.shape[2:]), value.dtype))
-              whole[chosen, done : done + each] = np.asarray(value)[:, : n - done]
-    tokens = drawn.get('tokens')
-    return [(drawn['images'][i], None if tokens is None else tokens[i], begins[i] + np.arange(n)) for i in range(count)]
+              whole = results.setdefault(name, np.zeros((count, n, *value.shape[2:]), value.dtype))
+              whole[chosen, done : done + candidates] = np.asarray(value)[:, : n - done]
+    all_tokens = results['tokens'] if 'tokens' in results else [None] * count
+    return [(results['images'][i], all_tokens[i], firsts[i] + np.arange(n)) for i in range(count)]
 
   def _ranked(
-    self, prompts: Sequence[str], drawn: Sequence[tuple[np.ndarray, np.ndarray | None, np.ndarray]]
+    self, prompts: Sequence[str], results: Sequence[tuple[np.ndarray, np.ndarray | None, np.ndarray]]
   ) -> list[Sample]:
-    """With the CLIP that ranks, if there is one."""
-    scores = self.reranker.scores(prompts, np.stack([images for images, _, _ in drawn])) if self.reranker else None
-    results = []
-    for i, (prompt, (images, tokens, numbers)) in enumerate(zip(prompts, drawn, strict=True)):
-      order = np.arange(len(images)) if scores is None else np.argsort(-scores[i], kind='stable')
-      ranked = None if scores is None else scores[i, order]
-      results.append(Sample(prompt, images[order], numbers[order], None if tokens is None else tokens[order], ranked))
-    return results
+    """Samples from what `_generate` returns, ranked if there is a CLIP."""
+    if not self.reranker:
+      return [Sample(p, images, numbers, tokens) for p, (images, tokens, numbers) in zip(prompts, results, strict=True)]
+    samples = []
+    all_scores = self.reranker.scores(prompts, np.stack([images for images, _, _ in results]))
+    for prompt, (images, tokens, numbers), scores in zip(prompts, results, all_scores, strict=True):
+      order = np.argsort(-scores, kind='stable')
+      ranked = None if tokens is None else tokens[order]
+      samples.append(Sample(prompt, images[order], numbers[order], ranked, scores[order]))
+    return samples
 
 
 def check_prompts(prompts: Sequence[str]) -> None:
-  """Raises ValueError for what is no list of captions."""
+  """Raises ValueError for anything but a list of captions."""
   if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
     raise ValueError('prompts must be a list of strings, e.g. ["a red circle"].')
   if not len(prompts):

@@ -1,4 +1,4 @@
-"""What pipelines of stories share: a source and captions in, frames out, in one call for many stories."""
+"""What generators of stories share: many stories in one call, from source frames and captions to frames."""
 
 import dataclasses
 import zlib
@@ -11,20 +11,20 @@ import numpy as np
 from dalle_jax.data import ops
 from dalle_jax.data.bpe import TextEncoder, text_encoder
 from dalle_jax.functional.decoding import Sampling
-from dalle_jax.pipelines.generator import Generator, check_numbers, in_one_call
+from dalle_jax.pipelines.generator import Generator, Setup, check_numbers, rows_per_call
 from dalle_jax.training import checkpoint, sharding
 
 
 @dataclasses.dataclass(frozen=True)
 class StorySample:
-  """A continued story: T frames with n candidates each, best first where there is a CLIP.
+  """A continued story: T frames with n candidates each, best first if there is a CLIP that ranks.
 
   Attributes:
     captions: T strings.
-    source: uint8[H, W, 3], as the model saw it.
+    source: uint8[H, W, 3], as the model read it.
     frames: uint8[T, n, H, W, 3].
-    candidates: int[T, n], the number of each: with story and seed it determines the picture.
-    scores: float32[T, n], cosines by CLIP; None without one.
+    candidates: int[T, n], the number of each image, which determines it together with the story and the seed.
+    scores: float32[T, n], cosine similarities by CLIP; None without a CLIP.
   """
 
   captions: tuple[str, ...]
@@ -35,39 +35,40 @@ class StorySample:
 
 
 class StoryGenerator(Generator):
-  """One that continues stories, of `model.frames` frames after the source at most.
+  """A generator that continues stories, by at most `model.frames` frames after the source.
 
-  `tower_words` are those of a frozen text encoder that reads the captions, if there is one.
+  `encode_tower_text` is the tokenizer of a frozen text tower that reads the captions, if there is one.
   """
 
   model: Any
-  tower_words: TextEncoder | None = None
+  encode_tower_text: TextEncoder | None = None
 
-  def __init__(self, *run: Any):
-    super().__init__(*run)
+  def __init__(self, run: checkpoint.Run, frozen: Mapping[str, checkpoint.Run], setup: Setup | None = None):
+    super().__init__(run, frozen, setup)
     self._draw = self._jit(self._draw_frames, static_argnames='sampling')
 
   def continue_story(
     self, source: Any, captions: Sequence[str], n: int = 4, seed: int = 0, *, vectors: Any = None, **options: Any
   ) -> StorySample:
-    """Draws `n` candidates for the frame of each caption, all in one batch.
+    """Generates `n` candidates for the frame of each caption, all in one batch.
 
     Args:
-      source: the frame to go on from: a path, bytes, PIL image or uint8[H, W, 3]; cropped to the model's size.
-      captions: one a frame, at most `model.frames`.
+      source: the frame to continue from: a path, bytes, PIL image or uint8[H, W, 3]; cropped to the model's size.
+      captions: one per frame, at most `model.frames`.
       vectors: float32[T, S], sentence embeddings, for a model trained with sentences='data'.
-      options: as of `continue_stories`.
+      options: see `continue_stories`.
 
-    Raises ValueError for arguments that do not fit, FileNotFoundError when there is no such source.
+    Raises ValueError for arguments that do not fit, FileNotFoundError when the source does not exist.
     """
     if source is None:
-      raise ValueError('there is no source frame; give the picture that the story goes on from.')
+      raise ValueError('there is no source frame; give the image that the story continues from.')
     if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
-      raise ValueError('captions must be a list of strings, one a frame, e.g. ["pip goes home", "pip sleeps"].')
-    picture = ops.open_image(source, self.image_size, 'the source frame')
-    return self.continue_stories(
-      picture[None], [captions], n, seed, vectors=None if vectors is None else np.asarray(vectors)[None], **options
-    )[0]
+      raise ValueError('captions must be a list of strings, one per frame, e.g. ["pip goes home", "pip sleeps"].')
+    image = ops.open_image(source, self.image_size, 'the source frame')
+    if vectors is not None:
+      vectors = np.asarray(vectors)[None]
+    (sample,) = self.continue_stories(image[None], [captions], n, seed, vectors=vectors, **options)
+    return sample
 
   def continue_stories(
     self,
@@ -83,14 +84,14 @@ class StoryGenerator(Generator):
     guidance: float = 1.0,
     batch_size: int = 64,
   ) -> list[StorySample]:
-    """Many stories of T frames at once: sources uint8[B, H, W, 3], B x T captions.
+    """Continues B stories by T frames each: sources uint8[B, H, W, 3], B x T captions.
 
-    A frame is a function of (captions, source, seed, its number in [0, n)), whatever else is asked for beside it.
+    A frame is a function of (captions, source, seed, its number in [0, n)), whatever else is in the same call.
 
     Args:
       vectors: float32[B, T, S], see `continue_story`.
       temperature, top_k, top_p, guidance: see `functional.decoding.Sampling`, and the class.
-      batch_size: pictures at once; the frames of a story are not parted.
+      batch_size: images at once; the frames of a story are never split.
 
     Raises ValueError for arguments that do not fit.
     """
@@ -102,14 +103,15 @@ class StoryGenerator(Generator):
     count, t = batch['name'].shape
     frames = np.zeros((count, t, n, *sources.shape[1:]), np.uint8)
     shards = sharding.batch_shards(self.mesh) if self.mesh else 1
-    each, together = min(n, max(1, batch_size // t)), in_one_call(count, batch_size // (n * t), shards)
+    candidates = min(n, max(1, batch_size // t))  # in one call
+    stories = rows_per_call(count, batch_size // (n * t), shards)
     with sharding.within(self.mesh, self.rules):
-      for first in range(0, n, each):
-        for start in range(0, count, together):
-          rows = np.minimum(np.arange(start, start + together), count - 1)  # the last call repeats the last one
-          part, numbers = {k: v[rows] for k, v in batch.items()}, np.arange(first, first + each)
-          drawn = self._draw(self.params, self._put(part), np.uint32(seed), numbers, sampling=sampling)
-          frames[rows, :, first : first + each] = np.asarray(drawn)[:, :, : n - first]
+      for first in range(0, n, candidates):
+        for start in range(0, count, stories):
+          rows = np.minimum(np.arange(start, start + stories), count - 1)  # the last call repeats the last one
+          part, numbers = {k: v[rows] for k, v in batch.items()}, np.arange(first, first + candidates)
+          images = self._draw(self.params, self._put(part), np.uint32(seed), numbers, sampling=sampling)
+          frames[rows, :, first : first + candidates] = np.asarray(images)[:, :, : n - first]
       order = np.broadcast_to(np.arange(n), (count, t, n))
       scores = None
       if self.reranker:
@@ -118,21 +120,21 @@ class StoryGenerator(Generator):
         order = np.argsort(-scores, axis=2, kind='stable')
         scores = np.take_along_axis(scores, order, 2)
         frames = np.take_along_axis(frames, order[..., None, None, None], 2)
-    one = lambda i: None if scores is None else scores[i]
-    return [StorySample(tuple(captions[i]), sources[i], frames[i], order[i], one(i)) for i in range(count)]
+    all_scores = [None] * count if scores is None else scores
+    return [StorySample(tuple(captions[i]), sources[i], frames[i], order[i], all_scores[i]) for i in range(count)]
 
   def _batch(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None
   ) -> dict[str, np.ndarray]:
     if any(isinstance(story, str) for story in captions):
-      raise ValueError('captions must be a list of lists of strings, one a frame of each story.')
+      raise ValueError('captions must be a list of lists of strings, one per frame of each story.')
     most, t = self.model.frames, len(captions[0]) if captions else 0
     if len(sources) != len(captions) or not captions:
-      raise ValueError(f'there are {len(sources)} source frames for {len(captions)} stories; expected one each.')
+      raise ValueError(f'there are {len(sources)} source frames for {len(captions)} stories; expected one per story.')
     if not 1 <= t <= most or any(len(story) != t for story in captions):
       counts = sorted({len(story) for story in captions})
       raise ValueError(
-        f'a story has {counts} captions; this model takes 1 to {most}, as many for all stories of a call.'
+        f'a story has {counts} captions; this model takes 1 to {most}, the same number for all stories of a call.'
       )
     if any(not c.strip() for story in captions for c in story):
       raise ValueError('a caption is empty; every frame after the source needs one.')
@@ -140,29 +142,33 @@ class StoryGenerator(Generator):
     text = np.stack([[self._text(c) for c in story] for story in captions])
     return {'text': text, 'name': np.array(names, np.uint32), **self._inputs(sources, captions, vectors)}
 
-  def _tower(self, frozen: Mapping[str, checkpoint.Run], name: str) -> checkpoint.Run:
-    """The run of the frozen text encoder that reads the captions. Raises ValueError when it has no tokenizer."""
+  def _add_tower(self, frozen: Mapping[str, checkpoint.Run], name: str) -> checkpoint.Run:
+    """Adds the frozen text tower of that name, which reads the captions, and returns its run.
+
+    Raises ValueError when it has no tokenizer.
+    """
     run = frozen[name]
     if not run.tokenizer:
       raise ValueError(f'{run.path} has no tokenizer, which reading captions needs; convert it again with one.')
     self.params['tower'] = run.network(name)
-    self.tower_words = text_encoder(run.tokenizer, run.config['tokenizer'])
+    self.encode_tower_text = text_encoder(run.tokenizer, run.config['tokenizer'])
     return run
 
   def _tower_text(self, captions: Sequence[Sequence[str]]) -> np.ndarray:
-    return np.stack([[self.tower_words(c) for c in story] for story in captions])
+    """The captions as the tower reads them, int32[B, T, N]."""
+    return np.stack([[self.encode_tower_text(c) for c in story] for story in captions])
 
   def _check(self, sampling: Sampling) -> None:
-    """Raises ValueError for ways of sampling that the network does not have."""
+    """Raises ValueError for sampling options that the network does not have."""
 
   def _inputs(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None
   ) -> dict[str, np.ndarray]:
-    """What the network reads beside the captions' tokens, a row a story."""
+    """What the network reads in addition to the tokens of the captions, one row per story."""
     raise NotImplementedError
 
   def _draw_frames(
     self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, numbers: jax.Array, *, sampling: Sampling
   ) -> jax.Array:
-    """uint8[B, T, n, H, W, 3] for the candidates with these numbers; under jit."""
+    """The candidates with these numbers, uint8[B, T, n, H, W, 3]; under jit."""
     raise NotImplementedError

@@ -1,6 +1,6 @@
 """Stories continued by a trained StoryDALL-E: `StoryDallE.load(run).continue_story('frame.png', ['Pip goes left'])`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,39 +10,39 @@ import numpy as np
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import clip, story_dalle
-from dalle_jax.pipelines.generator import TokenGenerator, request_keys
+from dalle_jax.pipelines.generator import Setup, TokenGenerator, request_keys
 from dalle_jax.pipelines.image_tokenizer import decode_codes
 from dalle_jax.pipelines.stories import StoryGenerator
 from dalle_jax.training import checkpoint
 
 
 class StoryDallE(StoryGenerator, TokenGenerator):
-  """A trained StoryDALL-E with its VQGAN, its tokenizer and, if wanted, a CLIP that ranks what it draws."""
+  """A trained StoryDALL-E with its VQGAN, its tokenizer and, optionally, a CLIP that ranks the images."""
 
   OBJECTIVE = 'story_dalle'
 
-  def __init__(self, run: checkpoint.Run, frozen: dict[str, checkpoint.Run], *layout: Any):
-    super().__init__(run, frozen, *layout)
-    self.tower, dim = None, {}
+  def __init__(self, run: checkpoint.Run, frozen: Mapping[str, checkpoint.Run], setup: Setup | None = None):
+    super().__init__(run, frozen, setup)
+    self.tower, fields = None, {**self.config['model'], **self.sizes}
     if self.config['model'].get('sentences') == 'clip':
-      self.tower = clip.of_run(self._tower(frozen, 'clip').config)
-      dim = {'sentence_dim': self.tower.embed_dim}
-    self.model = story_dalle.build(**{**self.config['model'], **self.sizes, **dim})
-    self._to_draw_with(self.model.dalle.dtype, 'story')
+      self.tower = clip.of_run(self._add_tower(frozen, 'clip').config)
+      fields['sentence_dim'] = self.tower.embed_dim
+    self.model = story_dalle.build(**fields)
+    self._prepare_params(self.model.dalle.dtype, 'story')
 
   def _inputs(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None
   ) -> dict[str, np.ndarray]:
-    found = {'source': self.encode(sources)}
-    if self.tower_words:
-      found['sentences'] = self._tower_text(captions)
+    inputs = {'source': self.encode(sources)}
+    if self.tower:
+      inputs['sentences'] = self._tower_text(captions)
     if self.model.sentences == 'data':
       expected = (len(captions), len(captions[0]), self.model.sentence_dim)
       if vectors is None or vectors.shape != expected:
         given = 'none' if vectors is None else list(vectors.shape)
-        raise ValueError(f'this model reads sentence vectors float32{list(expected)}; there are {given}.')
-      found['sentences'] = np.asarray(vectors, np.float32)
-    return found
+        raise ValueError(f'this model reads sentence vectors float32{list(expected)}; got {given}.')
+      inputs['sentences'] = np.asarray(vectors, np.float32)
+    return inputs
 
   def _draw_frames(
     self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, numbers: jax.Array, *, sampling: Sampling
@@ -51,9 +51,9 @@ class StoryDallE(StoryGenerator, TokenGenerator):
     b, t, length = text.shape
     if self.tower:
       sentences = story_dalle.embed_sentences(self.tower, params['tower'], sentences)
-    own = {name: params[name] for name in ('dalle', 'story')}
+    networks = {name: params[name] for name in ('dalle', 'story')}
     tokens = decoding.sample(
-      story_dalle.sampler(model, own, text, batch['source'], sentences),
+      story_dalle.sampler(model, networks, text, batch['source'], sentences),
       text.reshape(b * t, length),
       jnp.zeros((b * t, 0), jnp.int32),
       request_keys(seed, batch['name'].ravel(), numbers),

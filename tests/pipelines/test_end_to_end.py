@@ -153,8 +153,8 @@ def test_the_top_of_a_picture_is_kept(model):
     (dict(prompts=[]), 'there are no prompts'),
     (dict(n=0), 'n is 0 and batch_size 64; both must be 1 or more'),
     (dict(top_p=1.5), r'top_p 1.5 is not in'),
-    (dict(keep_rows=2), 'keep_rows is 2; with an init_image it must be 1 to 3'),
-    (dict(init_image=np.zeros((8, 8, 3), np.uint8), keep_rows=4), 'must be 1 to 3 rows of 4'),
+    (dict(keep_rows=2), 'keep_rows is 2; expected 1 to 3 of 4 rows with an init_image'),
+    (dict(init_image=np.zeros((8, 8, 3), np.uint8), keep_rows=4), 'keep_rows is 4; expected 1 to 3 of 4 rows'),
     (dict(init_image=b'no picture', keep_rows=1), 'init_image is no picture that can be read'),
   ],
 )

@@ -139,7 +139,7 @@ def test_sentences_by_clip_and_a_prompt(root):
     (dict(source=None), 'there is no source frame'),
     (dict(source='nowhere.png'), 'there is no picture nowhere.png'),
     (dict(source=b'no picture'), 'the source frame is no picture that can be read'),
-    (dict(captions='pip moves'), 'captions must be a list of strings, one a frame'),
+    (dict(captions='pip moves'), 'captions must be a list of strings, one per frame'),
     (dict(captions=[]), r'a story has \[0\] captions; this model takes 1 to 4'),
     (dict(captions=['pip moves'] * 5), r'a story has \[5\] captions; this model takes 1 to 4'),
     (dict(captions=['pip moves', ' ']), 'a caption is empty'),

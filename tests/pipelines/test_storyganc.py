@@ -90,7 +90,7 @@ def test_frames_depend_on_story_seed_and_number_alone(root, model):
 def test_what_it_does_not_have_is_refused(root, model):
   with pytest.raises(ValueError, match='StoryGANc has no tokens, so no top_k; leave it out'):
     model.continue_story(FIRSTS[0], CAPTIONS[0], top_k=5)
-  with pytest.raises(ValueError, match='not token by token, so weights in int8 gain nothing'):
+  with pytest.raises(ValueError, match='not token by token, so int8 gains nothing'):
     StoryGANc.load(root / 'random', int8=True)
   with pytest.raises(ValueError, match=r'a story has \[5\] captions; this model takes 1 to 4'):
     model.continue_story(FIRSTS[0], ['pip moves'] * 5)

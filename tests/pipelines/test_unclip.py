@@ -114,7 +114,7 @@ def test_upsamplers_take_up_where_the_one_before_ends(root):
   alone = UnCLIP.load(root / 'bare', prior=root / 'prior')
   small = UnCLIP.load(root / 'unclip').sample(PROMPTS[:1], **QUICK)[0].images
   assert alone.sample(PROMPTS[:1], **QUICK)[0].images.shape == (1, 16, 16, 3) and small.shape == (1, 32, 32, 3)
-  with pytest.raises(ValueError, match='the upsampler takes pictures of 32 pixels a side, and gets 16'):
+  with pytest.raises(ValueError, match='the upsampler takes images of 32 pixels a side, but gets images of 16'):
     UnCLIP.load(root / 'bare', upsampler=[root / 'upsampler_2'])
   assert UnCLIP.load(root / 'unclip', upsampler=[]).image_size == 16
 
@@ -159,18 +159,18 @@ def test_what_is_refused(root, model, tmp_path):
     (dict(top_k=3), 'unCLIP has no tokens, so no top_k'),
     (dict(steps=1), 'steps is 1; expected 2 to 1000'),
     (dict(prior_steps=1001), 'prior_steps is 1001; expected 2 to 1000'),
-    (dict(priors=0), 'priors is 0; expected one embedding a picture or more'),
+    (dict(priors=0), 'priors is 0; expected one embedding per image or more'),
     (dict(n=0), 'n is 0'),
   ):
     with pytest.raises(ValueError, match=message):
       model.sample(**{'prompts': PROMPTS, **options})
   bare = UnCLIP.load(root / 'bare')
-  with pytest.raises(ValueError, match='has no prior, so it draws nothing from captions'):
+  with pytest.raises(ValueError, match='has no prior, so it cannot read captions'):
     bare.sample(PROMPTS)
   for images in ('photo.png', [], np.zeros((16, 16, 3), np.uint8), Image.new('RGB', (16, 16))):
-    with pytest.raises(ValueError, match='images must be a list of pictures'):
+    with pytest.raises(ValueError, match='images must be a list of one or more images'):
       bare.variations(images)
-  with pytest.raises(ValueError, match='weights in int8 gain nothing'):
+  with pytest.raises(ValueError, match='not token by token, so int8 gains nothing'):
     UnCLIP.load(root / 'unclip', int8=True)
   with pytest.raises(ValueError, match="is a run of 'clip'; expected one of the objective prior"):
     UnCLIP.load(root / 'bare', prior=root / 'clip')
@@ -189,7 +189,7 @@ def test_scripts(root, tmp_path, capsys):
   capsys.readouterr()
   for arguments, message in (
     (['--run', root / 'clip', '--prompt', 'x', '--steps', '3'], '--steps is for an unCLIP'),
-    (['--run', root / 'unclip', '--vary', picture, '--prompt', 'x'], '--vary draws of a picture alone'),
+    (['--run', root / 'unclip', '--vary', picture, '--prompt', 'x'], '--vary needs an image only; leave out --prompt.'),
     (['--run', root / 'unclip', '--vary', picture, '--priors', '3'], '--priors is not for --vary'),
     (['--run', root / 'unclip', '--vary', 'none.png'], 'there is no picture'),
     (['--run', root / 'unclip', '--prompt', 'x', '--keep_rows', '2'], 'has no image tokens to keep'),
