@@ -1,9 +1,9 @@
-"""Trains VQGAN, CLIP, DALL-E and StoryDALL-E on the procedural world and reports what came of it (`make quickstart`).
+"""Trains VQGAN, CLIP, DALL-E and StoryDALL-E on the procedural world and reports the results (`make quickstart`).
 
-Everything lands in --run_dir: a run directory a stage, grid.png, storyboards.png, curves.png, report.md, metrics.json.
-Interrupted anywhere, the same command goes on where it was: each stage resumes from its last checkpoint or is skipped
-when done. With --ablations (`make ablations`) it also trains and scores the story model without each of its parts, with
---storyganc (`make storyganc`) StoryGANc.
+Everything is written to --run_dir: a run directory for each stage, grid.png, storyboards.png, curves.png, report.md and
+metrics.json. After an interruption the same command resumes: each stage continues from its last checkpoint, or is
+skipped when done. With --ablations (`make ablations`) it also trains and scores the story model without each of its
+parts, with --storyganc (`make storyganc`) StoryGANc.
 """
 
 import json
@@ -29,21 +29,21 @@ from dalle_jax.pipelines.grids import caption_grid, stacked, storyboard
 from dalle_jax.training.checkpoint import steps, write_json
 from dalle_jax.training.metrics import read
 
-_RUN_DIR = flags.DEFINE_string('run_dir', 'runs/quickstart', 'where everything goes')
+_RUN_DIR = flags.DEFINE_string('run_dir', 'runs/quickstart', 'output directory')
 _CONFIG = flags.DEFINE_string('config', 'configs/quickstart.py', 'the config with the stages')
-_PROMPTS = flags.DEFINE_integer('prompts', 200, 'held-out captions a split')
-_CANDIDATES = flags.DEFINE_integer('candidates', 8, 'samples a caption, of which CLIP picks the best')
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'of the samples')
+_PROMPTS = flags.DEFINE_integer('prompts', 200, 'held-out captions per split')
+_CANDIDATES = flags.DEFINE_integer('candidates', 8, 'samples per caption, of which CLIP picks the best')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'sampling temperature')
 _GUIDANCE = flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale')
-_STORIES = flags.DEFINE_integer('stories', 100, 'held-out stories a split')
-_ABLATIONS = flags.DEFINE_bool('ablations', False, 'also the story model without each of its parts')
-_STORYGANC = flags.DEFINE_bool('storyganc', False, 'also StoryGANc, with and without contextual attention')
-_OVERRIDES = flags.DEFINE_multi_string('override', [], 'passed on to train.py, e.g. --override=--config.train.steps=10')
+_STORIES = flags.DEFINE_integer('stories', 100, 'held-out stories per split')
+_ABLATIONS = flags.DEFINE_bool('ablations', False, 'also train the story model without each of its parts')
+_STORYGANC = flags.DEFINE_bool('storyganc', False, 'also train StoryGANc, with and without contextual attention')
+_OVERRIDES = flags.DEFINE_multi_string('override', [], 'argument for train.py, e.g. --override=--config.train.steps=10')
 STAGES = ('vqgan', 'clip', 'dalle', 'story')
-# XLA on the CPU takes its memory anew for every step; by pages of 2 MB a step of the stories is 19% faster.
+# XLA on the CPU allocates its memory anew for every step; with pages of 2 MB a step of the story model is 19% faster.
 HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
 ABLATIONS = ('no_retro', 'no_story_encoder', 'prompt')  # of configs/story_shapes.py
-STORY_RUNS = {  # what is told of in the table, and the run directory
+STORY_RUNS = {  # name in the table -> run directory
   'full': 'story',
   **{variant: f'story_{variant}' for variant in ABLATIONS},
   'storyganc': 'storyganc',
@@ -69,29 +69,30 @@ def main(argv):
     try:
       code = child.wait()
     except KeyboardInterrupt:
-      code = child.wait()  # Ctrl-C has reached it too: it saves
-    took(root, stage, time.monotonic() - start)
+      code = child.wait()  # it has received Ctrl-C, too, and saves
+    add_seconds(root, stage, time.monotonic() - start)
     if code:
-      sys.exit(f'error: stage {stage} ended with exit code {code}; the same command goes on where it stopped')
+      sys.exit(f'error: stage {stage} ended with exit code {code}; the same command resumes where it stopped')
   print('==== evaluation', flush=True)
   start = time.monotonic()
-  metrics, pictures = evaluate(root)
+  metrics, rows = evaluate(root)
   variants = {variant: root / run for variant, run in STORY_RUNS.items() if steps(root / run)}
   for variant, run in variants.items():
-    found, boards = evaluate_stories(run)
-    metrics |= {f'story/{variant}/{name}': value for name, value in found.items()}
+    scores, boards = evaluate_stories(run)
+    metrics |= {f'story/{variant}/{name}': value for name, value in scores.items()}
     stacked(boards).save(root / ('storyboards.png' if variant == 'full' else f'storyboards_{variant}.png'))
-  metrics |= {f'wall_s/{k}': v for k, v in took(root, 'evaluation', time.monotonic() - start).items()}
-  caption_grid(pictures, ['true', 'best by CLIP']).save(root / 'grid.png')
+  seconds = add_seconds(root, 'evaluation', time.monotonic() - start)
+  metrics |= {f'wall_s/{stage}': s for stage, s in seconds.items()}
+  caption_grid(rows, ['true', 'best by CLIP']).save(root / 'grid.png')
   draw_curves(root, root / 'curves.png')
   write_json(root / 'metrics.json', metrics)
   (root / 'report.md').write_text(report(metrics))
   print(report(metrics))
-  print(f'pictures: {root}/grid.png  curves: {root}/curves.png  report: {root}/report.md')
+  print(f'images: {root}/grid.png  curves: {root}/curves.png  report: {root}/report.md')
 
 
 def evaluate(root: Path) -> tuple[dict[str, float], list]:
-  """Scores reconstructions and samples of held-out scenes with the oracle; also rows for the grid picture."""
+  """Scores reconstructions and samples of held-out scenes with the oracle; also returns rows for the grid."""
   model = DallE.load(root / 'dalle', clip=root / 'clip')
   source_args = model.config['data']['source_args']
   oracle, size = Oracle(source_args['image_size']), source_args['image_size']
@@ -125,10 +126,10 @@ def evaluate(root: Path) -> tuple[dict[str, float], list]:
 
 
 def evaluate_stories(run: Path) -> tuple[dict[str, float], list]:
-  """What the oracle finds right in continued stories, as SPLIT/COLUMN; also storyboards, three of each split.
+  """The shares that the oracle finds right in continued stories, as SPLIT/COLUMN, and three storyboards of each split.
 
-  'setting_silent' is the setting in frames after a change, whose captions say nothing of it; 'sampling_s' are seconds a
-  story of four frames, 16 stories at once.
+  'setting_silent' is the share of right settings in frames after a change that their captions do not mention;
+  'sampling_s' is the time in seconds per story of four frames, with 16 stories at once.
   """
   model = generator.load(run)
   size = model.image_size
@@ -137,36 +138,38 @@ def evaluate_stories(run: Path) -> tuple[dict[str, float], list]:
   boards = []
   for split in ('test_seen', 'test_unseen'):
     source = story_shapes.load(split, image_size=size, count=_STORIES.value)
-    told = [source.moments(k) for k in range(len(source))]
-    moments = [m for story in told for m in story[1:]]
-    firsts = np.stack([shapes.render(story[0].scene, size) for story in told])
-    captions = [[m.caption for m in story[1:]] for story in told]
-    samples = model.continue_stories(firsts, captions, seed=0, temperature=_TEMPERATURE.value)
+    stories = [source.moments(k) for k in range(len(source))]
+    moments = [m for story in stories for m in story[1:]]
+    sources = np.stack([shapes.render(story[0].scene, size) for story in stories])
+    captions = [[m.caption for m in story[1:]] for story in stories]
+    samples = model.continue_stories(sources, captions, seed=0, temperature=_TEMPERATURE.value)
     right = score_moments(oracle, np.concatenate([s.frames[:, 0] for s in samples]), moments)
     metrics |= {f'{split}/{c}': float(right[c].mean()) for c in COLUMNS}
     metrics[f'{split}/setting_silent'] = float(right['setting'][[m.silent for m in moments]].mean())
     boards += [storyboard(s.source, s.frames[:, 0], s.captions) for s in samples[:3]]
-  few = slice(16)  # stories of one call, compiled already
+  sources, captions = sources[:16], captions[:16]  # one call, which is compiled already
   start = time.monotonic()
-  model.continue_stories(firsts[few], captions[few], seed=1, temperature=_TEMPERATURE.value)
-  metrics['sampling_s'] = (time.monotonic() - start) / len(firsts[few])  # a story
+  model.continue_stories(sources, captions, seed=1, temperature=_TEMPERATURE.value)
+  metrics['sampling_s'] = (time.monotonic() - start) / len(sources)
   return metrics, boards
 
 
-def took(root: Path, stage: str, seconds: float) -> dict[str, float]:
-  """Adds to what a stage took so far, over all interruptions; returns the seconds of every stage."""
+def add_seconds(root: Path, stage: str, seconds: float) -> dict[str, float]:
+  """Adds to the seconds of a stage, which accumulate over interruptions; returns the seconds of every stage."""
   path = root / 'wall_s.json'
   root.mkdir(parents=True, exist_ok=True)
   known = json.loads(path.read_text()) if path.exists() else {}
   known[stage] = seconds if stage == 'evaluation' else known.get(stage, 0.0) + seconds
   partial = path.with_suffix('.tmp')
-  partial.write_text(json.dumps(known))  # with no word to JAX: the accelerator belongs to the stages
+  partial.write_text(
+    json.dumps(known)
+  )  # not by write_json, which initialises JAX: the accelerator belongs to the stages
   partial.replace(path)
   return known
 
 
 def draw_curves(root: Path, path: Path) -> None:
-  """One panel a stage: training loss, and validation loss where it was measured."""
+  """One panel per stage, with the training loss and, where it was measured, the validation loss."""
   figure, axes = plt.subplots(1, len(STAGES), figsize=(4 * len(STAGES), 3.5), layout='constrained')
   for axis, stage in zip(axes, STAGES, strict=True):
     lines = read(root / stage / 'metrics.jsonl')
@@ -181,7 +184,7 @@ def draw_curves(root: Path, path: Path) -> None:
 
 
 def report(metrics: dict[str, float]) -> str:
-  """The figures as a Markdown page."""
+  """The metrics as a Markdown page."""
   n = _CANDIDATES.value
   shown = [
     ('VQGAN: all attributes right in reconstructions of `test`', 'vqgan/recon_correct'),
@@ -204,14 +207,14 @@ def report(metrics: dict[str, float]) -> str:
   page = """\
     # Quickstart
 
-    Scenes of `test` were never trained on; those of `test_unseen` also show pairs of shape and colour that no training
-    picture shows. A picture counts only if every attribute of every object and the background is right.
+    Scenes of `test` are not in the training set; those of `test_unseen` also have pairs of shape and colour that no
+    training image has. An image counts only if the background and every attribute of every object are right.
 
     | measure | share |
     |---|---|
     {table}
 
-    Each row: the true picture, then {n} samples at temperature {temperature}, best first by CLIP. The upper six
+    Each row shows the true image, then {n} samples at temperature {temperature}, best first by CLIP. The upper six
     captions are from `test`, the lower six from `test_unseen`.
 
     ![samples](grid.png)
@@ -219,11 +222,11 @@ def report(metrics: dict[str, float]) -> str:
 
     ## Stories
 
-    Four frames that continue a source frame. The hero is known by name alone: what it looks like only the source frame
-    shows. Heroes of `test_unseen` have a pair of shape and colour that no training picture shows. Right in each frame
-    are: all that its caption tells; the hero's shape, colour and accessory; the setting, that of the source or of the
-    last change; the hero's size, as the story has left it; the setting in frames after a change that their captions
-    are silent about.
+    Four frames continue a source frame. Captions only name the hero: only the source frame shows what it looks like.
+    Heroes of `test_unseen` have a pair of shape and colour that no training image shows. The columns are the shares of
+    frames in which these are right: everything that the caption states; the hero's shape, colour and accessory; the
+    setting, which is that of the source or of the last change; the hero's size, as the story has left it; and the
+    setting in frames after a change that their captions do not mention.
 
     | model | split | caption | hero | setting | size | setting after a silent change | sampling a story |
     |---|---|---|---|---|---|---|---|

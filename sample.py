@@ -1,20 +1,20 @@
-"""Draws pictures from captions by a trained DALL-E or unCLIP, or continues a story by a StoryDALL-E or StoryGANc.
+"""Generates images from captions with a DALL-E or unCLIP, or continues a story with a StoryDALL-E or StoryGANc.
 
   python sample.py --run runs/quickstart/dalle --clip runs/quickstart/clip --prompt "a large red circle at the top"
-  python sample.py --run RUN --prompts captions.txt --n 8 --guidance 2       # one caption a line
+  python sample.py --run RUN --prompts captions.txt --n 8 --guidance 2       # one caption per line
   python sample.py --run RUN --prompt "..." --init_image photo.png --keep_rows 3     # completes the lower part
-  python sample.py --run RUN --prompts captions.txt --mesh data=-1,fsdp=1 --distributed   # by every process of a job
+  python sample.py --run RUN --prompts captions.txt --mesh data=-1,fsdp=1 --distributed   # in every process of a job
   python sample.py --run UNCLIP --prompt "..." --guidance 4 --steps 50
-  python sample.py --run UNCLIP --vary photo.png --n 8                       # what CLIP sees as the same
+  python sample.py --run UNCLIP --vary photo.png --n 8                       # images with the same CLIP embedding
   python sample.py --run runs/quickstart/story --story story.json --source frame.png  # {"captions": ["...", "..."]}
-Writes OUT/NUMBER_RANK.png, OUT/grid.png (best first with --clip), OUT/samples.json, for a story OUT/storyboard.png.
-`--debug` shows tracebacks.
+Writes OUT/NUMBER_RANK.png, OUT/grid.png (best first with --clip), OUT/samples.json and, for a story,
+OUT/storyboard.png; images that an earlier samples.json lists are removed. `--debug` shows tracebacks.
 """
 
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,54 +33,57 @@ from dalle_jax.training import distributed, errors, layout
 FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
 string('run', '', 'run directory of a DALL-E, unCLIP, StoryDALL-E or StoryGANc')
-string('clip', '', 'run directory of a CLIP that ranks the pictures')
+string('clip', '', 'run directory of a CLIP that ranks the images')
 flags.DEFINE_multi_string('prompt', [], 'a caption; may be repeated', flag_values=FLAGS)
-string('prompts', '', 'a text file with one caption a line')
-string('out', 'samples', 'directory for the pictures')
-flags.DEFINE_integer('n', 4, 'pictures a caption', 1, flag_values=FLAGS)
+string('prompts', '', 'a text file with one caption per line')
+string('out', 'samples', 'output directory')
+flags.DEFINE_integer('n', 4, 'images per caption', 1, flag_values=FLAGS)
 flags.DEFINE_integer('best', 0, 'how many of them are written, best first; 0: all', 0, flag_values=FLAGS)
 options.define_flags(FLAGS)
 string('story', '', 'a JSON file with the captions of a story: a list, or {"captions": [...], "source": "frame.png"}')
-string('source', '', 'the frame that the story goes on from')
+string('source', '', 'the frame that the story continues from')
 string('vectors', '', 'a .npy file float32[captions, dim], for a model that reads sentence vectors')
-string('init_image', '', 'a picture to complete')
+string('init_image', '', 'an image to complete')
 flags.DEFINE_integer('keep_rows', 0, 'rows of its image tokens to keep', 0, flag_values=FLAGS)
-string('vary', '', 'a picture that an unCLIP draws variations of')
+string('vary', '', 'an image to vary, with an unCLIP')
 layout.define_flags(FLAGS)
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
 
 def prompts() -> list[str]:
+  """The captions of --prompt and --prompts."""
   found = list(FLAGS.prompt)
   if FLAGS.prompts:
     lines = Path(FLAGS.prompts).read_text(encoding='utf-8-sig').splitlines()  # with or without a byte order mark
     found += [line.strip() for line in lines if line.strip()]
   if not found:
-    raise ValueError('there is no caption; give --prompt "..." or --prompts FILE with one a line.')
+    raise ValueError('there is no caption; give --prompt "..." or --prompts FILE with one per line.')
   return found
 
 
 def story() -> list[str]:
   """The captions of --story; its source becomes --source where that is empty."""
   if FLAGS.prompt or FLAGS.prompts or FLAGS.init_image or FLAGS.keep_rows:
-    raise ValueError('--story has its captions and --source its picture; leave out --prompt(s) and --init_image.')
+    raise ValueError(
+      '--story gives the captions and --source the image; leave out --prompt, --prompts, --init_image and --keep_rows.'
+    )
   path = Path(FLAGS.story)
   if not path.is_file():
     raise FileNotFoundError(f'there is no file {path}; expected a JSON file with the captions of a story.')
   try:
     found = json.loads(path.read_text(encoding='utf-8-sig'))
   except ValueError as e:
-    raise ValueError(f'{path} is no JSON file ({e}); expected {{"captions": ["...", "..."]}}.') from e
+    raise ValueError(f'{path} is not a JSON file ({e}); expected {{"captions": ["...", "..."]}}.') from e
   found = {'captions': found} if isinstance(found, list) else found
   captions = found.get('captions') if isinstance(found, dict) else None
   if not isinstance(captions, list) or not captions or not all(isinstance(c, str) for c in captions):
     raise ValueError(f'{path} has no list of captions; expected {{"captions": ["...", "..."]}}.')
   if not isinstance(found.get('source', ''), str):
-    raise ValueError(f'{path} has the source {found["source"]!r}; expected the name of a picture.')
+    raise ValueError(f'{path} has the source {found["source"]!r}; expected the name of an image.')
   if not FLAGS.source and found.get('source'):
     FLAGS.source = str(path.parent / found['source'])
   if not FLAGS.source:
-    raise ValueError('a story goes on from a picture; give it with --source FRAME.png.')
+    raise ValueError('a story continues from an image; give it with --source FRAME.png.')
   return captions
 
 
@@ -89,18 +92,21 @@ def run() -> None:
     raise ValueError('give --run RUN_DIR, the run directory of a trained DALL-E, unCLIP, StoryDALL-E or StoryGANc.')
   if FLAGS.source and not FLAGS.story:
     raise ValueError('--source is the first frame of a story; give its captions with --story FILE.')
-  beside = (FLAGS.story, FLAGS.prompt, FLAGS.prompts, FLAGS.init_image, FLAGS.keep_rows, FLAGS.clip, FLAGS.prior)
-  if FLAGS.vary and any(beside):
-    raise ValueError('--vary draws of a picture alone; leave out captions, other pictures, --clip and --prior.')
-  captions = [FLAGS.vary] if FLAGS.vary else story() if FLAGS.story else prompts()
+  if FLAGS.vary:
+    others = ('story', 'prompt', 'prompts', 'init_image', 'keep_rows', 'clip', 'prior')
+    if given := options.changed(FLAGS, *others):
+      raise ValueError(f'--vary needs an image only; leave out --{", --".join(given)}.')
+    requests = [FLAGS.vary]
+  else:
+    requests = story() if FLAGS.story else prompts()
   with layout.asked(FLAGS, common.MESHES['data'], common.RULES) as where:
-    draw(captions, **where)
+    generate(requests, where)
 
 
-def draw(asked: list[str], **where) -> None:
-  """Draws and writes pictures for captions, or for those of a story."""
+def generate(requests: list[str], where: dict[str, Any]) -> None:
+  """Generates and writes images for captions, for those of a story, or for the image to vary."""
   files = [Path(name) for name in (FLAGS.source, FLAGS.init_image, FLAGS.vectors, FLAGS.vary) if name]
-  distributed.check_same({'captions': str(asked), 'files': str([f.read_bytes() for f in files if f.is_file()])})
+  distributed.check_same({'captions': str(requests), 'files': str([f.read_bytes() for f in files if f.is_file()])})
   model = options.load(FLAGS, where)
   if isinstance(model, StoryGenerator) != bool(FLAGS.story):
     wanted = 'a caption; give --prompt "..."' if FLAGS.story else 'a story; give --story FILE and --source FRAME.png'
@@ -108,53 +114,56 @@ def draw(asked: list[str], **where) -> None:
   if FLAGS.vectors and model.config['model'].get('sentences') != 'data':
     raise ValueError(f'{FLAGS.run} reads no sentence vectors; leave out --vectors.')
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
-  how = dict(n=FLAGS.n, seed=FLAGS.seed, batch_size=FLAGS.batch_size or model.BATCH) | options.sampling(FLAGS, model)
+  sampling = dict(n=FLAGS.n, seed=FLAGS.seed, batch_size=FLAGS.batch_size or model.BATCH)
+  sampling |= options.sampling(FLAGS, model)
+  board = None
   if FLAGS.story:
     vectors = np.array(open_array(FLAGS.vectors, 'sentence vectors, one a caption')) if FLAGS.vectors else None
-    drawn = model.continue_story(FLAGS.source, asked, vectors=vectors, **how)
-    none = [None] * len(asked)
-    results = zip(asked, drawn.frames, drawn.candidates, none if drawn.scores is None else drawn.scores, strict=True)
-    board = storyboard(drawn.source, drawn.frames[:, 0], asked)
+    sample = model.continue_story(FLAGS.source, requests, vectors=vectors, **sampling)
+    scores = [None] * len(requests) if sample.scores is None else sample.scores
+    results = list(zip(requests, sample.frames, sample.candidates, scores, strict=True))
+    board = storyboard(sample.source, sample.frames[:, 0], requests)
   else:
-    samples = draw_pictures(model, asked, how)
-    results, board = ((p, s.images, s.candidates, s.scores) for p, s in zip(asked, samples, strict=True)), None
+    samples = independent_samples(model, requests, sampling)
+    results = [(r, s.images, s.candidates, s.scores) for r, s in zip(requests, samples, strict=True)]
   if jax.process_index() == 0:
     write(Path(FLAGS.out), results, board, options.sampling_arguments(FLAGS, model))
 
 
-def draw_pictures(model: Any, asked: list[str], how: dict[str, Any]) -> list[Any]:
-  """For captions, or for the picture of --vary. Raises ValueError for what the model has no use for."""
-  completes = hasattr(model, 'encode')
+def independent_samples(model: Any, requests: list[str], sampling: dict[str, Any]) -> list[Any]:
+  """Samples for captions, or for the image of --vary. Raises ValueError for flags that the model has no use for."""
   if FLAGS.vary:
     if not hasattr(model, 'variations'):
       raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}; --vary needs one of an unCLIP.')
     if given := options.changed(FLAGS, 'temperature', 'top_k', 'top_p', 'prior_guidance', 'prior_steps', 'priors'):
-      raise ValueError(f'--{", --".join(given)} is not for --vary, which has no tokens and no prior; leave it out.')
-    how = {k: how[k] for k in ('n', 'seed', 'batch_size', 'guidance', 'steps', 'upsampler_steps')}
-    return model.variations(asked, **how)
-  if not completes and (FLAGS.init_image or FLAGS.keep_rows):
+      raise ValueError(f'--{", --".join(given)} is not for --vary, which uses no tokens and no prior; leave it out.')
+    names = ('n', 'seed', 'batch_size', 'guidance', 'steps', 'upsampler_steps')
+    return model.variations(requests, **{name: sampling[name] for name in names})
+  if hasattr(model, 'encode'):
+    return model.sample(requests, init_image=FLAGS.init_image or None, keep_rows=FLAGS.keep_rows, **sampling)
+  if FLAGS.init_image or FLAGS.keep_rows:
     raise ValueError(f'{FLAGS.run} has no image tokens to keep; leave out --init_image and --keep_rows.')
-  given = dict(init_image=FLAGS.init_image or None, keep_rows=FLAGS.keep_rows) if completes else {}
-  return model.sample(asked, **given, **how)
+  return model.sample(requests, **sampling)
 
 
-def write(out: Path, results: Iterable[tuple[Any, ...]], board: Image.Image | None, how: dict[str, Any]) -> None:
-  """Pictures, grid and table of (caption, pictures, numbers, scores) each, and the storyboard of a story."""
+def write(out: Path, results: Sequence[tuple[Any, ...]], board: Image.Image | None, sampling: dict[str, Any]) -> None:
+  """Writes images, grid and table of (caption, images, numbers, scores) each, and the storyboard of a story."""
   out.mkdir(parents=True, exist_ok=True)
   remove_earlier(out)
   if board:
     board.save(out / 'storyboard.png')
-  table, rows, best = [], [], FLAGS.best or FLAGS.n
-  for i, (caption, images, candidates, scores) in enumerate(results, bool(FLAGS.story)):  # frame 0 is the source
-    files = [f'{i:03d}_{rank}.png' for rank in range(min(best, len(images)))]
-    for file, image in zip(files, images, strict=False):
+  first_number = 1 if FLAGS.story else 0  # frame 0 of a story is the source
+  best, table, rows = FLAGS.best or FLAGS.n, [], []
+  for number, (caption, images, candidates, scores) in enumerate(results, first_number):
+    images, candidates = images[:best], candidates[:best]
+    files = [f'{number:03d}_{rank}.png' for rank in range(len(images))]
+    for file, image in zip(files, images, strict=True):
       Image.fromarray(image).save(out / file)
-    cosines = None if scores is None else [round(float(s), 4) for s in scores[: len(files)]]
-    row = {'prompt': caption, 'files': files, 'candidates': candidates[: len(files)].tolist(), 'scores': cosines}
-    table.append(row)
-    rows.append((caption, images[: len(files)]))
+    rounded = None if scores is None else [round(float(s), 4) for s in scores[:best]]
+    table.append({'prompt': caption, 'files': files, 'candidates': candidates.tolist(), 'scores': rounded})
+    rows.append((caption, images))
   caption_grid(rows).save(out / 'grid.png')
-  settings = {k: getattr(FLAGS, k) for k in ('run', 'clip', 'seed', 'n')} | how
+  settings = {k: getattr(FLAGS, k) for k in ('run', 'clip', 'seed', 'n')} | sampling
   (out / 'samples.json').write_text(json.dumps({**settings, 'samples': table}, indent=2) + '\n')
   more = 'storyboard.png, ' if FLAGS.story else ''
   print(f'wrote {sum(len(t["files"]) for t in table)} pictures, {more}grid.png and samples.json to {out}')
@@ -165,7 +174,7 @@ def remove_earlier(out: Path) -> None:
   try:
     files = [name for row in json.loads((out / 'samples.json').read_text())['samples'] for name in row['files']]
   except (OSError, ValueError, KeyError, TypeError):
-    return  # there is none, or it is something else
+    return  # there is no such file, or it is something else
   given = {Path(name).resolve() for name in (FLAGS.source, FLAGS.init_image, FLAGS.vary) if name}
   for path in (out / name for name in files if re.fullmatch(r'\d+_\d+\.png', str(name))):
     if path.resolve() not in given:
