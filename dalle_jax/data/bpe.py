@@ -208,10 +208,6 @@ class TextEncoder:
     text[: len(ids)] = ids
     return text
 
-  def is_full(self, text: np.ndarray) -> bool:
-    """Whether `text` has no padding, as when the caption was cut."""
-    return bool(text[-1] != self._padding[-1])
-
 
 def text_encoder(tokenizer: BPE | str, config: Mapping[str, Any], dropout: float = 0.0) -> TextEncoder:
   """The encoder of a run, from its tokenizer and its `config.tokenizer`. Raises ValueError like `TextEncoder`."""
