@@ -56,7 +56,7 @@ class DALLEObjective:
       rng = jax.random.fold_in(ctx.rng, 1)
       read = corruption.replace_tokens(rng, image, self.c.token_noise, self.model.image_vocab, self.c.noise_spread)
     text_logits, image_logits = self.model.apply({'params': params['dalle']}, text, read)
-    text_loss, _ = losses.token_loss(text_logits, text[:, -text_logits.shape[1] :], kept)
+    text_loss = caption_loss(text_logits, text, kept, self.c.caption_dropout)
     image_loss, accuracy = losses.token_loss(image_logits, image)
     loss = self.c.text_weight * text_loss + self.c.image_weight * image_loss
     return loss, ({'text_loss': text_loss, 'image_loss': image_loss, 'accuracy': accuracy}, ctx.mutable)
@@ -86,6 +86,18 @@ class DALLEObjective:
     images = to_float(batch['image'])
     codes = self.tokenizer.apply({'params': ctx.frozen['vqgan']}, images, method='encode')
     return codes.reshape(len(images), -1)
+
+
+def caption_loss(logits: jax.Array, text: jax.Array, kept: jax.Array | None, rate: float) -> jax.Array:
+  """Mean cross-entropy in nats of captions int32[R, T], float32[]; dropped ones, where `kept` float32[R] is 0, add 0.
+
+  It is divided by the number of captions that a dropout of `rate` keeps on average, not by the number kept in this
+  batch. The loss of a batch is then the mean of the losses of its micro batches, even if one of them keeps no caption.
+  """
+  loss, _ = losses.token_loss(logits, text[:, -logits.shape[1] :], kept)
+  if kept is None:
+    return loss
+  return loss * kept.mean() / max(1 - rate, 1e-6)  # at a rate of 1 no caption is kept, and the loss is 0
 
 
 def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> DALLEObjective:

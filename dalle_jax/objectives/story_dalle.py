@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from dalle_jax.functional import corruption, decoding, losses
 from dalle_jax.functional.pixels import boards, to_float, to_uint8
 from dalle_jax.models import clip, dalle, decode_params, image_tokenizer, story_dalle, variants
-from dalle_jax.objectives.dalle import text_and_image
+from dalle_jax.objectives.dalle import caption_loss, text_and_image
 
 DEFAULTS = dict(
   text_weight=0.5,  # of the text loss
@@ -71,7 +71,7 @@ class StoryDALLEObjective:
     sentences = self._sentences(ctx, batch)
     text_logits, image_logits = model.apply({'params': params}, text, read, source, sentences, read_text, rng)
     rows = lambda x: x.reshape(-1, x.shape[-1])
-    text_loss, _ = losses.token_loss(text_logits, rows(text)[:, -text_logits.shape[1] :], kept)
+    text_loss = caption_loss(text_logits, rows(text), kept, self.c.caption_dropout)
     first = self.c.first if ctx.train else 1.0
     image_loss, accuracy = losses.token_loss(image_logits, rows(image), first=first)
     loss = self.c.text_weight * text_loss + self.c.image_weight * image_loss

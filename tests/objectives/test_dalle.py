@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import common
-from dalle_jax.functional import losses
+from dalle_jax.functional import corruption, losses
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import vqgan
 from dalle_jax.objectives import dalle
@@ -83,6 +83,17 @@ def test_dropped_captions_are_padding_and_leave_the_text_loss(frozen, params):
   assert float(whole['image_loss']) == pytest.approx(float(run(0.0, empty)['image_loss']), rel=1e-6)
   assert build().model.padding.tolist() == [34, 35, 36, 37, 38, 39]
   assert run(1.0, BATCH, train=False)['image_loss'] == run(0.0, BATCH)['image_loss']
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_its_micro_batches(frozen, params, monkeypatch):
+  """Though some of them keep fewer captions than others, and one keeps none."""
+  batch = {'text': BATCH['text'].at[:, 0].set(jnp.array([0, 39, 1, 2, 38, 37, 3, 4])), 'tokens': jnp.ones((8, 64), int)}
+  drop = lambda rng, text, rate, padding: (text, (text[:, 0] > 30).astype(jnp.float32))
+  monkeypatch.setattr(corruption, 'drop_captions', drop)
+  loss = jax.jit(lambda rows: build(caption_dropout=0.5).loss(params, context(frozen), rows)[1][0]['text_loss'])
+  micro = [loss({k: v[i : i + 2] for k, v in batch.items()}) for i in range(0, 8, 2)]
+  assert micro[1] == micro[3] == 0 and min(micro[0], micro[2]) > 0
+  assert float(loss(batch)) == pytest.approx(np.mean(micro), rel=1e-5)
 
 
 def test_noise_is_read_and_never_predicted(frozen, params):
