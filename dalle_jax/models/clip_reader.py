@@ -23,7 +23,7 @@ class Caption(struct.PyTreeNode):
   Attributes:
     embed: float32[B, E].
     hidden: [B, N, W], each token after the last layer.
-    seen: bool[B, N], the tokens that are no padding, those around the words among them.
+    mask: bool[B, N], the tokens that are no padding, those around the words among them.
   """
 
   embed: jax.Array
