@@ -18,6 +18,7 @@ import numpy as np
 from dalle_jax.layers.basic import Embed, LayerNorm, boxed, normal_init
 from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import clip, roberta
+from dalle_jax.models.pooling import masked_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +74,6 @@ def mark_captions(text: jax.Array, words: SpecialIds, length: int = 0) -> tuple[
     ids, seen = jnp.where(last, words.end, ids), seen | last
   padding = words.count + jnp.arange(most) if words.pad < 0 else words.pad
   return jnp.where(seen, ids, padding), seen, own
-
-
-def masked_mean(x: jax.Array, chosen: jax.Array) -> jax.Array:
-  """The mean of x[R, M, D] over the positions chosen, bool[R, M]: [R, D]; zeros where there is none."""
-  chosen = chosen[..., None]
-  return jnp.where(chosen, x, 0).sum(1) / jnp.maximum(chosen.sum(1), 1)
 
 
 class CaptionEncoder(nn.Module):

@@ -16,6 +16,7 @@ import numpy as np
 from dalle_jax.layers.basic import Conv, Dense, Embed, LayerNorm, boxed, normal_init
 from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import variants
+from dalle_jax.models.pooling import normalize
 
 MAX_SCALE = 100.0  # of the logits (section 2.5)
 
@@ -220,10 +221,6 @@ class CLIP(nn.Module):
   def text_features(self, text: jax.Array, seen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """As `encode_text`, of any length; and the last layer's vector of each token, normed: [B, N, text_width]."""
     return self.text(text, seen)
-
-
-def normalize(x: jax.Array) -> jax.Array:
-  return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
 
 
 def build(variant: str, **overrides) -> CLIP:

@@ -15,6 +15,7 @@ from flax import struct
 
 from dalle_jax.functional.pixels import resized
 from dalle_jax.models import clip
+from dalle_jax.models.pooling import normalize
 
 
 class Caption(struct.PyTreeNode):
@@ -103,7 +104,7 @@ class ClipReader:
   def scaled(self, x: jax.Array) -> jax.Array:
     """Embeddings of any length at that of this reader."""
     x = x.astype(jnp.float32)
-    return x if self.raw else clip.normalize(x) * self.model.embed_dim**0.5
+    return x if self.raw else normalize(x) * self.model.embed_dim**0.5
 
 
 def of_run(

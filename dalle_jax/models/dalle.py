@@ -24,6 +24,7 @@ from dalle_jax.layers.patterns import Pattern, layer_kinds
 from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import variants
 from dalle_jax.models.image_tokenizer import ImageTokenizer
+from dalle_jax.models.pooling import masked_mean
 
 VARIANTS = {
   'test': dict(
@@ -240,9 +241,8 @@ class DALLE(nn.Module):
 
   def embed_caption(self, text: jax.Array) -> jax.Array:
     """The mean of the word embeddings of int32[B, T], paddings left out: float32[B, D]; zeros for an empty text."""
-    words = (text < self.words if self.pad < 0 else text != self.pad)[..., None]
-    x = embedding_lookup(self.text_embed, text)
-    return jnp.where(words, x, 0).sum(1) / jnp.maximum(words.sum(1), 1)
+    mask = text < self.words if self.pad < 0 else text != self.pad
+    return masked_mean(embedding_lookup(self.text_embed, text), mask)
 
   def _check(self, text: jax.Array, image: jax.Array, lengths: range | tuple[int, ...]) -> None:
     if text.shape[1] != self.text_length:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from dalle_jax.layers.basic import Dense, Embed, LayerNorm, boxed, normal_init
 from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import variants
+from dalle_jax.models.pooling import masked_mean
 
 VARIANTS = {
   'test': dict(vocab_size=40, length=8, width=16, layers=2, heads=2),
@@ -70,8 +71,7 @@ class RoBERTa(nn.Module):
 
   def encode_text(self, text: jax.Array) -> jax.Array:
     """The mean of the hidden states that are no padding, float32[B, D]."""
-    words = (text != self.pad)[..., None]
-    return jnp.where(words, self(text)[0], 0).sum(1) / jnp.maximum(words.sum(1), 1)
+    return masked_mean(self(text)[0], text != self.pad)
 
 
 def build(variant: str, **overrides) -> RoBERTa:

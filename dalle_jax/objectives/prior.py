@@ -11,6 +11,7 @@ from dalle_jax.functional import corruption, diffusion
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import prior, variants
 from dalle_jax.models.clip_reader import Caption, ClipReader
+from dalle_jax.models.pooling import normalize
 
 DEFAULTS = dict(
   caption_dropout=0.1,  # the fraction of captions replaced by the empty one, for guidance in sampling
@@ -52,8 +53,7 @@ class PriorObjective:
     x = diffusion.add_noise(d, start, t, noise)
     out = apply(x, t, self.reader.encode_text(clip, text))
     loss = diffusion.losses(d, out, start, x, t, noise)[0].mean()
-    unit = lambda x: x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-12)
-    cosine = (unit(out) * unit(start)).sum(-1).mean()
+    cosine = (normalize(out) * normalize(start)).sum(-1).mean()
     return loss, ({'cosine': cosine}, count(ctx.mutable, embed) if ctx.train and self.counts else ctx.mutable)
 
   def after_update(self, params: Any, mutable: Any) -> Any:
