@@ -207,11 +207,15 @@ class CLIP(nn.Module):
     """
     return normalize(self.text_features(text, seen)[0])
 
+  def check_image_tower(self) -> None:
+    """Raises ValueError for a CLIP that was imported without its image tower."""
+    if not self.image_size:
+      raise ValueError('this CLIP was imported without its image tower; convert it again, with the image tower.')
+
   @property
   def side(self) -> int:
-    """`image_size`. Raises ValueError for a CLIP without a tower for pictures."""
-    if not self.image_size:
-      raise ValueError('this CLIP came without its tower for pictures; convert it again with it.')
+    """`image_size`. Raises ValueError for a CLIP that was imported without its image tower."""
+    self.check_image_tower()
     return self.image_size
 
   def image_features(self, images: jax.Array) -> jax.Array:

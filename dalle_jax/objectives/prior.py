@@ -82,7 +82,7 @@ def with_clip(
   if 'clip' not in frozen_configs:
     raise ValueError(f'the objective {config.objective} needs a CLIP; set config.frozen.clip to the run of one.')
   model, reader = of_run(config, frozen_configs['clip'])
-  _ = reader.model.side  # raises where there is no tower for pictures
+  reader.model.check_image_tower()
   return model, reader
 
 

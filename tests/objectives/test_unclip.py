@@ -135,7 +135,7 @@ def test_errors():
   ):
     with pytest.raises(ValueError, match=message):
       build(name, **loss)
-  with pytest.raises(ValueError, match='this CLIP came without its tower for pictures'):
+  with pytest.raises(ValueError, match='this CLIP was imported without its image tower'):
     prior.from_config(config('prior'), {'clip': {**CLIP, 'data': {'image_size': 0}}})
   c = config('upsampler')
   c.model.low_size = 12
