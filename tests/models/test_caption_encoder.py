@@ -1,4 +1,4 @@
-"""Stories told with a marker, and the encoders that read them."""
+"""Marked stories, and the encoders that read them."""
 
 import functools
 
@@ -15,20 +15,20 @@ TEXT = jnp.asarray([[[1, 2, 12], [3, 11, 12]]])  # 10 words, and paddings 10, 11
 
 
 def test_the_words_of_all_captions_with_a_marker_before_that_of_the_frame():
-  ids, seen, own = mark_captions(TEXT, SpecialIds(10, 99))
+  ids, mask, own = mark_captions(TEXT, SpecialIds(10, 99))
   assert ids.tolist() == [[99, 1, 2, 3, 14, 15, 16], [1, 2, 99, 3, 14, 15, 16]]
-  assert seen.tolist() == [[True] * 4 + [False] * 3] * 2
+  assert mask.tolist() == [[True] * 4 + [False] * 3] * 2
   assert own[0].tolist() == [True, True, True, False, False, False, False]
   assert own[1].tolist() == [False, False, True, True, False, False, False]
 
 
 def test_start_and_end_stand_around_the_whole_and_a_cut_story_still_ends():
   text = jnp.asarray([[[7, 1, 8, 0], [7, 2, 3, 8]]])  # start 7, end 8, padding 0
-  words = SpecialIds(10, 9, pad=0, start=7, end=8)
-  ids, seen, own = mark_captions(text, words, 8)
+  special = SpecialIds(10, 9, pad=0, start=7, end=8)
+  ids, mask, own = mark_captions(text, special, 8)
   assert ids.tolist() == [[7, 9, 1, 2, 3, 8, 0, 0], [7, 1, 9, 2, 3, 8, 0, 0]]
-  assert seen[0].tolist() == [True] * 6 + [False] * 2 and own[1].tolist() == [False] * 2 + [True] * 3 + [False] * 3
-  ids, seen, own = mark_captions(text, words, 6)  # room for one word a caption
+  assert mask[0].tolist() == [True] * 6 + [False] * 2 and own[1].tolist() == [False] * 2 + [True] * 3 + [False] * 3
+  ids, mask, own = mark_captions(text, special, 6)  # room for one word a caption
   assert ids.tolist() == [[7, 9, 1, 2, 8, 0], [7, 1, 9, 2, 8, 0]]
   assert own.tolist() == [[False, True, True, False, False, False], [False, False, True, True, False, False]]
 
