@@ -103,18 +103,18 @@ class TextTower(nn.Module):
   eps: float = 1e-5
 
   @nn.compact
-  def __call__(self, ids: jax.Array, seen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """`seen` bool[B, N]: the positions that count as keys; all by default."""
+  def __call__(self, ids: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """`mask` bool[B, N]: the positions that may be attended to; by default all."""
     if ids.shape[1] != self.length:
       raise ValueError(f'CLIP takes {self.length} text tokens, not {ids.shape[1]}; pad or cut the captions.')
     init, shape = boxed(normal_init(0.01), (None, 'embed')), (self.length, self.width)
     positions = self.param('positions', init, shape, jnp.float32)
     x = Embed(self.vocab_size, self.width, dtype=self.dtype, name='embed')(ids) + positions.astype(self.dtype)
-    mask = np.tri(self.length, dtype=bool) if self.causal else None
-    if seen is not None:
-      mask = seen[:, None] & (True if mask is None else mask)  # (B, 1 or N, N)
+    visible = np.tri(self.length, dtype=bool) if self.causal else None
+    if mask is not None:
+      visible = mask[:, None] if visible is None else mask[:, None] & visible  # (B, 1 or N, N)
     encoder = stack(self)
-    x, _ = encoder(x, mask)
+    x, _ = encoder(x, visible)
     self.sow('hidden', 'last', x)
     hidden = LayerNorm(self.eps, name='norm_out')(x)
     if self.pool == 'last':
@@ -200,12 +200,9 @@ class CLIP(nn.Module):
     """float32[B, H, W, 3] in [-1, 1] -> float32[B, embed_dim] of unit length. Raises ValueError for another size."""
     return normalize(self.image_features(images))
 
-  def encode_text(self, text: jax.Array, seen: jax.Array | None = None) -> jax.Array:
-    """int32[B, N] -> float32[B, embed_dim] of unit length. Raises ValueError for another length.
-
-    `seen` bool[B, N] are the positions that count as keys; OpenAI's models count all, and see none behind the end.
-    """
-    return normalize(self.text_features(text, seen)[0])
+  def encode_text(self, text: jax.Array) -> jax.Array:
+    """int32[B, N] -> float32[B, embed_dim] of unit length. Raises ValueError for another length."""
+    return normalize(self.text_features(text)[0])
 
   def check_image_tower(self) -> None:
     """Raises ValueError for a CLIP that was imported without its image tower."""
@@ -222,9 +219,9 @@ class CLIP(nn.Module):
     """As `encode_image`, of any length."""
     return self.image(images)
 
-  def text_features(self, text: jax.Array, seen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """As `encode_text`, of any length; and the last layer's vector of each token, normed: [B, N, text_width]."""
-    return self.text(text, seen)
+  def text_features(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `encode_text`, not normalised, and the hidden states after the last LayerNorm, [B, N, text_width]."""
+    return self.text(text)
 
 
 def build(variant: str, **overrides) -> CLIP:

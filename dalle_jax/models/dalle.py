@@ -8,7 +8,6 @@ put E `extra` vectors before the start of text, and let the positions that predi
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -348,13 +347,6 @@ def flops(model: DALLE, batch: int) -> float:
   layer = 24 * n * d * d + 4 * n * n * d  # forward: products with 12 d^2 parameters; scores and their sum of values
   heads = 2 * d * (model.text_length * model.text_vocab + model.image_length * model.image_vocab)
   return 3.0 * batch * (model.depth * layer + heads)
-
-
-def parameter_count(model: DALLE) -> int:
-  """The number of parameters, without making them."""
-  text, image = (jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (model.text_length, model.image_length))
-  shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), text, image))
-  return sum(math.prod(x.shape) for x in jax.tree.leaves(shapes))
 
 
 def build(variant: str, **overrides) -> DALLE:

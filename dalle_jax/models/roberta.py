@@ -49,14 +49,14 @@ class RoBERTa(nn.Module):
     self.encoder = Stack(self.layers, self.heads, self.activation, self.dtype, norms='post', mlp=self.mlp, eps=self.eps)
     self.pooler = Dense(self.width, ('embed', None))
 
-  def __call__(self, text: jax.Array, seen: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-    """Hidden states float32[B, N, D] and the pooled first one float32[B, D] of int32[B, N].
+  def __call__(self, text: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    """int32[B, N] -> hidden states float32[B, N, D] and the pooled first one, float32[B, D].
 
-    `seen` bool[B, N] are the positions that count as keys; by default those that are no padding. Raises ValueError for
-    texts that are too long.
+    `mask` bool[B, N]: the positions that may be attended to; by default those that are not paddings. Raises ValueError
+    for texts that are too long.
     """
-    seen = text != self.pad if seen is None else seen
-    x, _ = self.encoder(self.embed_text(text), seen[:, None])
+    mask = text != self.pad if mask is None else mask
+    x, _ = self.encoder(self.embed_text(text), mask[:, None])
     x = x.astype(jnp.float32)
     return x, jnp.tanh(self.pooler(x[:, 0]))
 
