@@ -43,7 +43,7 @@ class StoryGANcObjective:
     self, model: storyganc.StoryGANc, tower: caption_encoder.Tower | None, c: ConfigDict, frozen: Sequence[str] = ()
   ):
     self.model, self.tower, self.c, self.frozen_players = model, tower, c, frozen
-    self.image_judge, self.story_judge = storyganc.discriminators(model)
+    self.image_discriminator, self.story_discriminator = storyganc.discriminators(model)
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
     """Raises ValueError for what are no stories of pictures, and for a mesh on which gradients would be wrong."""
@@ -63,8 +63,10 @@ class StoryGANcObjective:
     about = jnp.zeros((1, m.code + (m.caption_dim if self.tower else m.width)))
     params = {
       'generator': generator,
-      'image_discriminator': self.image_judge.init(keys[1], frame, about)['params'],
-      'story_discriminator': self.story_judge.init(keys[2], jnp.zeros((1, t + 1, *frame.shape[1:])), about)['params'],
+      'image_discriminator': self.image_discriminator.init(keys[1], frame, about)['params'],
+      'story_discriminator': self.story_discriminator.init(keys[2], jnp.zeros((1, t + 1, *frame.shape[1:])), about)[
+        'params'
+      ],
     }
     return params, jax.tree.map(jnp.copy, statistics_of(params))  # the step may not be given one buffer twice
 
@@ -83,8 +85,8 @@ class StoryGANcObjective:
     other = lambda x: jnp.roll(x, 1, axis=0)
     story = lambda frames, first=source: jnp.concatenate([first[:, None], frames], 1)
     judged = (
-      ('image', self.image_judge, rows(true), rows(fake), rows(of_frames), rows(other(of_frames))),
-      ('story', self.story_judge, story(true), story(fake), of_story, other(of_story)),
+      ('image', self.image_discriminator, rows(true), rows(fake), rows(of_frames), rows(other(of_frames))),
+      ('story', self.story_discriminator, story(true), story(fake), of_story, other(of_story)),
     )
     total, metrics = c.kl_weight * drawn.kl, {'kl': drawn.kl}
     if c.l2_weight:
