@@ -1,8 +1,8 @@
-"""Which labels a picture has, such as who is in a frame: the picture tower of a CLIP with a logit a label.
+"""Multi-label image classifier, e.g. of the characters in a frame: the image tower of a CLIP with a logit per label.
 
-Published figures for characters in stories come from an Inception-v3 at 299 pixels ("StoryDALL-E", Maharana et al.,
-2022). This network is small and trained from the labels alone: its figures compare runs with each other, and with its
-own figures for true frames.
+Published character scores of stories are from an Inception-v3 at 299 pixels ("StoryDALL-E", Maharana et al., 2022).
+This network is small and trained from the labels only, so compare its scores only between runs and with its scores on
+real frames.
 """
 
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ VARIANTS = {
 
 
 class Classifier(nn.Module):
-  """Pictures -> a logit a label; labels are independent of each other, any number of them may be true.
+  """A logit per label for each image; labels are independent, and any number of them may be true.
 
   Attributes:
-    labels: C, how many there are; config.model.labels of a run.
-    embed_dim: E, of the features.
-    image_pool: what the features read: 'all' patches or the 'class' token (see `models.clip.CLIP`).
+    labels: C, the number of labels; `config.model.labels` of a run.
+    embed_dim: E, the number of features.
+    image_pool: what the features are computed from: 'all' patches or the 'class' token (see `models.clip.CLIP`).
   """
 
   labels: int = 0
@@ -49,7 +49,7 @@ class Classifier(nn.Module):
       raise ValueError(f'Classifier.labels is {self.labels}; set config.model.labels to the number of labels.')
     if self.image_size % self.patch:
       raise ValueError(
-        f'Classifier.patch {self.patch} does not divide pictures of {self.image_size} pixels; change either.'
+        f'Classifier.patch {self.patch} does not divide the image size {self.image_size}; change one of them.'
       )
     self.image = ImageTower(
       self.image_size, self.patch, self.width, self.layers, self.heads, self.embed_dim, self.image_pool,
@@ -58,22 +58,22 @@ class Classifier(nn.Module):
     self.head = Dense(self.labels, ('embed', None))
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """float32[B, H, W, 3] in [-1, 1] -> logits float32[B, C]. Raises ValueError as `features`."""
-    return self.head(nn.gelu(self.features(images)))  # without the gelu two linear maps would be one
+    """float32[B, H, W, 3] in [-1, 1] -> logits float32[B, C]. Raises ValueError as `features` does."""
+    return self.head(nn.gelu(self.features(images)))  # without the gelu, projection and head would be one linear map
 
   def features(self, images: jax.Array) -> jax.Array:
-    """float32[B, H, W, 3] in [-1, 1] -> float32[B, E], of any length. Raises ValueError for another picture size."""
+    """float32[B, H, W, 3] in [-1, 1] -> float32[B, E], not normalised. Raises ValueError for another image size."""
     size = self.image_size
     if images.ndim != 4 or images.shape[1:] != (size, size, 3):
-      raise ValueError(f'the classifier takes pictures [B, {size}, {size}, 3], not {list(images.shape)}; resize.')
+      raise ValueError(f'the classifier takes images [B, {size}, {size}, 3], not {list(images.shape)}; resize them.')
     return self.image(images)
 
 
 def build(variant: str, **overrides) -> Classifier:
-  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  """The network of `VARIANTS[variant]` with fields overridden. Raises ValueError for an unknown variant or field."""
   return variants.build(Classifier, VARIANTS, variant, overrides)
 
 
 def of_run(config: Mapping[str, Any]) -> Classifier:
-  """The network of a trained run, from the config in it."""
+  """The network of a run, from its config."""
   return build(**{**config['model'], 'image_size': config['data']['image_size']})

@@ -1,7 +1,7 @@
-"""CLIP: pictures and captions in one space ("Learning Transferable Visual Models", Radford et al., 2021).
+"""CLIP: images and captions in one embedding space ("Learning Transferable Visual Models", Radford et al., 2021).
 
-Laid out as the OpenAI ViT models, so that their weights can be read in: pre-LayerNorm, a class token, no bias in the
-stem and the projections; `activation='quick_gelu'`, `text_pool='max_id'` and 77 text positions are theirs.
+The architecture follows the OpenAI ViT models, so that their weights can be imported: pre-LayerNorm, a class token, no
+bias in the stem and the projections. They use `activation='quick_gelu'`, `text_pool='max_id'` and 77 text positions.
 """
 
 import math
@@ -18,7 +18,7 @@ from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import variants
 from dalle_jax.models.pooling import normalize
 
-MAX_SCALE = 100.0  # of the logits (section 2.5)
+MAX_SCALE = 100.0  # upper bound of the logit scale (section 2.5)
 
 VARIANTS = {
   'test': dict(
@@ -36,13 +36,13 @@ VARIANTS = {
 
 
 def stack(tower: Any) -> Stack:
-  """The blocks of a tower, made inside it."""
+  """The transformer blocks of a tower; called inside its `__call__`."""
   sizes = dict(unroll=tower.unroll, mlp=tower.mlp, eps=tower.eps)
   return Stack(tower.layers, tower.heads, tower.activation, tower.dtype, name='encoder', **sizes)
 
 
 class ImageTower(nn.Module):
-  """float32[B, H, W, 3] -> float32[B, embed_dim]; fields as in CLIP."""
+  """Image encoder, a ViT: float32[B, H, W, 3] -> float32[B, embed_dim]. Fields as in CLIP."""
 
   image_size: int
   patch: int
@@ -60,9 +60,9 @@ class ImageTower(nn.Module):
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
     if images.shape[1:3] != (self.image_size, self.image_size):
-      raise ValueError(f'CLIP takes pictures of {self.image_size} pixels a side, not {images.shape[1:3]}; resize.')
+      raise ValueError(f'CLIP takes images of {self.image_size} pixels a side, not {images.shape[1:3]}; resize them.')
     if self.image_size % self.patch:
-      raise ValueError(f'CLIP patch {self.patch} does not divide pictures of {self.image_size} pixels; change either.')
+      raise ValueError(f'CLIP patch {self.patch} does not divide the image size {self.image_size}; change one of them.')
     init, stem = normal_init(self.width**-0.5), normal_init((3 * self.patch**2) ** -0.5)
     conv = Conv(
       self.width, self.patch, self.patch, 'VALID', use_bias=False, dtype=self.dtype, kernel_init=stem, name='stem'
@@ -72,7 +72,7 @@ class ImageTower(nn.Module):
       token = self.param('class_token', boxed(init, ('embed',)), (self.width,), jnp.float32)
       x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, self.width)), x], 1)
     elif self.pool != 'all':
-      raise ValueError(f'CLIP image_pool {self.pool!r} is unknown; there are class and all.')
+      raise ValueError(f'CLIP image_pool {self.pool!r} is unknown; expected class or all.')
     positions = self.param('positions', boxed(init, (None, 'embed')), x.shape[1:], jnp.float32)
     x = LayerNorm(self.eps, self.dtype, name='norm_in')(x + positions.astype(self.dtype))
     encoder = stack(self)
@@ -85,7 +85,7 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-  """int32[B, N] -> float32[B, embed_dim] and, of each token, [B, N, width] after the last layer; fields as in CLIP."""
+  """Text encoder: int32[B, N] -> float32[B, embed_dim] and the hidden states [B, N, width]. Fields as in CLIP."""
 
   vocab_size: int
   length: int
@@ -106,7 +106,7 @@ class TextTower(nn.Module):
   def __call__(self, ids: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
     """`mask` bool[B, N]: the positions that may be attended to; by default all."""
     if ids.shape[1] != self.length:
-      raise ValueError(f'CLIP takes {self.length} text tokens, not {ids.shape[1]}; pad or cut the captions.')
+      raise ValueError(f'CLIP takes {self.length} text tokens, not {ids.shape[1]}; pad or truncate the captions.')
     init, shape = boxed(normal_init(0.01), (None, 'embed')), (self.length, self.width)
     positions = self.param('positions', init, shape, jnp.float32)
     x = Embed(self.vocab_size, self.width, dtype=self.dtype, name='embed')(ids) + positions.astype(self.dtype)
@@ -119,29 +119,30 @@ class TextTower(nn.Module):
     hidden = LayerNorm(self.eps, name='norm_out')(x)
     if self.pool == 'last':
       x = hidden[:, -1]
-    elif self.pool in ('max_id', 'end'):  # that of the end-of-text token, which has the highest id in OpenAI's models
-      where = (ids if self.pool == 'max_id' else ids == self.end).argmax(-1)
-      x = jnp.take_along_axis(hidden, where[:, None, None], 1)[:, 0]
+    elif self.pool in ('max_id', 'end'):  # the end-of-text token, which has the highest id in OpenAI's models
+      position = (ids if self.pool == 'max_id' else ids == self.end).argmax(-1)
+      x = jnp.take_along_axis(hidden, position[:, None, None], 1)[:, 0]
     else:
-      raise ValueError(f'CLIP text_pool {self.pool!r} is unknown; there are last, max_id and end.')
+      raise ValueError(f'CLIP text_pool {self.pool!r} is unknown; expected last, max_id or end.')
     self.sow('hidden', 'pooled', x)
     init = normal_init(self.width**-0.5)
     return Dense(self.embed_dim, ('embed', None), use_bias=False, kernel_init=init, name='proj')(x), hidden
 
 
 class CLIP(nn.Module):
-  """Two towers and a learnt scale. `vocab_size` counts all ids, the padding ones included.
+  """An image tower, a text tower and a learnt logit scale.
 
   Attributes:
-    image_size: side of the pictures in pixels; 0 for one that was imported without its tower for pictures.
-    image_pool: what the projection of a picture reads: 'class', the class token (as the OpenAI models), or 'all', every
-      patch and no class token. A sum over patches has forgotten where things are and is long in finding out; with 'all'
-      small models know at once.
-    text_causal: whether text sees earlier text alone (as the OpenAI models) or all of it.
-    text_pool: the position that stands for the caption: 'last', that of the highest id ('max_id') or the first of the
-      id `end` ('end').
-    activation, text_activation: of the towers; '' for the text is that of pictures.
-    mlp, text_mlp: widths of the MLPs; 0: four times those of the towers.
+    image_size: side of the images in pixels; 0 for a CLIP that was imported without its image tower.
+    image_pool: input of the image projection: 'class', the class token (as in the OpenAI models), or 'all', the
+      concatenated patches, without a class token. A pooled token has lost where things are and takes long to learn it;
+      with 'all', small models know positions from the start.
+    text_causal: whether a token attends to earlier tokens only (as in the OpenAI models) or to the whole text.
+    text_pool: the position that represents the caption: 'last', that of the highest id ('max_id'), or the first one
+      that holds the id `end` ('end').
+    vocab_size: number of text ids, including the padding ids.
+    activation, text_activation: activation functions of the two towers; '' for the text is that of the images.
+    mlp, text_mlp: hidden widths of the MLPs; 0: four times the widths of the towers.
     unroll: see `layers.transformer.Stack`.
   """
 
@@ -192,7 +193,7 @@ class CLIP(nn.Module):
     self.logit_scale = self.param('logit_scale', nn.initializers.constant(math.log(1 / 0.07)), (), jnp.float32)
 
   def __call__(self, images: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Both embeddings and the scale of their products as logits, float32[] in (0, MAX_SCALE]."""
+    """Image and text embeddings, and the scale of their dot products as logits, float32[] in (0, MAX_SCALE]."""
     scale = jnp.minimum(jnp.exp(self.logit_scale), MAX_SCALE)
     return self.encode_image(images), self.encode_text(text), scale
 
@@ -216,7 +217,7 @@ class CLIP(nn.Module):
     return self.image_size
 
   def image_features(self, images: jax.Array) -> jax.Array:
-    """As `encode_image`, of any length."""
+    """As `encode_image`, not normalised."""
     return self.image(images)
 
   def text_features(self, text: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -225,12 +226,12 @@ class CLIP(nn.Module):
 
 
 def build(variant: str, **overrides) -> CLIP:
-  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  """The network of `VARIANTS[variant]` with fields overridden. Raises ValueError for an unknown variant or field."""
   return variants.build(CLIP, VARIANTS, variant, overrides)
 
 
 def of_run(config: Mapping[str, Any]) -> CLIP:
-  """The network of a trained run, from the config in it."""
+  """The network of a run, from its config."""
   text = variants.text_sizes(config['tokenizer'])
   sizes = dict(vocab_size=text['text_vocab'], text_length=text['text_length'], image_size=config['data']['image_size'])
   return build(**{**config['model'], **sizes})

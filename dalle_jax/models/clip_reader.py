@@ -1,7 +1,7 @@
-"""What the networks of unCLIP read of captions and pictures, by a frozen CLIP.
+"""Text and image embeddings of a frozen CLIP, the conditioning of unCLIP's networks.
 
 "Hierarchical Text-Conditional Image Generation with CLIP Latents", Ramesh et al., 2022 (unCLIP), section 2.
-Axis legend: B rows, N text tokens, E the space of CLIP, W width of its text tower.
+Axis legend: B rows, N text tokens, E embed_dim of the CLIP, W width of its text tower.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from dalle_jax.models.pooling import normalize
 
 
 class Caption(struct.PyTreeNode):
-  """A caption as CLIP knows it.
+  """A caption as encoded by CLIP's text tower.
 
   Attributes:
-    embed: float32[B, E].
-    hidden: [B, N, W], each token after the last layer.
-    mask: bool[B, N], the tokens that are no padding, those around the words among them.
+    embed: float32[B, E], the text embedding.
+    hidden: [B, N, W], the hidden states after the last layer.
+    mask: bool[B, N], the tokens that are not paddings; start and end of text are included.
   """
 
   embed: jax.Array
@@ -33,7 +33,7 @@ class Caption(struct.PyTreeNode):
 
   @classmethod
   def blank(cls, sizes: Mapping[str, int], rows: int = 1) -> 'Caption':
-    """Of the `ClipReader.sizes` that a network has, to make its parameters with."""
+    """A dummy caption for a network's `init`; `sizes` as in `ClipReader.sizes`."""
     n = sizes['text_length']
     hidden = jnp.zeros((rows, n, sizes['text_width']))
     return cls(jnp.zeros((rows, sizes['embed_dim'])), hidden, jnp.ones((rows, n), bool))
@@ -41,11 +41,13 @@ class Caption(struct.PyTreeNode):
 
 @dataclasses.dataclass(frozen=True)
 class ClipReader:
-  """A CLIP with its words. Embeddings are of length sqrt(E), so that entries are about 1, or, with `raw`, as projected.
+  """A CLIP with the special ids of its tokenizer.
 
   Attributes:
-    vocab: how many ids there are but for the paddings that each position has for itself.
-    pad, start, end: as in `config.tokenizer`.
+    vocab: size of the vocabulary, not counting the per-position padding ids above it.
+    pad, start, end: as in `config.tokenizer`; -1 for none.
+    raw: whether embeddings are as CLIP projects them (Karlo); otherwise they are scaled to length sqrt(E), so that
+      their entries are about 1.
   """
 
   model: clip.CLIP
@@ -57,30 +59,30 @@ class ClipReader:
 
   @classmethod
   def of_run(cls, config: Mapping[str, Any], raw: bool = False, dtype: Any = jnp.float32) -> 'ClipReader':
-    """That of a run from its config, computing in `dtype`. Raises ValueError for a run of another kind."""
+    """The reader of a run, from its config, computing in `dtype`. Raises ValueError for a run that is not a CLIP."""
     if config.get('objective', 'clip') != 'clip':
-      raise ValueError(f'config.frozen.clip is a run of {config["objective"]!r}; expected one of the objective clip.')
+      raise ValueError(f'config.frozen.clip is a run of {config["objective"]!r}; expected a run of the objective clip.')
     c = config['tokenizer']
     special = {name: c.get(name, -1) for name in ('pad', 'start', 'end')}
     return cls(clip.of_run(config).clone(dtype=dtype), c['vocab_size'], **special, raw=raw)
 
   @property
   def sizes(self) -> dict[str, int]:
-    """The fields of the networks that follow from it."""
+    """Fields of the networks that read this CLIP."""
     m = self.model
     return dict(embed_dim=m.embed_dim, text_width=m.text_width, text_length=m.text_length)
 
   @property
   def empty_ids(self) -> np.ndarray:
-    """The ids of '', int32[N]: what stands for no caption."""
+    """The ids of the empty caption '', int32[N], the unconditional input for classifier-free guidance."""
     n = self.model.text_length
     ids = np.arange(self.vocab, self.vocab + n) if self.pad < 0 else np.full(n, self.pad)
-    around = [i for i in (self.start, self.end) if i >= 0]
-    ids[: len(around)] = around
+    special = [i for i in (self.start, self.end) if i >= 0]
+    ids[: len(special)] = special
     return ids.astype(np.int32)
 
   def token_mask(self, ids: jax.Array) -> jax.Array:
-    """Which of int32[B, N] are no padding; where that is the end of text, the first one counts."""
+    """Which ids int32[B, N] are not paddings, bool[B, N]; if the padding is the end of text, the first one counts."""
     if self.pad < 0:
       return ids < self.vocab
     if self.pad != self.end:
@@ -89,20 +91,20 @@ class ClipReader:
     return jnp.cumsum(ends, 1) - ends == 0
 
   def encode_text(self, params: Any, ids: jax.Array) -> Caption:
-    """Captions int32[B, N]; not differentiated, as CLIP is frozen."""
+    """Encode captions int32[B, N], without gradients."""
     embed, hidden = self.model.apply({'params': params}, ids, method='text_features')
     return jax.lax.stop_gradient(Caption(self.scaled(embed), hidden, self.token_mask(ids)))
 
   def encode_image(self, params: Any, images: jax.Array) -> jax.Array:
-    """Square pictures float32[B, H, W, 3] in [-1, 1], of any size -> float32[B, E]; not differentiated.
+    """Square images float32[B, H, W, 3] in [-1, 1], of any size -> float32[B, E], without gradients.
 
-    Raises ValueError for a CLIP without a tower for pictures.
+    Raises ValueError for a CLIP without an image tower.
     """
     sized = resized(images, self.model.side)
     return jax.lax.stop_gradient(self.scaled(self.model.apply({'params': params}, sized, method='image_features')))
 
   def scaled(self, x: jax.Array) -> jax.Array:
-    """Embeddings of any length at that of this reader."""
+    """Embeddings scaled to this reader's length: sqrt(E), or as they are if `raw`."""
     x = x.astype(jnp.float32)
     return x if self.raw else normalize(x) * self.model.embed_dim**0.5
 
@@ -110,7 +112,10 @@ class ClipReader:
 def of_run(
   build: Callable[..., Any], config: Mapping[str, Any], clip_config: Mapping[str, Any]
 ) -> tuple[Any, ClipReader]:
-  """A network that reads a CLIP, from the config of its run and that of the CLIP; `build` is of the network's file."""
+  """A network conditioned on a CLIP and the reader of that CLIP, from the configs of both runs.
+
+  `build` is that of the network's module.
+  """
   model = build(**config['model'])
   reader = ClipReader.of_run(clip_config, model.raw, model.dtype)
   return build(**{**config['model'], **reader.sizes}), reader

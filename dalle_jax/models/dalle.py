@@ -1,9 +1,9 @@
 """DALL-E: one autoregressive transformer over text and image tokens (Ramesh et al., 2021, section 2.2).
 
 Axis legend: B batch, T text_length, I image tokens (h * w), P the prefix [start of text] + text (T + 1; T in a layout
-without a start), D d_model, N = P + I - 1 the positions that go in: the last image token is only ever predicted.
+without a start), D d_model, N = P + I - 1 input positions: the last image token is only predicted, never an input.
 Position p predicts token p + 1, so the last text position predicts the first image token. A model built on this one may
-put E `extra` vectors before the start of text, and let the positions that predict image tokens look at a source
+prepend E `extra` vectors to the start of text, and let the positions that predict image tokens cross-attend to a source
 (`layers.cross`).
 """
 
@@ -38,12 +38,12 @@ VARIANTS = {
     text_vocab=2080, text_length=24, image_vocab=1024, grid=(8, 8), d_model=192, depth=4, heads=6, attention='full',
     unroll=4, dtype=jnp.float32,
   ),
-  # 256 + 1,024 tokens with the sizes of the GPT family, and the paper's.
+  # 256 + 1,024 tokens; the sizes of the GPT family, and '12b', that of the paper.
   'small': dict(d_model=768, depth=12, heads=12),
   '300m': dict(d_model=1024, depth=24, heads=16, remat='dots'),
   '1.3b': dict(d_model=2048, depth=24, heads=16, remat='dots'),
   '12b': dict(d_model=3968, depth=64, heads=62, head='tied', period=4, remat='full'),
-  # Public models, whose weights `convert` reads.
+  # Public models, whose weights `convert` imports.
   'mindalle': dict(
     text_vocab=16_384, text_length=64, image_vocab=16_384, grid=(16, 16), d_model=1536, depth=42, heads=24,
     attention='full', image_positions='learned', layout='no_start', pad=0, period=3, remat='dots',
@@ -58,11 +58,11 @@ VARIANTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """What stands before the image tokens.
+  """What precedes the image tokens.
 
   Attributes:
-    start: a vector of its own comes first and predicts the first text token, which is else never predicted.
-    shift: by how much patterns take the image tokens to lie further on than they do.
+    start: whether a learnt start vector comes first and predicts the first text token; without it, nothing does.
+    shift: offset of the image tokens in the attention masks from where they are in the sequence.
   """
 
   start: bool = True
@@ -71,8 +71,8 @@ class Layout:
 
 LAYOUTS = {
   'start': Layout(),
-  'no_start': Layout(start=False),  # minDALL-E, ru-DALLE: the text brings what it needs
-  'shifted': Layout(shift=-1),  # ru-DALLE's second models: masks made as if there were no start
+  'no_start': Layout(start=False),  # minDALL-E, ru-DALLE: the text has a start token of its own where it needs one
+  'shifted': Layout(shift=-1),  # ru-DALLE v2: has a start, but its masks were built as if it had none
 }
 
 
@@ -80,13 +80,14 @@ class DALLE(nn.Module):
   """The transformer with its embeddings and heads.
 
   Attributes:
-    text_vocab: all text ids, those of paddings included.
-    pad: the id of the padding; -1 where every text position has a padding of its own, the `text_length` highest ids.
-    layout: what stands before the image tokens, see `LAYOUTS`.
+    text_vocab: number of text ids, including the padding ids.
+    pad: the padding id; -1 if every text position has its own padding id: the `text_length` highest ids.
+    layout: what precedes the image tokens, see `LAYOUTS`.
     grid: rows and columns of image tokens.
-    attention: kinds by layer, see `layers.patterns.layer_kinds`.
-    image_positions: 'axial', a row and a column embedding each, or 'learned', one a position.
-    head: 'linear'; 'tied', the embeddings of text and image; or 'norm', with one LayerNorm more, and biases.
+    attention: attention kind of each layer, see `layers.patterns.layer_kinds`.
+    image_positions: 'axial', the sum of a row and a column embedding, or 'learned', one embedding per position.
+    head: 'linear'; 'tied' to the embeddings of text and image; or 'norm', linear with an additional LayerNorm and
+      biases.
     norms, period, remat, unroll, kernel: see `layers.transformer.Stack`.
   """
 
@@ -121,24 +122,24 @@ class DALLE(nn.Module):
 
   @property
   def length(self) -> int:
-    """N, the positions that go in."""
+    """N, the number of input positions."""
     return self.prefix + self.image_length - 1
 
   @property
   def words(self) -> int:
-    """How many text ids there are but for the paddings that each position has for itself."""
+    """Size of the text vocabulary, not counting per-position padding ids."""
     return self.text_vocab - (self.text_length if self.pad < 0 else 0)
 
   @property
   def padding(self) -> np.ndarray:
-    """The text of an empty caption, int32[T]: the padding id of each position."""
+    """The ids of the empty caption, int32[T]: the padding id of each position."""
     if self.pad < 0:
       return np.arange(self.words, self.text_vocab, dtype=np.int32)
     return np.full(self.text_length, self.pad, np.int32)
 
   def setup(self):
     if self.layout not in LAYOUTS:
-      raise ValueError(f'layout {self.layout!r} is unknown; there are {", ".join(LAYOUTS)}.')
+      raise ValueError(f'layout {self.layout!r} is unknown; expected one of {", ".join(LAYOUTS)}.')
     d, init = self.d_model, normal_init(0.02)
     table = lambda name, size, axes: self.param(name, boxed(init, axes), (*size, d), jnp.float32)
     if LAYOUTS[self.layout].start:
@@ -152,7 +153,7 @@ class DALLE(nn.Module):
     elif self.image_positions == 'learned':
       self.image_position = table('image_position', (self.image_length,), (None, 'embed'))
     else:
-      raise ValueError(f'image_positions {self.image_positions!r} is unknown; there are axial and learned.')
+      raise ValueError(f'image_positions {self.image_positions!r} is unknown; expected axial or learned.')
     self.blocks = Stack(
       self.depth, self.heads, self.activation, self.dtype, self.period, self.remat, self.unroll, self.norms,
       kernel=self.kernel,
@@ -164,7 +165,7 @@ class DALLE(nn.Module):
       self.text_head = table('text_head', (self.text_vocab,), ('vocab', 'embed'))
       self.image_head = table('image_head', (self.image_vocab,), ('vocab', 'embed'))
     else:
-      raise ValueError(f'head {self.head!r} is unknown; there are linear, tied and norm.')
+      raise ValueError(f'head {self.head!r} is unknown; expected linear, tied or norm.')
     self.text_bias = self.image_bias = None
     if self.head == 'norm':
       self.norm_head = LayerNorm(dtype=self.dtype)
@@ -176,8 +177,8 @@ class DALLE(nn.Module):
   ) -> tuple[jax.Array, jax.Array]:
     """Teacher-forced logits: text int32[B, T], image int32[B, I] -> float32[B, T, text_vocab], [B, I, image_vocab].
 
-    Row t of each is the prediction of token t; without a start the first text token has none, and there are T - 1 rows.
-    `extra` [B, E, D] goes before the start of text. Raises ValueError for other lengths.
+    Row t of each predicts token t. Without a start the first text token is not predicted, and there are T - 1 rows of
+    text. `extra` [B, E, D] is prepended to the start of text. Raises ValueError for other lengths.
     """
     self._check(text, image, (self.image_length,))
     x = self.features(text, image[:, :-1], extra, context)
@@ -187,17 +188,17 @@ class DALLE(nn.Module):
   def features(
     self, text: jax.Array, image: jax.Array, extra: jax.Array | None = None, context: Context | None = None
   ) -> jax.Array:
-    """What the heads read, [B, P + k, D], for text int32[B, T] and the first k image tokens int32[B, k]."""
+    """Input of the heads, [B, P + k, D], for text int32[B, T] and the first k image tokens int32[B, k]."""
     x, first = self._stream(text, image, extra)
     x, _ = self._run(x, first, None, context)
     return self._read(x[:, first:])
 
   def text_logits(self, x: jax.Array) -> jax.Array:
-    """Of features [..., D]: float32[..., text_vocab]."""
+    """Features [..., D] -> float32[..., text_vocab]."""
     return self._logits(x, self.text_head, self.text_bias)
 
   def image_logits(self, x: jax.Array) -> jax.Array:
-    """Of features [..., D]: float32[..., image_vocab]."""
+    """Features [..., D] -> float32[..., image_vocab]."""
     return self._logits(x, self.image_head, self.image_bias)
 
   def prefill(
@@ -207,7 +208,7 @@ class DALLE(nn.Module):
     extra: jax.Array | None = None,
     context: tuple[Context, ...] | None = None,
   ) -> tuple[jax.Array, KVCache]:
-    """Reads text int32[B, T] and the first k < I image tokens int32[B, k] into a new cache, after `extra` [B, E, D].
+    """Encode text int32[B, T] and the first k < I image tokens int32[B, k] into a new cache, after `extra` [B, E, D].
 
     Returns the logits of image token k, float32[B, image_vocab], and the cache.
     """
@@ -223,9 +224,10 @@ class DALLE(nn.Module):
     cache: KVCache,
     context: tuple[Context, ...] | None = None,
   ) -> tuple[jax.Array, KVCache]:
-    """Image token number `index`, int32[B], in; the logits of the next, float32[B, image_vocab], and the cache out.
+    """Logits of the image token after the one at `index`, `token` int32[B]: float32[B, image_vocab], and the new cache.
 
-    `cache` and `context` are those of the prefill, the cache with room for it (`KVCache.longer`).
+    `context` is that of the prefill; `cache` that of the prefill or of the last step, extended to have room for the
+    token (`KVCache.extend`).
     """
     x = self._embed_image(token[:, None], index)
     shift = LAYOUTS[self.layout].shift
@@ -235,22 +237,24 @@ class DALLE(nn.Module):
     return self.image_logits(self._read(x[:, 0])), cache
 
   def embed_source(self, tokens: jax.Array) -> jax.Array:
-    """A whole picture, int32[B, I], as the stream sees it: token and position embeddings [B, I, D]."""
+    """Input embeddings of all tokens of an image, with positions: int32[B, I] -> [B, I, D]."""
     return self._embed_image(tokens, 0)
 
   def embed_caption(self, text: jax.Array) -> jax.Array:
-    """The mean of the word embeddings of int32[B, T], paddings left out: float32[B, D]; zeros for an empty text."""
+    """Mean word embedding without paddings, int32[B, T] -> float32[B, D]; zeros for an empty caption."""
     mask = text < self.words if self.pad < 0 else text != self.pad
     return masked_mean(embedding_lookup(self.text_embed, text), mask)
 
   def _check(self, text: jax.Array, image: jax.Array, lengths: range | tuple[int, ...]) -> None:
     if text.shape[1] != self.text_length:
-      raise ValueError(f'DALL-E takes {self.text_length} text tokens, not {text.shape[1]}; pad or cut the captions.')
+      raise ValueError(
+        f'DALL-E takes {self.text_length} text tokens, not {text.shape[1]}; pad or truncate the captions.'
+      )
     if image.shape[1] not in lengths:
       raise ValueError(f'DALL-E takes {lengths[0]} to {lengths[-1]} image tokens here, not {image.shape[1]}.')
 
   def _stream(self, text: jax.Array, image: jax.Array, extra: jax.Array | None) -> tuple[jax.Array, int]:
-    """What goes in, [B, E + P + k, D], and E."""
+    """The input sequence, [B, E + P + k, D], and E."""
     parts = [self._embed_text(text), self._embed_image(image, 0)]
     if extra is not None:
       parts.insert(0, extra.astype(self.dtype))
@@ -259,9 +263,9 @@ class DALLE(nn.Module):
   def _run(
     self, x: jax.Array, first: int, cache: KVCache | None, context: Context | tuple[Context, ...] | None
   ) -> tuple[jax.Array, KVCache | None]:
-    """The blocks over the stream from its start, x[B, n, D]."""
+    """Run the blocks on the first n positions of the sequence, x[B, n, D], of which `first` are extra vectors."""
     patterns, kinds = self._patterns(first)
-    attending = np.arange(x.shape[1]) >= first + self.prefix - 1  # what predicts image tokens
+    attending = np.arange(x.shape[1]) >= first + self.prefix - 1  # the positions that predict image tokens
     return self.blocks(x, None, Stream(patterns), kinds, cache, context, attending)
 
   def _embed_text(self, text: jax.Array) -> jax.Array:
@@ -272,18 +276,18 @@ class DALLE(nn.Module):
     return (x + self.text_positions).astype(self.dtype)
 
   def _embed_image(self, tokens: jax.Array, first: jax.Array | int) -> jax.Array:
-    """int32[B, n], image tokens first, first + 1, ... -> [B, n, D]."""
+    """Image tokens number first, first + 1, ..., int32[B, n] -> [B, n, D]."""
     x = embedding_lookup(self.image_embed, tokens)
     i = first + jnp.arange(tokens.shape[1])
     if self.image_positions == 'axial':
-      where = jnp.take(self.row_positions, i // self.grid[1], axis=0)
-      where += jnp.take(self.column_positions, i % self.grid[1], axis=0)
+      position = jnp.take(self.row_positions, i // self.grid[1], axis=0)
+      position += jnp.take(self.column_positions, i % self.grid[1], axis=0)
     else:
-      where = jnp.take(self.image_position, i, axis=0)
-    return (x + where).astype(self.dtype)
+      position = jnp.take(self.image_position, i, axis=0)
+    return (x + position).astype(self.dtype)
 
   def _patterns(self, first: int) -> tuple[tuple[Pattern, ...], list[int]]:
-    """The kinds of attention that occur, for E = `first`, and the index there of each layer."""
+    """The distinct attention patterns, for E = `first`, and for each layer the index of its pattern."""
     kinds = layer_kinds(self.attention, self.depth)
     present = sorted(set(kinds))
     before = first + self.prefix + LAYOUTS[self.layout].shift
@@ -302,15 +306,16 @@ class DALLE(nn.Module):
 
 
 def sizes(tokenizer: Mapping[str, Any], images: ImageTokenizer, image_size: int) -> dict[str, Any]:
-  """The fields that follow from `config.tokenizer` and from what turns pictures of this size into tokens."""
+  """The fields that follow from `config.tokenizer` and from the image tokenizer at this image size."""
   grid = images.grid(image_size)
   return {**variants.text_sizes(tokenizer), 'image_vocab': images.num_codes, 'grid': grid}
 
 
 def grow_vocabulary(params: Any, words: int, count: int, rng: jax.Array) -> Any:
-  """The parameters of a DALL-E that knows `count` more words than `words`; ids of the paddings move up.
+  """Grow the text vocabulary of a DALL-E from `words` by `count` new ids; per-position padding ids move up.
 
-  A new word starts as a random vector of the usual size, and no likelier to follow than the average word.
+  The embedding of a new word is a random vector with the standard deviation of the old ones; its row of the head is the
+  mean of the old ones, so that it is predicted no more often than an average word.
   """
 
   def insert(table: jax.Array, new: jax.Array) -> jax.Array:
@@ -327,28 +332,30 @@ def grow_vocabulary(params: Any, words: int, count: int, rng: jax.Array) -> Any:
 
 
 def adopt(model: DALLE, players: Mapping[str, Any], config: Mapping[str, Any], rng: jax.Array) -> dict[str, Any]:
-  """Parameters by player of the run with this config, 'dalle' among them, for a model that may know more words.
+  """Parameters by player of a run, with those of its 'dalle' fitted to `model`, whose vocabulary may be larger.
 
-  Raises ValueError when it knows fewer, or the run has no DALL-E.
+  Raises ValueError if the vocabulary of `model` is smaller, or if the run has no DALL-E.
   """
   if 'dalle' not in players:
-    raise ValueError(f'config.init.path is a run of {", ".join(players)}; expected one with a DALL-E.')
+    raise ValueError(f'config.init.path is a run of {", ".join(players)}; expected a run with a DALL-E.')
   words, known = model.words, config['tokenizer']['vocab_size']
   if words < known:
-    raise ValueError(f'the run to start from knows {known} words, this one {words}; leave config.tokenizer.path empty.')
+    raise ValueError(
+      f'the run in config.init.path has {known} text tokens, this one only {words}; leave config.tokenizer.path empty.'
+    )
   if words == known:
     return dict(players)
   return {**players, 'dalle': grow_vocabulary(players['dalle'], known, words - known, rng)}
 
 
 def flops(model: DALLE, batch: int) -> float:
-  """Model FLOPs of one update (forward and backward; no causal discount, no rematerialisation), for `batch` streams."""
+  """Model FLOPs of one update of `batch` sequences (forward and backward, no causal discount, no rematerialisation)."""
   n, d = model.length, model.d_model
-  layer = 24 * n * d * d + 4 * n * n * d  # forward: products with 12 d^2 parameters; scores and their sum of values
+  layer = 24 * n * d * d + 4 * n * n * d  # forward: products with 12 d^2 parameters; scores and weighted sums of values
   heads = 2 * d * (model.text_length * model.text_vocab + model.image_length * model.image_vocab)
   return 3.0 * batch * (model.depth * layer + heads)
 
 
 def build(variant: str, **overrides) -> DALLE:
-  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  """The network of `VARIANTS[variant]` with fields overridden. Raises ValueError for an unknown variant or field."""
   return variants.build(DALLE, VARIANTS, variant, overrides)

@@ -1,7 +1,7 @@
 """The discrete VAE of the DALL-E paper, whose codes are the argmax of logits (Ramesh et al., 2021, section 2.1).
 
-Laid out as the released networks: bottleneck blocks without norms in four groups, max-pooling between the groups of
-the encoder, nearest neighbour between those of the decoder; f = 8.
+The architecture is that of the released networks: four groups of bottleneck blocks without norms, with max-pooling
+between the groups of the encoder and nearest-neighbour upsampling between those of the decoder; f = 8.
 """
 
 import flax.linen as nn
@@ -14,13 +14,13 @@ from dalle_jax.models import variants
 
 GROUPS = 4
 FACTOR = 2 ** (GROUPS - 1)
-EPS = 0.1  # of the logit-Laplace distribution: pixels lie in [EPS, 1 - EPS] (appendix A.3)
+EPS = 0.1  # logit-Laplace distribution: pixels are mapped to [EPS, 1 - EPS] (appendix A.3)
 
 VARIANTS = {'test': dict(width=4, blocks=1, decoder_input=4, num_codes=16), 'openai': dict()}
 
 
 class Bottleneck(nn.Module):
-  """x + gain * f(x), where f has four convolutions with these kernels, each after a ReLU."""
+  """x + gain * f(x), where f is four convolutions with kernels of these sizes, each after a ReLU."""
 
   features: int
   kernels: tuple[int, int, int, int]
@@ -42,10 +42,10 @@ class DVAE(nn.Module):
   """Encoder and decoder.
 
   Attributes:
-    width: of the first group of the encoder; the others have 2, 4 and 8 times as many channels.
-    blocks: in each group.
-    decoder_width, decoder_blocks, decoder_input: of the decoder; 0: those of the encoder. `decoder_input` is the width
-      that codes come in with.
+    width: channels of the first group of the encoder; the others have 2, 4 and 8 times as many.
+    blocks: number of blocks in each group.
+    decoder_width, decoder_blocks: the same for the decoder; 0: as in the encoder.
+    decoder_input: channels of the decoder's input, the embedded codes.
   """
 
   width: int = 256
@@ -57,7 +57,7 @@ class DVAE(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   def grid(self, image_size: int) -> tuple[int, int]:
-    """Rows and columns of codes of a square picture; ValueError if the factor does not divide its size."""
+    """Rows and columns of codes of a square image. Raises ValueError if 8 does not divide its size."""
     if image_size % FACTOR:
       raise ValueError(f'a dVAE needs image sizes divisible by {FACTOR}, not {image_size}.')
     return image_size // FACTOR, image_size // FACTOR
@@ -77,7 +77,7 @@ class DVAE(nn.Module):
     ]
 
   def __call__(self, images: jax.Array) -> jax.Array:
-    """Reconstructs float32[B, H, W, 3] in [-1, 1]. Raises ValueError for sizes that 8 does not divide."""
+    """Reconstruct images float32[B, H, W, 3] in [-1, 1]. Raises ValueError for sizes that 8 does not divide."""
     return self.decode_codes(self.encode(images))
 
   def encode(self, images: jax.Array) -> jax.Array:
@@ -101,7 +101,7 @@ class DVAE(nn.Module):
     return 2 * jnp.clip((mean - EPS) / (1 - 2 * EPS), 0, 1) - 1
 
   def statistics(self, codes: jax.Array) -> jax.Array:
-    """int32[B, h, w] -> float32[B, H, W, 6], location and log scale of each pixel."""
+    """int32[B, h, w] -> float32[B, H, W, 6], location and log scale of each pixel and channel."""
     x = self.decoder_in(jax.nn.one_hot(codes, self.num_codes, dtype=self.dtype))
     for i, group in enumerate(self.decoder):
       x = x if i == 0 else upsample_nearest(x)
@@ -111,5 +111,5 @@ class DVAE(nn.Module):
 
 
 def build(variant: str, **overrides) -> DVAE:
-  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  """The network of `VARIANTS[variant]` with fields overridden. Raises ValueError for an unknown variant or field."""
   return variants.build(DVAE, VARIANTS, variant, overrides)

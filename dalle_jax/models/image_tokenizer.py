@@ -1,4 +1,4 @@
-"""What turns pictures into codes and codes into pictures: a VQGAN or a dVAE, whichever a run holds."""
+"""Image tokenizers, which turn images into codes and codes into images: a VQGAN or a dVAE, depending on the run."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -11,13 +11,13 @@ TOKENIZERS = {'vqgan': vqgan, 'dvae': dvae}
 
 
 class ImageTokenizer(Protocol):
-  """What both have; the methods run inside `apply`."""
+  """The common interface of VQGAN and dVAE; call `encode` and `decode_codes` through `apply`."""
 
   num_codes: int
   apply: Any
 
   def grid(self, image_size: int) -> tuple[int, int]:
-    """Rows and columns of codes of a square picture; ValueError if they do not come out even."""
+    """Rows and columns of codes of a square image. Raises ValueError if the factor does not divide its size."""
 
   def encode(self, images: jax.Array) -> jax.Array:
     """float32[B, H, W, 3] in [-1, 1] -> codes int32[B, h, w]."""
@@ -27,8 +27,10 @@ class ImageTokenizer(Protocol):
 
 
 def of_run(config: Mapping[str, Any]) -> ImageTokenizer:
-  """The network of a run from its config; of one without an objective, a VQGAN. Raises ValueError for another run."""
+  """The network of a run, from its config; a VQGAN if that names no objective. Raises ValueError for other runs."""
   kind = config.get('objective', 'vqgan')
   if kind not in TOKENIZERS:
-    raise ValueError(f'config.frozen.vqgan is a run of {kind!r}; expected an image tokenizer: {", ".join(TOKENIZERS)}.')
+    raise ValueError(
+      f'config.frozen.vqgan is a run of {kind!r}; expected an image tokenizer, one of {", ".join(TOKENIZERS)}.'
+    )
   return TOKENIZERS[kind].build(**config['model'])

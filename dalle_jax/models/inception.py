@@ -1,8 +1,8 @@
-"""Inception-v3 as published FIDs see through it ("Rethinking the Inception Architecture", Szegedy et al., 2016).
+"""The Inception-v3 of published FID scores ("Rethinking the Inception Architecture", Szegedy et al., 2016).
 
-That network, of 2015, is not the paper's in all places, and what it differs in is kept, as figures compare only by the
-same features: averages leave out what lies outside the picture, and the last block pools by the maximum. Names of
-parameters follow the public implementation, so that its weights can be read in.
+That network, of 2015, differs from the paper in places, and the differences are reproduced, because FIDs are comparable
+only for the same features: average pooling excludes the padding, and the last block pools by the maximum. Parameter
+names follow the public implementation, so that its weights can be imported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +16,11 @@ from dalle_jax.layers.basic import BatchNorm, Conv
 from dalle_jax.models import variants
 
 VARIANTS = {'test': dict(shrink=16), 'fid': dict()}
-SIDE = 299  # pixels, to which pictures are brought
+SIDE = 299  # pixels to which images are resized
 
 
 class Part(NamedTuple):
-  """Convolutions of one input, whose outputs lie side by side: one, or one of each kernel."""
+  """Parallel convolutions of one input, one for each kernel, whose outputs are concatenated."""
 
   features: int
   kernels: Sequence[int | tuple[int, int]]
@@ -31,7 +31,7 @@ def conv(features: int, *kernels: int | tuple[int, int], stride: int = 1) -> Par
   return Part(features, kernels or (1,), stride)
 
 
-Branches = Mapping[str, Sequence[Part]]  # the convolutions of each, one after the other
+Branches = Mapping[str, Sequence[Part]]  # the convolutions of each branch, in order
 
 
 def _a(pool: int) -> Branches:
@@ -78,7 +78,7 @@ LARGEST = 'Mixed_7c'  # the block that pools by the maximum
 
 
 class ConvNorm(nn.Module):
-  """Convolution, normalisation by stored statistics, relu."""
+  """Convolution, batch normalisation by stored statistics, ReLU."""
 
   features: int
   kernel_size: int | tuple[int, int]
@@ -92,15 +92,15 @@ class ConvNorm(nn.Module):
 
 
 class Mixed(nn.Module):
-  """The branches of one block, side by side: `[B, h, w, C] -> [B, h', w', C']`. Pools look at 3 x 3."""
+  """The concatenated branches of one block: `[B, h, w, C] -> [B, h', w', C']`. Pools are 3 x 3."""
 
   branches: Branches
   shrink: int
-  largest: bool  # the pool takes the maximum, not the mean
+  largest: bool  # whether the pool takes the maximum instead of the mean
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    found = []
+    outputs = []
     for branch, parts in self.branches.items():
       y = x
       if branch == 'halved':
@@ -113,14 +113,14 @@ class Mixed(nn.Module):
         names = [stem] if len(kernels) == 1 else [f'{stem}{letter}' for letter in 'ab']
         padding = 'SAME' if stride == 1 else 'VALID'
         width = features // self.shrink
-        beside = [ConvNorm(width, k, stride, padding, name=n)(y) for k, n in zip(kernels, names, strict=True)]
-        y = jnp.concatenate(beside, -1)
-      found.append(y)
-    return jnp.concatenate(found, -1)
+        parallel = [ConvNorm(width, k, stride, padding, name=n)(y) for k, n in zip(kernels, names, strict=True)]
+        y = jnp.concatenate(parallel, -1)
+      outputs.append(y)
+    return jnp.concatenate(outputs, -1)
 
 
 class Inception(nn.Module):
-  """Pictures float32[B, H, W, 3] in [-1, 1] of any size -> features float32[B, 2048 / shrink], at least 0.
+  """Images float32[B, H, W, 3] in [-1, 1], of any size -> non-negative features float32[B, 2048 / shrink].
 
   `shrink` divides the width of every layer.
   """
@@ -129,7 +129,7 @@ class Inception(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
-    # Between the nearest pixels alone, however much smaller it gets: so the published code does it.
+    # No antialiasing, even when shrinking, as in the published code.
     x = jax.image.resize(images, (len(images), SIDE, SIDE, 3), 'linear', antialias=False)
     stem = lambda name, features, *options: ConvNorm(features // self.shrink, *options, name=name)
     x = stem('Conv2d_1a_3x3', 32, 3, 2, 'VALID')(x)
@@ -143,10 +143,10 @@ class Inception(nn.Module):
 
 
 def build(variant: str, **overrides) -> Inception:
-  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  """The network of `VARIANTS[variant]` with fields overridden. Raises ValueError for an unknown variant or field."""
   return variants.build(Inception, VARIANTS, variant, overrides)
 
 
 def of_run(config: Mapping[str, Any]) -> Inception:
-  """The network of an imported run, from the config in it."""
+  """The network of a run, from its config."""
   return build(**config['model'])

@@ -1,4 +1,4 @@
-"""LPIPS: perceptual distance of two images in the features of VGG16 (Zhang et al., 2018, the 'lin' variant).
+"""LPIPS: perceptual distance between two images in VGG16 features (Zhang et al., 2018, the 'lin' variant).
 
 The weights are not trained here: `python -m dalle_jax.convert --from lpips` imports the published ones.
 """
@@ -11,14 +11,15 @@ from dalle_jax.layers.basic import Conv
 from dalle_jax.models import variants
 
 VARIANTS = {'test': dict(widths=(4, 4), depths=(1, 1)), 'vgg16': dict()}
-# Mean and deviation of ImageNet for pictures in [-1, 1], as the published code rounds them.
+# ImageNet mean and standard deviation for images in [-1, 1], as rounded in the published code.
 MEAN, STD = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class LPIPS(nn.Module):
-  """Distance of float32[B, H, W, 3] pairs in [-1, 1]: float32[B], at least 0 for weights at least 0.
+  """Distances float32[B] of pairs of images float32[B, H, W, 3] in [-1, 1]; non-negative for non-negative weights.
 
-  `widths` and `depths` are the channels and convolutions of each stage; between stages pictures are halved.
+  `widths` and `depths` are the channels and the number of convolutions of each stage; max-pooling halves height and
+  width between stages.
   """
 
   widths: tuple[int, ...] = (64, 128, 256, 512, 512)
@@ -37,8 +38,8 @@ class LPIPS(nn.Module):
     return self.terms(a, b).sum(1)
 
   def terms(self, a: jax.Array, b: jax.Array) -> jax.Array:
-    """What each stage adds to the distance, float32[B, stages]."""
-    # One pass for both, side by side: [B, 2, ...] keeps each pair on its device.
+    """The contribution of each stage to the distance, float32[B, stages]."""
+    # One pass for both images, stacked as [B, 2, ...], which keeps each pair on its device.
     features = self.features(jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]))
     terms = []
     for f, weight in zip(features, self.weights, strict=True):
@@ -48,16 +49,16 @@ class LPIPS(nn.Module):
     return jnp.stack(terms, 1)
 
   def features(self, x: jax.Array) -> list[jax.Array]:
-    """The last activations of each stage, float32[B, h, w, C], for pictures in [-1, 1]."""
-    x, found = (x - jnp.asarray(MEAN)) / jnp.asarray(STD), []
+    """The last activations of each stage, float32[B, h, w, C], for images in [-1, 1]."""
+    x, features = (x - jnp.asarray(MEAN)) / jnp.asarray(STD), []
     for stage, convs in enumerate(self.convs):
       x = nn.max_pool(x, (2, 2), (2, 2)) if stage else x
       for conv in convs:
         x = jax.nn.relu(conv(x))
-      found.append(x.astype(jnp.float32))
-    return found
+      features.append(x.astype(jnp.float32))
+    return features
 
 
 def build(variant: str, **overrides) -> LPIPS:
-  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  """The network of `VARIANTS[variant]` with fields overridden. Raises ValueError for an unknown variant or field."""
   return variants.build(LPIPS, VARIANTS, variant, overrides)

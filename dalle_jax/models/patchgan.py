@@ -1,4 +1,4 @@
-"""The discriminator of overlapping patches of Isola et al., 2017, "pix2pix" (its 70 x 70 one with 3 layers)."""
+"""The PatchGAN discriminator of "pix2pix", Isola et al., 2017; with 3 layers it is the 70 x 70 one."""
 
 import flax.linen as nn
 import jax
@@ -11,11 +11,11 @@ VARIANTS = {'test': dict(width=8, layers=1), 'base': dict()}
 
 
 class PatchGAN(nn.Module):
-  """float32[B, H, W, 3] in [-1, 1] -> float32[B, h, w] logits, positive for real; h is about H / 2 ** layers.
+  """Images float32[B, H, W, 3] in [-1, 1] -> logits float32[B, h, w], positive for real; h is about H / 2 ** layers.
 
-  Normalises by groups, not by batch statistics as the original does: no state beside the parameters, a picture is
-  judged by itself, and real and reconstructed pictures cannot be told apart by the statistics of their batch. With
-  `norm='fixed_batch'` it takes the original's weights, and their statistics as they are.
+  It uses group normalisation, not batch normalisation as the original does: there is no state besides the parameters,
+  the logits of an image do not depend on its batch, and real and reconstructed images cannot be told apart by batch
+  statistics. `norm='fixed_batch'`, batch normalisation by stored statistics, is for the original's weights.
   """
 
   width: int = 64
@@ -27,7 +27,7 @@ class PatchGAN(nn.Module):
   def __call__(self, images: jax.Array) -> jax.Array:
     norms: dict[str, type[nn.Module]] = {'group': GroupNorm, 'fixed_batch': BatchNorm}
     if self.norm not in norms:
-      raise ValueError(f'PatchGAN norm {self.norm!r} is unknown; there are {", ".join(norms)}.')
+      raise ValueError(f'PatchGAN norm {self.norm!r} is unknown; expected one of {", ".join(norms)}.')
     init, pad = nn.initializers.normal(0.02), ((1, 1), (1, 1))
     x = Conv(self.width, 4, 2, pad, dtype=self.dtype, kernel_init=init, name='conv_0')(images)
     x = jax.nn.leaky_relu(x, 0.2)
@@ -41,5 +41,5 @@ class PatchGAN(nn.Module):
 
 
 def build(variant: str, **overrides) -> PatchGAN:
-  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  """The network of `VARIANTS[variant]` with fields overridden. Raises ValueError for an unknown variant or field."""
   return variants.build(PatchGAN, VARIANTS, variant, overrides)

@@ -1,6 +1,6 @@
-"""The diffusion prior of unCLIP: CLIP's embedding of a picture from its caption (Ramesh et al., 2022, section 2.2).
+"""The diffusion prior of unCLIP: CLIP image embeddings from captions (Ramesh et al., 2022, section 2.2).
 
-Axis legend: B rows, N text tokens, E the space of CLIP, W width of its text tower, D embed.
+Axis legend: B rows, N text tokens, E embed_dim of the CLIP, S = N + ADDED positions of the transformer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,17 +25,19 @@ VARIANTS = {
   'karlo': dict(width=2048, depth=20, heads=32),
   'paper': dict(width=2048, depth=24, heads=32, remat='full', dtype='bfloat16'),
 }
-ADDED = 4  # tokens behind those of the caption
+ADDED = 4  # tokens after those of the caption: text embedding, timestep, noisy image embedding, query
 
 
 class Prior(nn.Module):
-  """A causal transformer over the caption's tokens, its embedding, the step, the noisy embedding, and a token of its
-  own, at which it says what the embedding is without noise.
+  """A causal transformer that predicts the image embedding x0 from a noisy one and the caption.
+
+  Its sequence is the text tower's hidden states, the text embedding, the timestep, the noisy image embedding and a
+  learnt query, at whose position x0 is read out.
 
   Attributes:
-    embed_dim, text_width, text_length: of the CLIP.
-    raw: whether embeddings are as CLIP projects them (Karlo); else of length sqrt(E), see `models.clip_reader`.
-    steps, schedule, clip: of the diffusion, see `functional.diffusion`.
+    embed_dim, text_width, text_length: sizes of the CLIP.
+    raw: whether embeddings are as CLIP projects them (Karlo), or of length sqrt(E); see `models.clip_reader`.
+    steps, schedule, clip: see `functional.diffusion.Diffusion`; sampling clips x0 to [-clip, clip].
     remat, unroll: see `layers.transformer.Stack`.
   """
 
@@ -65,38 +67,39 @@ class Prior(nn.Module):
     self.positions = self.param('positions', boxed(init, (None, 'embed')), (length, self.width), jnp.float32)
     self.query = self.param('query', boxed(init, ('embed',)), (self.width,), jnp.float32)
     self.blocks = Stack(self.depth, self.heads, dtype=self.dtype, remat=self.remat, unroll=self.unroll)
-    self.norm_out, self.out = LayerNorm(), Dense(self.embed_dim, ('embed', None))  # in float32, as what is predicted
-    own = boxed(nn.initializers.zeros, (None,)), boxed(nn.initializers.ones, (None,))
-    self.mean, self.std = (
-      self.param(name, init, (self.embed_dim,), jnp.float32) for name, init in zip(('mean', 'std'), own, strict=True)
-    )
+    self.norm_out, self.out = LayerNorm(), Dense(self.embed_dim, ('embed', None))  # in float32, like the prediction
+    statistic = lambda name, init: self.param(name, boxed(init, (None,)), (self.embed_dim,), jnp.float32)
+    self.mean, self.std = statistic('mean', nn.initializers.zeros), statistic('std', nn.initializers.ones)
 
   def __call__(self, noisy: jax.Array, t: jax.Array, caption: Caption) -> jax.Array:
-    """Normal embeddings (see `normal`) with noise, float32[B, E], at steps t int32[B] -> without it, float32[B, E].
+    """Predict x0 float32[B, E] from noisy standardized embeddings (see `normal`) float32[B, E] at timesteps t int32[B].
 
     Raises ValueError for captions of another length.
     """
     b, n = caption.mask.shape
     if n != self.text_length:
-      raise ValueError(f'the prior reads {self.text_length} text tokens, not {n}; it was made for another CLIP.')
-    one = lambda x: x[:, None].astype(self.dtype)
+      raise ValueError(
+        f'the prior takes {self.text_length} text tokens, not {n}; use the CLIP that it was trained with.'
+      )
+    token = lambda x: x[:, None].astype(self.dtype)
     query = jnp.broadcast_to(self.query, (b, 1, self.width)).astype(self.dtype)
     x = [
       self.text_in(caption.hidden),
-      one(self.caption_in(caption.embed)),
-      one(self.time(t)),
-      one(self.image_in(noisy)),
+      token(self.caption_in(caption.embed)),
+      token(self.time(t)),
+      token(self.image_in(noisy)),
+      query,
     ]
-    x = jnp.concatenate([*x, query], 1) + self.positions.astype(self.dtype)
-    seen = jnp.pad(caption.mask, ((0, 0), (0, ADDED)), constant_values=True)
-    mask = np.tri(n + ADDED, dtype=bool) & seen[:, None]  # (B, S, S)
+    x = jnp.concatenate(x, 1) + self.positions.astype(self.dtype)
+    keys = jnp.pad(caption.mask, ((0, 0), (0, ADDED)), constant_values=True)
+    mask = np.tri(n + ADDED, dtype=bool) & keys[:, None]  # (B, S, S)
     x, _ = self.blocks(constrain(x, ('batch', 'seq', 'embed')), mask)
     return self.out(self.norm_out(x[:, -1]))
 
   def normal(self, embed: jax.Array) -> jax.Array:
-    """CLIP's embeddings as diffusion takes them, each entry of mean 0 and variance 1.
+    """Standardize CLIP's embeddings for diffusion: each entry has mean 0 and variance 1.
 
-    Their means and deviations are among the parameters, and get no gradient: training counts them.
+    The means and standard deviations are parameters without gradients, which training sets to running statistics.
     """
     return (embed - jax.lax.stop_gradient(self.mean)) / jax.lax.stop_gradient(self.std)
 
@@ -114,23 +117,24 @@ def sample(
   steps: Sequence[int],
   guidance: float,
 ) -> jax.Array:
-  """CLIP's embeddings of pictures that captions may be of, float32[B, E], from noise by keys[B].
+  """Sample CLIP image embeddings float32[B, E] for captions, from noise by keys[B].
 
-  `apply` is the model's with its parameters; guidance and `empty` as of `models.unclip.sample`.
+  `apply` is the model's `apply` bound to its parameters; `steps`, `guidance` and `empty` as in `models.unclip.sample`.
   """
-  d, both = model.diffusion, jax.tree.map(lambda *rows: jnp.concatenate(rows), caption, empty)
+  d = model.diffusion
   predict = lambda x, t: apply(x, t, caption)
   if guidance != 1:
+    both = jax.tree.map(lambda *rows: jnp.concatenate(rows), caption, empty)
     predict = diffusion.guided(d, lambda x, t: apply(x, t, both), guidance)
   x = diffusion.sample(d, predict, diffusion.initial_noise(keys, (model.embed_dim,)), keys, steps)
   return apply(x, method='embedding')
 
 
 def build(variant: str, **overrides) -> Prior:
-  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  """The network of `VARIANTS[variant]` with fields overridden. Raises ValueError for an unknown variant or field."""
   return variants.build(Prior, VARIANTS, variant, overrides)
 
 
 def of_run(config: Mapping[str, Any], clip_config: Mapping[str, Any]) -> tuple[Prior, ClipReader]:
-  """The network of a run from its config and that of its CLIP."""
+  """The network of a run, from its config, and the reader of its CLIP, from that of the CLIP."""
   return clip_reader.of_run(build, config, clip_config)

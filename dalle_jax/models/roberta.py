@@ -1,4 +1,4 @@
-"""RoBERTa, a text encoder ("RoBERTa", Liu et al., 2019), as the transformers library lays it out.
+"""RoBERTa, a text encoder ("RoBERTa", Liu et al., 2019), with the architecture of the transformers library.
 
 Axis legend: B texts, N tokens, D width.
 """
@@ -22,11 +22,11 @@ VARIANTS = {
 
 
 class RoBERTa(nn.Module):
-  """Hidden states of a text; tokens equal to `pad` are not seen.
+  """Hidden states of a text; tokens equal to `pad` are masked out.
 
   Attributes:
-    length: the most tokens of a text. Positions are numbered from `pad` + 1 on, paddings have the number `pad`.
-    mlp: width of the MLPs; 0: four times `width`.
+    length: maximum number of tokens of a text. Positions are numbered from `pad` + 1; paddings have the number `pad`.
+    mlp: hidden width of the MLPs; 0: four times `width`.
   """
 
   vocab_size: int = 50_265
@@ -61,24 +61,24 @@ class RoBERTa(nn.Module):
     return x, jnp.tanh(self.pooler(x[:, 0]))
 
   def embed_text(self, text: jax.Array) -> jax.Array:
-    """What the blocks read, [B, N, D]."""
+    """Input of the blocks, int32[B, N] -> [B, N, D]."""
     if text.shape[1] > self.length:
-      raise ValueError(f'this RoBERTa takes {self.length} tokens at most, not {text.shape[1]}; cut the texts.')
-    words = text != self.pad
-    where = jnp.cumsum(words, 1) * words + self.pad
-    x = self.embed(text) + (jnp.take(self.positions, where, axis=0) + self.type_embed).astype(self.dtype)
+      raise ValueError(f'this RoBERTa takes at most {self.length} tokens, not {text.shape[1]}; truncate the texts.')
+    mask = text != self.pad
+    positions = jnp.where(mask, jnp.cumsum(mask, 1), 0) + self.pad
+    x = self.embed(text) + (jnp.take(self.positions, positions, axis=0) + self.type_embed).astype(self.dtype)
     return self.norm_in(x)
 
   def encode_text(self, text: jax.Array) -> jax.Array:
-    """The mean of the hidden states that are no padding, float32[B, D]."""
+    """Mean of the hidden states without those of paddings, int32[B, N] -> float32[B, D]."""
     return masked_mean(self(text)[0], text != self.pad)
 
 
 def build(variant: str, **overrides) -> RoBERTa:
-  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  """The network of `VARIANTS[variant]` with fields overridden. Raises ValueError for an unknown variant or field."""
   return variants.build(RoBERTa, VARIANTS, variant, overrides)
 
 
 def of_run(config: Mapping[str, Any]) -> RoBERTa:
-  """The network of an imported run, from the config in it."""
+  """The network of a run, from its config."""
   return build(**config['model'])

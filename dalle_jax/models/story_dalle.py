@@ -1,10 +1,11 @@
-"""StoryDALL-E: a trained DALL-E continues a story ("StoryDALL-E", Maharana et al., ECCV 2022, sections 3.2 and 3.3).
+"""StoryDALL-E: a trained DALL-E that continues stories ("StoryDALL-E", Maharana et al., ECCV 2022, 3.2 and 3.3).
 
-Two parts are added beside the DALL-E, whose own parameters keep their names, so that retro-fitting is a strict merge of
-the pretrained tree with `new='story/.*'`. The story encoder puts one vector before each caption's tokens; by
-cross-attention the positions that predict image tokens look at the source frame.
+Two modules are added to the DALL-E, whose parameters keep their names, so that retro-fitting is a strict merge of the
+pretrained tree with `new='story/.*'`. The story encoder prepends one vector to the tokens of each caption, and by
+cross-attention the positions that predict image tokens attend to the source frame.
 
-Axis legend: B stories, T frames to be generated, N text_length, I image tokens, D d_model, S sentence_dim, R = B * T.
+Axis legend: B stories, T frames to generate, N text_length, I image tokens, D d_model, S sentence_dim, R = B * T rows,
+E vectors prepended to a caption.
 """
 
 import dataclasses
@@ -24,19 +25,19 @@ from dalle_jax.layers.cross import Context, CrossAttention
 from dalle_jax.layers.transformer import Block
 from dalle_jax.models import clip, dalle, variants
 
-VARIANTS = dalle.VARIANTS  # of the DALL-E; the fields of what is added come beside them
+VARIANTS = dalle.VARIANTS  # of the DALL-E; fields of the added modules are given in addition to them
 PROMPT_DROPOUT = 0.2
-TOKEN_SCALE = 0.1  # at the start, of the story token, so that it is about as long as a word of a trained DALL-E
+TOKEN_SCALE = 0.1  # initial scale of the story token, which makes it about as long as a word embedding of a DALL-E
 
 
 def identity_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
-  """The identity between the axes of width before and after; heads are parts of the width."""
+  """The identity as a kernel from width to width, where either side may be split into heads."""
   split = next(i for i in range(1, len(shape)) if math.prod(shape[:i]) == math.prod(shape[i:]))
   return jnp.eye(math.prod(shape[:split]), dtype=dtype).reshape(shape)
 
 
 class Prompt(nn.Module):
-  """`length` learnt vectors [length, width]: embedding -> Dense -> tanh -> Dense (section 3.4)."""
+  """Prompt tuning: `length` learnt vectors [length, width], embedding -> Dense -> tanh -> Dense (section 3.4)."""
 
   length: int
   width: int
@@ -44,7 +45,7 @@ class Prompt(nn.Module):
 
   @nn.compact
   def __call__(self, rng: jax.Array | None) -> jax.Array:
-    """With `rng`, dropout acts."""
+    """Returns float[length, width], with dropout if `rng` is given."""
     init = boxed(normal_init(1.0), (None, 'embed'))
     x = self.param('embedding', init, (self.length, self.width), jnp.float32)
     dense = lambda name: Dense(
@@ -55,22 +56,22 @@ class Prompt(nn.Module):
 
 
 class StoryEncoder(nn.Module):
-  """S_global = f_self(S + S_pos): one block in which every caption sees all (section 3.2)."""
+  """S_global = f_self(S + S_pos): one block in which every caption attends to all captions (section 3.2)."""
 
   width: int
   heads: int
-  own: bool  # whether sentences are means of the DALL-E's word embeddings
+  own: bool  # whether sentence embeddings are means of the DALL-E's own word embeddings
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, sentences: jax.Array) -> jax.Array:
     """float[B, T, S] -> [B, T, D]."""
-    x = LayerNorm(dtype=self.dtype, name='norm_in')(sentences)  # the embeddings of words are small, positions are not
-    # The mean of word embeddings stays in their space, where the DALL-E already knows what words look like.
+    x = LayerNorm(dtype=self.dtype, name='norm_in')(sentences)  # word embeddings are small, positions are not
+    # The identity keeps the mean of word embeddings in their space, with which the DALL-E is familiar.
     init = identity_init if self.own else normal_init(sentences.shape[-1] ** -0.5)
     x = Dense(self.width, (None, 'embed'), dtype=self.dtype, kernel_init=init, name='linear')(x)
     x = x + sinusoid(jnp.arange(x.shape[1]), self.width).astype(self.dtype)
-    # One block, whose attention hands on what it reads from the start: words of other captions look like words.
+    # Identities as values and output let attention pass on what it reads from the start, words of other captions.
     y = LayerNorm(dtype=self.dtype, name='norm_1')(x)
     inner = normal_init(self.width**-0.5)
     attention = Attention(self.heads, self.dtype, inner, identity_init, identity_init, name='attention')
@@ -84,7 +85,7 @@ class StoryEncoder(nn.Module):
 
 
 class ReleasedStoryEncoder(nn.Module):
-  """That of the released StoryDALL-E, which is not the paper's: no positions, and a caption sees earlier ones alone."""
+  """Story encoder of the released StoryDALL-E. Unlike the paper's, it has no positions and is causal over captions."""
 
   width: int
   heads: int
@@ -100,7 +101,7 @@ class ReleasedStoryEncoder(nn.Module):
 
 
 class Additions(nn.Module):
-  """What is put beside a DALL-E; fields as in StoryDALLE, `layers` is how many blocks look at the source."""
+  """The modules added to a DALL-E. Fields as in StoryDALLE; `layers` is the number of blocks with cross-attention."""
 
   layers: int
   heads: int
@@ -115,7 +116,13 @@ class Additions(nn.Module):
   def __call__(
     self, sentences: jax.Array, source: jax.Array, rng: jax.Array | None
   ) -> tuple[jax.Array, Context | None]:
-    """What goes before each caption, [R, E, D], and what blocks find in the sources [B, I, D]."""
+    """Vectors to prepend to each caption, [R, E, D], and keys and values of the sources for each block, or None.
+
+    Args:
+      sentences: sentence embeddings, float[B, T, S].
+      source: embedded tokens of the source frames, float[B, I, D].
+      rng: for the dropout of the prompt; None in evaluation.
+    """
     b, t, _ = sentences.shape
     extra = [jnp.zeros((b * t, 0, self.width), self.dtype)]
     if self.prompt:
@@ -135,36 +142,36 @@ class Additions(nn.Module):
 
 
 class StoryCache(struct.PyTreeNode):
-  """The cache of R rows, and what their blocks find in the source frame."""
+  """The key-value cache of R rows, and the keys and values of their source frames."""
 
   kv: KVCache
-  context: tuple[Context, ...] | None  # of each block that looks
+  context: tuple[Context, ...] | None  # one for each block with cross-attention
 
   def extend(self, n: int) -> 'StoryCache':
     return self.replace(kv=self.kv.extend(n))
 
   @property
   def copies(self) -> int:
-    return 1  # every frame is a row
+    return 1  # there are always several rows: every frame is one
 
   def repeat(self, n: int) -> 'StoryCache':
     return self.replace(kv=self.kv.repeat(n))
 
 
 class StoryDALLE(nn.Module):
-  """A DALL-E (parameters 'dalle') and what is added to it ('story').
+  """A DALL-E (parameters 'dalle') with cross-attention to a source frame and a story encoder ('story').
 
   Attributes:
-    retro: blocks retro, 2 retro, 3 retro, ... look at the source frame (1: all; 3: as the released model); 0: none.
-      `dalle.period` must be a multiple of it.
-    story_encoder: what makes the story token, which stands before each caption: 'global' (the paper's), 'released'
-      (that of the public weights, where all that stands before a caption also has the first positions of text), or ''
-      for no such token.
-    prompt: learnt vectors before that, for prompt tuning; 0: none.
-    sentences: where the embeddings of captions come from: 'own', the mean of the DALL-E's word embeddings; 'clip', the
-      text tower of a CLIP; 'data', vectors of the data set.
+    retro: blocks retro, 2 retro, 3 retro, ... cross-attend to the source frame (1: all; 3: as in the released model);
+      0: none. `dalle.period` must be a multiple of it.
+    story_encoder: module that computes the story token, which is prepended to each caption: 'global' (the paper's),
+      'released' (that of the public weights, where the first text positions are added to the prepended vectors), or ''
+      for no story token.
+    prompt: number of learnt vectors before the story token, for prompt tuning; 0: none.
+    sentences: source of the sentence embeddings of captions: 'own', the mean of the DALL-E's word embeddings; 'clip',
+      the text tower of a CLIP; 'data', vectors of the data set.
     sentence_dim: S; 0 with 'own'.
-    frames: the most frames after the source.
+    frames: maximum number of frames after the source.
   """
 
   dalle: dalle.DALLE
@@ -177,7 +184,7 @@ class StoryDALLE(nn.Module):
 
   def setup(self):
     if self.retro and self.dalle.depth % self.retro:
-      raise ValueError(f'model.retro {self.retro} does not divide the {self.dalle.depth} layers; change either.')
+      raise ValueError(f'model.retro {self.retro} does not divide the {self.dalle.depth} layers; change one of them.')
     layers, d = self.dalle.depth // self.retro if self.retro else 0, self.dalle
     own = self.sentences == 'own'
     self.story = Additions(layers, d.heads, d.d_model, self.story_encoder, self.prompt, own, d.activation, d.dtype)
@@ -194,11 +201,11 @@ class StoryDALLE(nn.Module):
     """Teacher-forced logits of the tokens of every frame, float32[R, N, text_vocab] and [R, I, image_vocab].
 
     Args:
-      text: int32[B, T, N], what the sentence embeddings are made of by default.
-      image: int32[B, T, I], what goes in.
-      source: int32[B, I], the tokens of the source frame.
-      sentences: float32[B, T, S]; None for the model's own.
-      read: int32[B, T, N], the captions as they go in; `text` by default.
+      text: int32[B, T, N], the captions, from which the model's own sentence embeddings are computed.
+      image: int32[B, T, I], input image tokens of the frames.
+      source: int32[B, I], image tokens of the source frame.
+      sentences: float32[B, T, S], sentence embeddings; None for the model's own.
+      read: int32[B, T, N], the captions as input of the DALL-E, if some are dropped there; by default `text`.
       rng: for the dropout of the prompt; None in evaluation.
     """
     extra, context = self.conditioning(text, source, sentences, rng)
@@ -208,10 +215,15 @@ class StoryDALLE(nn.Module):
   def conditioning(
     self, text: jax.Array, source: jax.Array, sentences: jax.Array | None = None, rng: jax.Array | None = None
   ) -> tuple[jax.Array, Context | None]:
-    """What goes before each caption, [R, E, D], and keys and values of each source, the same for all its frames."""
+    """Vectors to prepend to each caption, [R, E, D], and keys and values of each source, shared by all its frames.
+
+    Arguments as in `__call__`. Raises ValueError for more frames than `frames`.
+    """
     b, t, n = text.shape
     if t > self.frames:
-      raise ValueError(f'a story has {t} frames after the source, the model takes {self.frames}; set model.frames.')
+      raise ValueError(
+        f'a story has {t} frames after the source, the model takes at most {self.frames}; set model.frames.'
+      )
     if sentences is None:
       sentences = self.dalle.embed_caption(text.reshape(b * t, n)).reshape(b, t, -1)
     extra, context = self.story(sentences, self.dalle.embed_source(source), rng)
@@ -222,10 +234,10 @@ class StoryDALLE(nn.Module):
   def prefill(
     self, text: jax.Array, image: jax.Array, extra: jax.Array, context: Context | None
   ) -> tuple[jax.Array, StoryCache]:
-    """Reads text int32[R, N] and the first image tokens int32[R, k] after `extra`."""
-    each = context and context.layers()
-    logits, kv = self.dalle.prefill(text, image, extra, each)
-    return logits, StoryCache(kv, each)
+    """As `DALLE.prefill`, for text int32[R, N], the first image tokens int32[R, k] and what `conditioning` returns."""
+    layers = None if context is None else context.layers()
+    logits, kv = self.dalle.prefill(text, image, extra, layers)
+    return logits, StoryCache(kv, layers)
 
   def step(self, token: jax.Array, index: jax.Array, cache: StoryCache) -> tuple[jax.Array, StoryCache]:
     """As `DALLE.step`."""
@@ -236,38 +248,39 @@ class StoryDALLE(nn.Module):
 def sampler(
   model: StoryDALLE, params: Any, text: jax.Array, source: jax.Array, sentences: jax.Array | None
 ) -> Callable[..., Any]:
-  """An `apply` for `functional.decoding.sample` with the captions of these stories as its rows, int32[R, N].
+  """An `apply` for `functional.decoding.sample`, whose rows are the captions of these stories, int32[R, N].
 
-  With guidance a second half of rows follows, which differ in the caption alone. Arguments as of `StoryDALLE.look`.
+  With classifier-free guidance the rows are doubled, and the second half differs only in the caption. Arguments as in
+  `StoryDALLE.conditioning`.
   """
   extra, context = model.apply({'params': params}, text, source, sentences, method='conditioning')
 
   def apply(*args, method: str):
     if method == 'prefill':
-      halves = len(args[0]) // len(extra)
-      args = (*args, jnp.tile(extra, (halves, 1, 1)), context and context.tile(halves))
+      copies = len(args[0]) // len(extra)
+      args = (*args, jnp.tile(extra, (copies, 1, 1)), None if context is None else context.tile(copies))
     return model.apply({'params': params}, *args, method=method)
 
   return apply
 
 
 def embed_sentences(tower: clip.CLIP, params: Any, text: jax.Array) -> jax.Array:
-  """The captions of stories by the text tower of a CLIP: int32[B, T, M] -> float32[B, T, embed_dim]."""
+  """Sentence embeddings of captions by the text tower of a CLIP: int32[B, T, M] -> float32[B, T, embed_dim]."""
   vectors = tower.apply({'params': params}, text.reshape(-1, text.shape[-1]), method='encode_text')
   return vectors.reshape(*text.shape[:2], -1)
 
 
 def build(variant: str, **overrides) -> StoryDALLE:
-  """The DALL-E of `VARIANTS[variant]` with additions; `overrides` are fields of either.
+  """The DALL-E of `VARIANTS[variant]` with the added modules; `overrides` are fields of DALLE or of StoryDALLE.
 
-  Raises ValueError for an unknown variant or field, or sentence embeddings that do not fit.
+  Raises ValueError for an unknown variant or field, or for an unknown `story_encoder` or `sentences`.
   """
-  own = {f.name for f in dataclasses.fields(StoryDALLE)} - {'dalle', 'parent', 'name'}
-  mine = {k: v for k, v in overrides.items() if k in own}
-  base = dalle.build(variant, **{k: v for k, v in overrides.items() if k not in own})
-  model = variants.build(StoryDALLE, {variant: {'dalle': base}}, variant, mine)
+  added = {f.name for f in dataclasses.fields(StoryDALLE)} - {'dalle', 'parent', 'name'}
+  base = dalle.build(variant, **{k: v for k, v in overrides.items() if k not in added})
+  fields = {k: v for k, v in overrides.items() if k in added}
+  model = variants.build(StoryDALLE, {variant: {'dalle': base}}, variant, fields)
   if model.story_encoder not in ('global', 'released', ''):
-    raise ValueError(f'model.story_encoder {model.story_encoder!r} is unknown; there are global, released and "".')
+    raise ValueError(f'model.story_encoder {model.story_encoder!r} is unknown; expected global, released or "".')
   if model.sentences not in ('own', 'clip', 'data'):
-    raise ValueError(f'model.sentences {model.sentences!r} is unknown; there are own, clip and data.')
+    raise ValueError(f'model.sentences {model.sentences!r} is unknown; expected own, clip or data.')
   return model

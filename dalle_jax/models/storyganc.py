@@ -1,11 +1,11 @@
-"""StoryGANc: a GAN continues a story ("StoryDALL-E", Maharana et al., ECCV 2022, section 3.5).
+"""StoryGANc: a GAN that continues stories ("StoryDALL-E", Maharana et al., ECCV 2022, section 3.5).
 
-What is not said there follows StoryGAN (Li et al., CVPR 2019): the recurrent story encoder, the widths, the losses.
-Different from there: the code of a story is made of the mean over its captions, so that stories may have any length;
-the context unit is a plain GRU; discriminators read descriptions through one more layer, and that of stories keeps
-places apart up to its last layer.
+What the paper does not specify follows StoryGAN (Li et al., CVPR 2019): the recurrent story encoder, the widths, the
+losses. Differences from StoryGAN: the code of a story is computed from the mean over its captions, so that stories may
+have any length; the context unit is a plain GRU; discriminators have one more layer for the description, and the story
+discriminator does not pool over space before its last layer.
 
-Axis legend: B stories, T frames to be generated, F = T + 1 with the source, S caption_dim, Z code, R = B * T rows.
+Axis legend: B stories, T frames to generate, F = T + 1 with the source, S caption_dim, Z code, R = B * T rows.
 """
 
 from collections.abc import Mapping
@@ -40,13 +40,13 @@ INIT = normal_init(0.02)
 
 
 class Generated(struct.PyTreeNode):
-  """What the generator draws, and what the discriminators are told of it.
+  """Generated frames, and the conditioning for the discriminators.
 
   Attributes:
     frames: float32[B, T, H, W, 3] in [-1, 1].
-    captions: float32[B, T, S], the vectors of the captions.
-    mu: float32[B, Z], the code of the story.
-    kl: float32[], of the distribution of codes to N(0, I), mean over stories and dimensions.
+    captions: float32[B, T, S], the caption vectors.
+    mu: float32[B, Z], the mean of the story's code.
+    kl: float32[], KL divergence of the code's distribution from N(0, I), mean over stories and dimensions.
   """
 
   frames: jax.Array
@@ -60,27 +60,28 @@ def leaky(x: jax.Array) -> jax.Array:
 
 
 class GRU(nn.Module):
-  """A gated recurrent unit over [B, T, D]: [B, T, Z] (Cho et al., 2014); the few steps are compiled one by one."""
+  """A gated recurrent unit, [B, T, D] -> [B, T, Z] (Cho et al., 2014), unrolled over the few steps."""
 
   width: int
   dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array, state: jax.Array) -> jax.Array:
-    """`state` [B, Z] comes before the first row."""
-    inward = Dense(3 * self.width, ('embed', None), dtype=self.dtype, kernel_init=INIT, name='inward')(x)
-    turn = Dense(3 * self.width, (None, None), dtype=self.dtype, kernel_init=INIT, name='turn')
+    """States after each step; `state` [B, Z] is the initial one."""
+    of_inputs = Dense(3 * self.width, ('embed', None), dtype=self.dtype, kernel_init=INIT, name='inward')(x)
+    of_state = Dense(3 * self.width, (None, None), dtype=self.dtype, kernel_init=INIT, name='turn')
     states = []
     for t in range(x.shape[1]):
-      (reset, update, new), (a, b, c) = jnp.split(inward[:, t], 3, -1), jnp.split(turn(state), 3, -1)
-      update = jax.nn.sigmoid(update + b)
-      state = update * state + (1 - update) * jnp.tanh(new + jax.nn.sigmoid(reset + a) * c)
+      x_reset, x_update, x_new = jnp.split(of_inputs[:, t], 3, -1)
+      h_reset, h_update, h_new = jnp.split(of_state(state), 3, -1)
+      reset, update = jax.nn.sigmoid(x_reset + h_reset), jax.nn.sigmoid(x_update + h_update)
+      state = update * state + (1 - update) * jnp.tanh(x_new + reset * h_new)
       states.append(state)
     return jnp.stack(states, 1)
 
 
 class ConvNorm(nn.Module):
-  """3 x 3 convolution, of a map doubled in height and width or as it is, and batch normalisation."""
+  """3 x 3 convolution, after 2x upsampling if `upsample`, and batch normalisation."""
 
   features: int
   dtype: jnp.dtype
@@ -96,21 +97,21 @@ class StoryGANc(nn.Module):
   """The generator.
 
   Attributes:
-    text_vocab, text_length, pad: of the captions; see `models.variants.text_sizes`.
-    captions: where their vectors come from: 'own', an encoder that learns with the generator, or a frozen 'clip' or
-      'roberta'.
-    caption_dim: S of frozen encoders; 0 with 'own', where it is `width`.
-    width, layers, heads: of the own encoder.
-    frames: the most frames after the source.
-    code: Z, of the code of a story and of the states of both recurrent units.
-    noise: numbers of noise a frame.
-    start: height and width of the first map, whose channels are the first of `channels`; each further one doubles it.
-    join: the map, counted from 0, that what was found in the source is put to.
-    map_width: channels of the map that looks, and of the features of the source.
-    attention: contextual attention to the source; without it nothing is known of the source (for ablations).
-    blocks: residual blocks after it.
-    disc_width: channels of the first layer of the image discriminator; the story discriminator's has half of them.
-    labels: of the characters in a frame, which the image discriminator also tells; 0: none.
+    text_vocab, text_length, pad: sizes of the captions; see `models.variants.text_sizes`.
+    captions: encoder of the captions: 'own', trained with the generator, or a frozen 'clip' or 'roberta'.
+    caption_dim: S of a frozen encoder; 0 with 'own', where S is `width`.
+    width, layers, heads: sizes of the encoder 'own'.
+    frames: maximum number of frames after the source.
+    code: Z, the size of a story's code and of the states of both recurrent units.
+    noise: size of the noise vector of a frame.
+    start: height and width of the first feature map; every further one doubles them.
+    channels: channels of the feature maps.
+    join: the feature map, counted from 0, into which contextual attention to the source is merged.
+    map_width: channels of the queries of contextual attention and of the features of the source.
+    attention: whether there is contextual attention; without it the source is not used (for ablations).
+    blocks: number of residual blocks after the merge.
+    disc_width: channels of the first layer of the image discriminator; that of the story discriminator has half.
+    labels: number of character labels of a frame, which the image discriminator also predicts; 0: none.
   """
 
   text_vocab: int = 16_384 + 64
@@ -142,25 +143,29 @@ class StoryGANc(nn.Module):
   def __call__(
     self, texts: jax.Array, source: jax.Array, eps: jax.Array, noise: jax.Array, train: bool = False
   ) -> Generated:
-    """Draws the frames of B stories.
+    """Generate the frames of B stories.
 
     Args:
-      texts: int32[B, T, N], the captions, or float32[B, T, S], their vectors by a frozen encoder.
-      source: float32[B, H, W, 3] in [-1, 1].
-      eps: float32[B, Z] of N(0, I), of the code of the story.
+      texts: the captions int32[B, T, N], or their vectors by a frozen encoder, float32[B, T, S].
+      source: the source frames, float32[B, H, W, 3] in [-1, 1].
+      eps: float32[B, Z] of N(0, I), the noise of the story's code.
       noise: float32[B, T, noise] of N(0, I).
-      train: whether batch normalisation goes by the batch.
+      train: whether batch normalisation uses batch statistics.
 
-    Raises ValueError for more captions than `frames` and for pictures of another size.
+    Raises ValueError for more captions than `frames`, or for source frames of another size.
     """
     b, t = texts.shape[:2]
     if t > self.frames:
-      raise ValueError(f'a story has {t} frames after the source, the model takes {self.frames}; set model.frames.')
+      raise ValueError(
+        f'a story has {t} frames after the source, the model takes at most {self.frames}; set model.frames.'
+      )
     if source.shape[1:] != (self.image_size, self.image_size, 3):
       size = self.image_size
-      raise ValueError(f'pictures are {list(source.shape[1:])}, the model draws [{size}, {size}, 3]; resize.')
+      raise ValueError(
+        f'source frames are {list(source.shape[1:])}, the model generates [{size}, {size}, 3]; resize them.'
+      )
     dense = lambda features, name: Dense(features, ('embed', None), dtype=self.dtype, kernel_init=INIT, name=name)
-    # The story: vectors of captions, a code of all of it, and a state a frame that knows what came before.
+    # The story: caption vectors, a code of the whole story, and for each frame a state that depends on earlier ones.
     vectors = texts
     if self.captions == 'own':
       vectors = CaptionEncoder(
@@ -179,7 +184,7 @@ class StoryGANc(nn.Module):
     spread = jnp.broadcast_to(mu[:, None].astype(self.dtype), (b, t, self.code))
     z = jnp.concatenate([motion, spread, gist, dense(self.code, 'caption')(vectors)], -1).reshape(b * t, -1)
 
-    # The picture, and on the way what the source has for it.
+    # The frames, with contextual attention to the source at the map `join`.
     block = lambda features, name, upsample=False: ConvNorm(features, self.dtype, upsample, name=name)
     x = dense(self.start**2 * self.channels[0], 'first')(z).reshape(b * t, self.start, self.start, -1)
     x = jax.nn.relu(BatchNorm(dtype=self.dtype, name='first_norm')(x, train))
@@ -189,11 +194,12 @@ class StoryGANc(nn.Module):
         x = jax.nn.relu(block(features, f'up_{i}', upsample=True)(x, train))
       if i == self.join:
         side = self.start * 2**i
-        found = dense(side**2 * self.map_width, 'map')(z).reshape(b * t, side, side, -1)
+        queries = dense(side**2 * self.map_width, 'map')(z).reshape(b * t, side, side, -1)
+        merged = queries
         if self.attention:
-          features_of = SourceEncoder(self.map_width, len(self.channels) - 1 - i, self.dtype, name='source')
-          found = found + contextual_attention(found, features_of(source, train))
-        x = jax.nn.relu(block(features, 'joined')(jnp.concatenate([x, found], -1), train))
+          encoder = SourceEncoder(self.map_width, len(self.channels) - 1 - i, self.dtype, name='source')
+          merged = queries + contextual_attention(queries, encoder(source, train))
+        x = jax.nn.relu(block(features, 'joined')(jnp.concatenate([x, merged], -1), train))
         for k in range(self.blocks):
           y = jax.nn.relu(block(features, f'block_{k}_in')(x, train))
           x = x + block(features, f'block_{k}_out')(y, train)
@@ -217,13 +223,13 @@ class SourceEncoder(nn.Module):
 
 
 class Discriminator(nn.Module):
-  """Four strided convolutions, then what they saw is compared with a description.
+  """A conditional discriminator: four strided convolutions, whose features are matched with a description.
 
   Attributes:
-    channels: of the first layer; each further one has twice as many.
-    over_time: kernels also span three frames: 3 x 4 x 4, strides 1 x 2 x 2; as 2-D convolutions of three frames side by
-      side, which is the same and faster.
-    labels: of a multi-label head beside; 0: none.
+    channels: channels of the first layer; every further one has twice as many.
+    over_time: whether kernels also span three frames (3 x 4 x 4, strides 1 x 2 x 2), computed as 2-D convolutions of
+      three frames concatenated along channels, which is equivalent and faster.
+    labels: number of labels of an additional multi-label head; 0: none.
   """
 
   channels: int
@@ -243,7 +249,10 @@ class Discriminator(nn.Module):
       self.label_head = Dense(self.labels, ('embed', None), kernel_init=INIT)
 
   def features(self, x: jax.Array, train: bool = False) -> jax.Array:
-    """float32[R, H, W, 3], or with `over_time` [B, F, H, W, 3], -> [R or B, h, w, C], the mean over frames."""
+    """Images float32[R, H, W, 3] -> [R, h, w, C], or with `over_time` stories [B, F, H, W, 3] -> [B, h, w, C].
+
+    Features of a story are means over its frames.
+    """
     frames = x.shape[1] if self.over_time else 1
     x = x.reshape(-1, *x.shape[-3:])
     for i, conv in enumerate(self.convs):
@@ -252,54 +261,59 @@ class Discriminator(nn.Module):
     return x.reshape(-1, frames, *x.shape[1:]).mean(1)
 
   def __call__(self, x: jax.Array, about: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array | None]:
-    """Logits float32[R] as of `fits` and, if there are labels, float32[R, labels] as of `label_logits`."""
+    """The results of `match_logits`, float32[R], and of `label_logits`, float32[R, labels], or None without labels."""
     features = self.features(x, train)
     return self.match_logits(features, about), self.label_logits(features) if self.labels else None
 
   def match_logits(self, features: jax.Array, about: jax.Array) -> jax.Array:
-    """Whether features [R, h, w, C] are of something real that fits the description [R, D]: logits float32[R]."""
+    """Logits float32[R] of features [R, h, w, C] being real and matching the description `about`, [R, D]."""
     tiled = jnp.broadcast_to(leaky(self.condition(about))[:, None, None], features.shape)
     x = leaky(self.meet(jnp.concatenate([features, tiled], -1)))
     return self.logit(x.reshape(len(x), -1).astype(jnp.float32))[:, 0]
 
   def label_logits(self, features: jax.Array) -> jax.Array:
-    """A logit for each label, float32[R, labels]."""
+    """Logits of the labels, float32[R, labels], from features [R, h, w, C]."""
     return self.label_head(features.reshape(len(features), -1).astype(jnp.float32))
 
 
 def with_neighbours(x: jax.Array, frames: int) -> jax.Array:
-  """Rows [B * F, H, W, C] with the frames before and after them, zeros at the ends: [B * F, H, W, 3 C]."""
+  """Concatenate each frame with those before and after it, zeros at the ends: [B * F, H, W, C] -> [..., 3 C]."""
   y = jnp.pad(x.reshape(-1, frames, *x.shape[1:]), ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
   return jnp.concatenate([y[:, i : i + frames] for i in range(3)], -1).reshape(*x.shape[:-1], -1)
 
 
 def discriminators(model: StoryGANc) -> tuple[Discriminator, Discriminator]:
-  """The discriminators of pictures and of stories that go with a generator."""
+  """The image discriminator and the story discriminator of a generator."""
   image = Discriminator(model.disc_width, labels=model.labels, dtype=model.dtype)
-  return image, Discriminator(max(1, model.disc_width // 2), over_time=True, dtype=model.dtype)
+  story = Discriminator(max(1, model.disc_width // 2), over_time=True, dtype=model.dtype)
+  return image, story
 
 
 def build(variant: str, **overrides) -> StoryGANc:
-  """The generator of `VARIANTS[variant]` with some fields changed.
+  """The generator of `VARIANTS[variant]` with fields overridden.
 
-  Raises ValueError for an unknown variant or field, for captions that are none of the known and a `join` that is no
-  map.
+  Raises ValueError for an unknown variant or field, unknown `captions`, or a `join` that is not a feature map.
   """
   model = variants.build(StoryGANc, VARIANTS, variant, overrides)
   if model.captions not in ('own', 'clip', 'roberta'):
-    raise ValueError(f'model.captions {model.captions!r} is unknown; there are own, clip and roberta.')
+    raise ValueError(f'model.captions {model.captions!r} is unknown; expected own, clip or roberta.')
   if not 0 <= model.join < len(model.channels):
-    raise ValueError(f'model.join is {model.join}; there are the maps 0 to {len(model.channels) - 1}.')
+    raise ValueError(f'model.join is {model.join}; expected a feature map, 0 to {len(model.channels) - 1}.')
   return model
 
 
 def of_run(config: Mapping[str, Any], frozen: Mapping[str, Any]) -> tuple[StoryGANc, Tower | None]:
-  """The generator of a run, and the tower that reads its captions if that is frozen, from their configs."""
+  """The generator of a run, and its frozen caption encoder if it has one, from their configs.
+
+  Raises ValueError if a frozen caption encoder is needed and not in `frozen`.
+  """
   model = build(**{**config['model'], **variants.text_sizes(config['tokenizer'])})
   if model.captions == 'own':
     return model, None
   if model.captions not in frozen:
     kind = model.captions
-    raise ValueError(f'model.captions {kind!r} needs its network; set config.frozen.{kind} to the run of a {kind}.')
+    raise ValueError(
+      f'model.captions {kind!r} needs a frozen network; set config.frozen.{kind} to the run of a {kind}.'
+    )
   tower = Tower.of_run(model.captions, frozen[model.captions], model.text_length)
   return model.clone(caption_dim=tower.width), tower

@@ -1,6 +1,6 @@
-"""The decoder of unCLIP: a picture from CLIP's embedding of it and from its caption (Ramesh et al., 2022, section 2.1).
+"""The diffusion decoder of unCLIP: images from CLIP image embeddings and captions (Ramesh et al., 2022, section 2.1).
 
-Axis legend: B rows, N text tokens, E the space of CLIP, W width of its text tower.
+Axis legend: B rows, N text tokens, E embed_dim of the CLIP.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +29,15 @@ VARIANTS = {
 
 
 class UnCLIP(nn.Module):
-  """A U-Net whose step is shifted by CLIP's embeddings, and whose attention looks at a few tokens made of that of the
-  picture, and at the caption's.
+  """A U-Net conditioned on CLIP's image embedding and on the caption.
+
+  Projections of the image and the text embedding are added to the timestep embedding. The attention blocks also attend
+  to a few tokens projected from the image embedding, and to the hidden states of the caption.
 
   Attributes:
-    image_size: side of the pictures in pixels.
-    extra_tokens: how many are made of the picture's embedding.
-    context_dim: width of all tokens that attention looks at.
+    image_size: side of the images in pixels.
+    extra_tokens: number of tokens projected from the image embedding.
+    context_dim: width of the tokens that the attention blocks attend to.
     channels, num_res_blocks, attention, head_dim, patch, positions, norm_groups, remat: see `models.unet.UNet`.
     embed_dim, text_width, text_length, raw, steps, schedule: as in `models.prior.Prior`.
     predicts, shift: see `functional.diffusion.Diffusion`.
@@ -80,29 +82,38 @@ class UnCLIP(nn.Module):
   def __call__(
     self, noisy: jax.Array, t: jax.Array, embed: jax.Array, caption: Caption, known: jax.Array | None = None
   ) -> jax.Array:
-    """Pictures with noise, float32[B, H, W, 3], at steps t int32[B] -> what `functional.diffusion` reads of them.
+    """The U-Net's prediction for noisy images at timesteps t, float32[B, H, W, 6]: eps or v, and the variance.
 
     Args:
-      embed: CLIP's embeddings of the pictures, float32[B, E].
-      known: bool[B], for which they are known; of others the model has a vector of its own (guidance). All by default.
+      noisy: float32[B, H, W, 3].
+      t: int32[B].
+      embed: CLIP image embeddings, float32[B, E].
+      caption: the encoded captions.
+      known: bool[B], the rows whose `embed` is used; others get a learnt null embedding (for classifier-free guidance).
+        By default all.
 
-    Raises ValueError for pictures of another size, or fields of the U-Net that do not fit.
+    Raises ValueError for images of another size, or for fields of the U-Net that do not fit together.
     """
     size = self.image_size
     if noisy.shape[1:] != (size, size, 3):
-      raise ValueError(f'unCLIP takes pictures [B, {size}, {size}, 3], not {list(noisy.shape)}; resize.')
-    context, extra, seen = self.conditions(embed, caption, known)
-    return self.unet(noisy, t, extra, context, seen)
+      raise ValueError(f'unCLIP takes images [B, {size}, {size}, 3], not {list(noisy.shape)}; resize them.')
+    context, extra, mask = self.conditions(embed, caption, known)
+    return self.unet(noisy, t, extra, context, mask)
 
   def conditions(
     self, embed: jax.Array, caption: Caption, known: jax.Array | None = None
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens [B, extra_tokens + N, context_dim], what is added to the step, [B, 4 * channels[0]], and which count."""
+    """The conditioning of the U-Net.
+
+    Returns:
+      The tokens to attend to, [B, extra_tokens + N, context_dim]; the vector that is added to the timestep embedding,
+      [B, 4 * channels[0]]; and the mask of the tokens, bool[B, extra_tokens + N].
+    """
     embed = embed if known is None else jnp.where(known[:, None], embed, self.no_image)
     added = self.image_tokens(embed).reshape(len(embed), self.extra_tokens, self.context_dim)
     tokens = jnp.concatenate([added, self.text_norm(self.text_in(caption.hidden))], 1)
-    seen = jnp.pad(caption.mask, ((0, 0), (self.extra_tokens, 0)), constant_values=True)
-    return tokens, self.image_time(embed) + self.caption_time(caption.embed), seen
+    mask = jnp.pad(caption.mask, ((0, 0), (self.extra_tokens, 0)), constant_values=True)
+    return tokens, self.image_time(embed) + self.caption_time(caption.embed), mask
 
 
 def sample(
@@ -115,26 +126,27 @@ def sample(
   steps: Sequence[int],
   guidance: float,
 ) -> jax.Array:
-  """Pictures float32[B, H, W, 3] in [-1, 1] of embeddings [B, E] and captions, from noise by keys[B].
+  """Sample images float32[B, H, W, 3] in [-1, 1] for image embeddings [B, E] and captions, from noise by keys[B].
 
-  `apply` is the model's with its parameters, `steps` are of `Diffusion.timesteps`. With a guidance s other than 1 it is
-  uncond + s (cond - uncond), where uncond knows neither the embedding nor the caption, but `empty`, that of ''.
+  `apply` is the model's `apply` bound to its parameters; `steps` are those of `Diffusion.timesteps`. A guidance scale s
+  other than 1 is classifier-free guidance, uncond + s (cond - uncond), where uncond has the null embedding and `empty`,
+  the caption '', in place of the caption.
   """
   d, b = model.diffusion, len(embed)
-  twice, known = jnp.concatenate([embed, embed]), jnp.arange(2 * b) < b
-  both = jax.tree.map(lambda *rows: jnp.concatenate(rows), caption, empty)
   predict = lambda x, t: apply(x, t, embed, caption)
   if guidance != 1:
+    twice, known = jnp.concatenate([embed, embed]), jnp.arange(2 * b) < b
+    both = jax.tree.map(lambda *rows: jnp.concatenate(rows), caption, empty)
     predict = diffusion.guided(d, lambda x, t: apply(x, t, twice, both, known), guidance)
   noise = diffusion.initial_noise(keys, (model.image_size, model.image_size, 3))
   return jnp.clip(diffusion.sample(d, predict, noise, keys, steps), -1, 1)
 
 
 def build(variant: str, **overrides) -> UnCLIP:
-  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  """The network of `VARIANTS[variant]` with fields overridden. Raises ValueError for an unknown variant or field."""
   return variants.build(UnCLIP, VARIANTS, variant, overrides)
 
 
 def of_run(config: Mapping[str, Any], clip_config: Mapping[str, Any]) -> tuple[UnCLIP, ClipReader]:
-  """The network of a run from its config and that of its CLIP."""
+  """The network of a run, from its config, and the reader of its CLIP, from that of the CLIP."""
   return clip_reader.of_run(build, config, clip_config)

@@ -1,4 +1,4 @@
-"""The upsamplers of unCLIP: a large picture from a small one, by diffusion (Ramesh et al., 2022, section 2.1)."""
+"""The diffusion upsamplers of unCLIP: a large image from a small one (Ramesh et al., 2022, section 2.1)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,12 +25,14 @@ VARIANTS = {
 
 
 class Upsampler(nn.Module):
-  """A U-Net of convolutions alone, which sees the small picture beside its own, and knows no caption.
+  """A U-Net without attention, conditioned on the small image only, not on the caption.
+
+  The small image is resized and concatenated to the noisy one.
 
   Attributes:
-    image_size, low_size: sides of the pictures in pixels.
+    image_size, low_size: sides of the large and the small images in pixels.
     channels, num_res_blocks, patch, shift, norm_groups, remat: see `models.unet.UNet`.
-    steps, schedule, predicts: see `functional.diffusion`.
+    steps, schedule, predicts: see `functional.diffusion.Diffusion`.
   """
 
   image_size: int
@@ -52,9 +54,12 @@ class Upsampler(nn.Module):
 
   @nn.compact
   def __call__(self, noisy: jax.Array, t: jax.Array, low: jax.Array) -> jax.Array:
-    """Pictures with noise at steps t int32[B], and the small ones, float32[B, ., ., 3] in [-1, 1] -> what is predicted.
+    """The U-Net's prediction, float32[B, H, W, 3], for noisy large images at timesteps t int32[B].
 
-    They may be cut-outs of any size. Raises ValueError when levels do not come out even.
+    Args:
+      noisy: float32[B, H, W, 3]; may be crops of any size that the levels of the U-Net can halve, else ValueError.
+      t: the timesteps.
+      low: the small images float32[B, h, w, 3] in [-1, 1], or the same crops of them.
     """
     wide = jax.image.resize(low, noisy.shape, 'cubic')
     unet = UNet(
@@ -72,22 +77,23 @@ def sample(
   steps: Sequence[int],
   last: Callable[..., jax.Array] | None = None,
 ) -> jax.Array:
-  """Large pictures float32[B, H, W, 3] in [-1, 1] of small ones, from noise by keys[B].
+  """Sample large images float32[B, H, W, 3] in [-1, 1] from small ones `low`, starting at noise by keys[B].
 
-  `apply` is the model's with its parameters, `last` with those of the last step, where it has some of its own (Karlo);
-  `steps` are of `Diffusion.timesteps`.
+  `apply` is the model's `apply` bound to its parameters; `last` is bound to those of the last step, if it has its own
+  (Karlo). `steps` are those of `Diffusion.timesteps`.
   """
   d, size = model.diffusion, model.image_size
-  at = lambda apply: lambda x, t: apply(x, t, low)
+  predict = lambda x, t: apply(x, t, low)
+  predict_last = None if last is None else lambda x, t: last(x, t, low)
   x = diffusion.initial_noise(keys, (size, size, 3))
-  return jnp.clip(diffusion.sample(d, at(apply), x, keys, steps, None if last is None else at(last)), -1, 1)
+  return jnp.clip(diffusion.sample(d, predict, x, keys, steps, predict_last), -1, 1)
 
 
 def build(variant: str, **overrides) -> Upsampler:
-  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  """The network of `VARIANTS[variant]` with fields overridden. Raises ValueError for an unknown variant or field."""
   return variants.build(Upsampler, VARIANTS, variant, overrides)
 
 
 def of_run(config: Mapping[str, Any]) -> Upsampler:
-  """The network of a run from its config."""
+  """The network of a run, from its config."""
   return build(**config['model'])

@@ -1,4 +1,4 @@
-"""VQGAN: images to a grid of codes and back ("Taming Transformers", Esser et al., 2021, section 3.1)."""
+"""VQGAN: an image tokenizer, images to a grid of codes and back ("Taming Transformers", Esser et al., 2021, 3.1)."""
 
 import flax.linen as nn
 import jax
@@ -23,8 +23,8 @@ VARIANTS = {
   'test': dict(
     image_size=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), z_channels=8, code_dim=8, num_codes=16
   ),
-  # f = 4 by the stem alone, 9 x 9 codes of a 36 x 36 picture. Each code is a function of its own 4 x 4 pixels, so that
-  # shapes are spelt alike in every colour.
+  # f = 4 by the stem only, 9 x 9 codes for a 36 x 36 image. Each code is a function of its own 4 x 4 pixels, so that
+  # shapes are encoded in the same way in every colour.
   'quickstart': dict(
     image_size=36, patch=4, tile=4, ch=64, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), norm_groups=4,
     z_channels=64, code_dim=32, num_codes=512,
@@ -33,7 +33,7 @@ VARIANTS = {
     image_size=64, patch=4, ch=64, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(8,), z_channels=128,
     code_dim=64, num_codes=1024,
   ),
-  # Public layouts, 256 x 256 pictures: f8 Gumbel (32 x 32 codes), f16 (16 x 16 codes).
+  # Public models, 256 x 256 images: f8 Gumbel (32 x 32 codes), f16 (16 x 16 codes).
   'f8_8192': dict(quantizer='gumbel'),
   'f16_1024': dict(ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,), num_codes=1024),
   'f16_16384': dict(ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,), num_codes=16384),
@@ -41,7 +41,7 @@ VARIANTS = {
 
 
 class VQGANOutput(struct.PyTreeNode):
-  """A reconstruction and what training needs beside it.
+  """A reconstruction, and the intermediate results that training needs.
 
   Attributes:
     recon: float32[B, H, W, 3], about [-1, 1].
@@ -55,7 +55,7 @@ class VQGANOutput(struct.PyTreeNode):
 
 
 class Encoder(nn.Module):
-  """`[B, H, W, 3] -> [B, h, w, z_channels]`; fields as in VQGAN."""
+  """Images [B, H, W, 3] -> [B, h, w, z_channels]. Fields as in VQGAN."""
 
   ch: int
   ch_mult: tuple[int, ...]
@@ -82,7 +82,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """`[B, h, w, z_channels] -> [B, H, W, ch * ch_mult[0]]`, all but the last convolution; fields as in VQGAN.
+  """[B, h, w, z_channels] -> [B, H, W, ch * ch_mult[0]], without the last convolution. Fields as in VQGAN.
 
   Levels are numbered from the full resolution, as in the encoder.
   """
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
 
 
 def middle(x: jax.Array, dtype: jnp.dtype, groups: int) -> jax.Array:
-  """Two blocks around attention at the lowest resolution, inside the calling module."""
+  """Two residual blocks around attention, at the lowest resolution; called inside the `__call__` of a module."""
   x = ResBlock(x.shape[-1], dtype, groups, name='mid_block_1')(x)
   x = AttnBlock(dtype, groups, name='mid_attn_1')(x)
   return ResBlock(x.shape[-1], dtype, groups, name='mid_block_2')(x)
@@ -120,15 +120,15 @@ class VQGAN(nn.Module):
   """Encoder, codebook and decoder; the downsampling factor is `patch * 2 ** (len(ch_mult) - 1)`.
 
   Attributes:
-    image_size: at which `attn_resolutions` are counted; pictures may have any size that the factor divides.
+    image_size: image size that `attn_resolutions` refer to; images may have any size that the factor divides.
     patch: squares of patch x patch pixels become channels before the first convolution and pixels again after the
       last: a stem that is cheap on small machines. 1 is the published network.
-    tile: if not 0, the encoder sees squares of tile x tile pixels, each by itself, so that a code depends on its own
-      tile alone. Where pictures are made of parts, equal parts then have equal codes, which a transformer learns
-      several times as fast and can put together anew; the decoder sees everything.
-    norm_groups: of every GroupNorm. A tile of one code has no pixels to average over: give it groups of many channels.
+    tile: if not 0, the encoder encodes squares of tile x tile pixels separately, so that a code depends only on its own
+      tile. If images consist of parts, equal parts then have equal codes, which a transformer learns several times as
+      fast and can recombine; the decoder still decodes the whole image.
+    norm_groups: of every GroupNorm. A tile of one code has no pixels to average over: use groups of many channels.
     quantizer: 'nearest' or 'gumbel'.
-    normalize_codes: nearest neighbour on the unit sphere.
+    normalize_codes: whether nearest neighbours are taken on the unit sphere.
   """
 
   image_size: int = 256
@@ -160,26 +160,28 @@ class VQGAN(nn.Module):
     elif self.quantizer == 'gumbel':
       self.quantize = GumbelQuantizer(self.num_codes, self.code_dim)
     else:
-      raise ValueError(f'VQGAN quantizer {self.quantizer!r} is unknown; there are nearest and gumbel.')
+      raise ValueError(f'VQGAN quantizer {self.quantizer!r} is unknown; expected nearest or gumbel.')
 
   @property
   def factor(self) -> int:
     return self.patch * 2 ** (len(self.ch_mult) - 1)
 
   def grid(self, image_size: int) -> tuple[int, int]:
-    """Rows and columns of codes of a square picture; ValueError if the factor does not divide its size."""
+    """Rows and columns of codes of a square image. Raises ValueError if the factor does not divide its size."""
     if image_size % self.factor:
       nearest = max(1, round(image_size / self.factor)) * self.factor
-      raise ValueError(f'VQGAN needs image sizes divisible by {self.factor}, not {image_size}; nearest is {nearest}.')
+      raise ValueError(
+        f'VQGAN needs image sizes divisible by {self.factor}, not {image_size}; the nearest is {nearest}.'
+      )
     return image_size // self.factor, image_size // self.factor
 
   def __call__(
     self, images: jax.Array, rng: jax.Array | None = None, temperature: float | jax.Array = 1.0
   ) -> VQGANOutput:
-    """Reconstructs float32[B, H, W, 3] in [-1, 1].
+    """Reconstruct images float32[B, H, W, 3] in [-1, 1].
 
-    `rng` and `temperature` are for sampling by the Gumbel quantiser in training; without `rng` it takes the most
-    probable codes. Raises ValueError for sizes that the downsampling factor does not divide.
+    `rng` and `temperature` are for the Gumbel quantizer, which samples codes in training; without `rng` it takes the
+    most probable ones. Raises ValueError for sizes that the downsampling factor does not divide.
     """
     quantized = self.quantize(self._encode(images), rng, temperature)
     features = self.decoder(self.post_quant_conv(quantized.vectors))
@@ -194,7 +196,7 @@ class VQGAN(nn.Module):
     return self.to_pixels(self.decoder(self.post_quant_conv(self.quantize.lookup(codes))))
 
   def to_pixels(self, features: jax.Array) -> jax.Array:
-    """The last convolution, whose kernel the adaptive weight of the GAN loss looks at."""
+    """The last convolution; gradients at its kernel set the adaptive weight of the GAN loss."""
     return depth_to_space(self.conv_out(features).astype(jnp.float32), self.patch)
 
   def _encode(self, images: jax.Array) -> jax.Array:
@@ -211,5 +213,5 @@ class VQGAN(nn.Module):
 
 
 def build(variant: str, **overrides) -> VQGAN:
-  """The network of `VARIANTS[variant]` with some fields changed. Raises ValueError for an unknown variant or field."""
+  """The network of `VARIANTS[variant]` with fields overridden. Raises ValueError for an unknown variant or field."""
   return variants.build(VQGAN, VARIANTS, variant, overrides)

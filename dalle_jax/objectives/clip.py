@@ -1,4 +1,4 @@
-"""Trains a CLIP: each picture with its caption against all others of the batch (Radford et al., 2021, section 2.3)."""
+"""Trains a CLIP: each image is matched with its caption among all of the batch (Radford et al., 2021, section 2.3)."""
 
 import math
 from collections.abc import Mapping
@@ -31,14 +31,15 @@ class CLIPObjective:
     return loss, ({'accuracy': accuracy, 'scale': scale}, ctx.mutable)
 
   def after_update(self, params: Any, mutable: Any) -> Any:
-    """Keeps the scale at most `clip.MAX_SCALE`, where its gradient still acts."""
+    """Clips the logit scale to at most `clip.MAX_SCALE`; above it the scale would get no gradient, and stay there."""
     scale = jnp.minimum(params['clip']['logit_scale'], math.log(clip.MAX_SCALE))
     return {**params, 'clip': {**params['clip'], 'logit_scale': scale}}
 
   def tokens(self, batch: Mapping[str, Any]) -> int:
     """Positions of both towers in a global batch."""
     m = self.model
-    return batch['text'].shape[0] * (m.text_length + (m.image_size // m.patch) ** 2 + (m.image_pool == 'class'))
+    class_token = 1 if m.image_pool == 'class' else 0
+    return batch['text'].shape[0] * (m.text_length + (m.image_size // m.patch) ** 2 + class_token)
 
 
 def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> CLIPObjective:

@@ -1,4 +1,4 @@
-"""Trains a DALL-E: the next token of text and image, each normalised by its own number (Ramesh et al., 2021, 2.2)."""
+"""Trains a DALL-E: cross-entropies of the next token of text and of image, weighted (Ramesh et al., 2021, 2.2)."""
 
 import functools
 from collections.abc import Mapping
@@ -14,21 +14,21 @@ from dalle_jax.models import dalle, decode_params, image_tokenizer, variants
 
 DEFAULTS = dict(
   text_weight=0.125,  # of the text loss
-  image_weight=0.875,
-  caption_dropout=0.0,  # the fraction of captions replaced by padding alone, for guidance in sampling
-  token_noise=0.0,  # the fraction of image tokens that are random ones where they are read; see `DALLEObjective`
-  noise_spread=0.0,  # around that fraction, from picture to picture
-  guidance=1.0,  # of the pictures in the log
+  image_weight=0.875,  # of the image loss
+  caption_dropout=0.0,  # fraction of captions replaced by padding, for classifier-free guidance in sampling
+  token_noise=0.0,  # fraction of input image tokens replaced by random ones; see `DALLEObjective`
+  noise_spread=0.0,  # the fraction differs by up to this from image to image
+  guidance=1.0,  # guidance scale of the logged samples
 )
 
 
 class DALLEObjective:
   """The player is 'dalle'. Batches: text int32[B, T], and tokens int32[B, I] or image uint8[B, H, W, 3].
 
-  Pictures become tokens inside the step, by the frozen network 'vqgan'; encoding ahead (config.encode) saves that.
-  With `token_noise` the model cannot trust the picture so far and has to explain every token by the caption, which is
-  what makes it draw combinations that it has never seen (as the word dropout of Bowman et al., 2016, "Generating
-  Sentences from a Continuous Space", makes a decoder use its latent). What it predicts is always the true token.
+  The frozen network 'vqgan' encodes images to tokens inside the step; encoding ahead of training (config.encode) saves
+  that. With `token_noise` the model cannot rely on earlier image tokens and has to explain every token by the caption,
+  which makes it generate combinations that it was never trained on (as the word dropout of Bowman et al., 2016,
+  "Generating Sentences from a Continuous Space", makes a decoder use its latent). Targets are always the true tokens.
   """
 
   rows_apart = True  # see training.loop
@@ -41,36 +41,36 @@ class DALLEObjective:
     return {'dalle': self.model.init(rng, jnp.zeros((1, batch['text'].shape[1]), jnp.int32), image)['params']}, {}
 
   def adopt(self, params: Any, config: Mapping[str, Any], rng: jax.Array) -> Any:
-    """Parameters of another run, with as many words as this one has (see `models.dalle.grow_vocabulary`)."""
+    """Parameters of another run, with the vocabulary of this one (see `models.dalle.grow_vocabulary`)."""
     return dalle.adopt(self.model, params, config, rng)
 
   def loss(
     self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
   ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
     text, image = batch['text'], self._tokens(ctx, batch)
-    kept, read = None, image
+    kept, inputs = None, image
     if ctx.train and self.c.caption_dropout:
-      # What is dropped does not count as text: padding alone teaches nothing about it.
+      # Dropped captions are left out of the text loss: a model of text learns nothing from padding.
       text, kept = corruption.drop_captions(ctx.rng, text, self.c.caption_dropout, self.model.padding)
     if ctx.train and self.c.token_noise:
       rng = jax.random.fold_in(ctx.rng, 1)
-      read = corruption.replace_tokens(rng, image, self.c.token_noise, self.model.image_vocab, self.c.noise_spread)
-    text_logits, image_logits = self.model.apply({'params': params['dalle']}, text, read)
+      inputs = corruption.replace_tokens(rng, image, self.c.token_noise, self.model.image_vocab, self.c.noise_spread)
+    text_logits, image_logits = self.model.apply({'params': params['dalle']}, text, inputs)
     text_loss = caption_loss(text_logits, text, kept, self.c.caption_dropout)
     image_loss, accuracy = losses.token_loss(image_logits, image)
     loss = self.c.text_weight * text_loss + self.c.image_weight * image_loss
     return loss, ({'text_loss': text_loss, 'image_loss': image_loss, 'accuracy': accuracy}, ctx.mutable)
 
   def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Each picture as the VQGAN knows it beside one drawn from its caption: uint8[B, H, 2 * W, 3]."""
+    """Each image as reconstructed by the VQGAN next to one sampled from its caption: uint8[B, H, 2 * W, 3]."""
     true = self._tokens(ctx, batch)
     keys = jax.random.split(ctx.rng, len(true))
     sampling = decoding.Sampling(guidance=self.c.guidance)
     apply = functools.partial(self.model.apply, {'params': decode_params.by_layer(params['dalle'])})
-    drawn = decoding.sample(
+    samples = decoding.sample(
       apply, batch['text'], true[:, :0], keys, empty=self.model.padding, length=true.shape[1], n=1, sampling=sampling
     )
-    both = jnp.stack([true, drawn]).reshape(2, len(true), *self.model.grid)
+    both = jnp.stack([true, samples]).reshape(2, len(true), *self.model.grid)
     decode = lambda codes: self.tokenizer.apply({'params': ctx.frozen['vqgan']}, codes, method='decode_codes')
     return jnp.concatenate([to_uint8(decode(codes)) for codes in both], 2)
 
@@ -104,7 +104,7 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> DALLEO
   """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields).
 
   The sizes of the text come from the tokenizer, those of the image from the frozen run 'vqgan'. Raises ValueError for
-  an unknown field, or without captions or VQGAN.
+  an unknown field, without captions, or without a VQGAN.
   """
   c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
   tokenizer, sizes = text_and_image(config, frozen_configs, 'dalle')
@@ -114,7 +114,10 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> DALLEO
 def text_and_image(
   config: ConfigDict, frozen_configs: Mapping[str, Any], name: str
 ) -> tuple[image_tokenizer.ImageTokenizer, dict[str, Any]]:
-  """The frozen image tokenizer, and the fields of a DALL-E that follow from it and from the captions' tokenizer."""
+  """The frozen image tokenizer, and the fields of a DALL-E that follow from it and from the tokenizer of captions.
+
+  Raises ValueError, which names the objective `name`, if either is missing.
+  """
   if 'vqgan' not in frozen_configs:
     raise ValueError(f'the objective {name} needs an image tokenizer; set config.frozen.vqgan to the run of a VQGAN.')
   if not config.tokenizer.vocab_size:

@@ -1,4 +1,4 @@
-"""Trains the prior of unCLIP: CLIP's embedding of a picture from noise and the caption (Ramesh et al., 2022, 2.2)."""
+"""Trains the diffusion prior of unCLIP: CLIP image embeddings from captions (Ramesh et al., 2022, section 2.2)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +14,7 @@ from dalle_jax.models.clip_reader import Caption, ClipReader
 from dalle_jax.models.pooling import normalize
 
 DEFAULTS = dict(
-  caption_dropout=0.1,  # the fraction of captions replaced by the empty one, for guidance in sampling
+  caption_dropout=0.1,  # fraction of captions replaced by the empty one, for classifier-free guidance in sampling
 )
 
 
@@ -24,8 +24,8 @@ READS = ('clip',)  # the frozen networks that a step needs
 class PriorObjective:
   """The player is 'prior'. Batches: image uint8[B, H, W, 3], clip_text int32[B, N], both for the frozen 'clip'.
 
-  Embeddings of CLIP all point much the same way; means and deviations of their entries are counted over all batches, so
-  that diffusion begins and ends with numbers of one size. A run that starts from another one keeps those of that.
+  CLIP embeddings all point in similar directions. The means and standard deviations of their entries are averaged over
+  all batches, to standardize them for diffusion (`counts`). A run that starts from another run keeps its statistics.
   """
 
   def __init__(self, model: prior.Prior, reader: ClipReader, c: ConfigDict, counts: bool = True):
@@ -34,21 +34,23 @@ class PriorObjective:
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
     size, caption = self.model.embed_dim, Caption.blank(self.reader.sizes)
     params = {'prior': self.model.init(rng, jnp.zeros((1, size)), jnp.zeros(1, jnp.int32), caption)['params']}
-    # A batch of mean 0 and variance 1 is there already, so that a small first one makes no deviation of almost 0.
-    return params, {'batches': jnp.ones(()), 'mean': jnp.zeros(size), 'square': jnp.ones(size)} if self.counts else {}
+    if not self.counts:
+      return params, {}
+    # The average starts with a batch of mean 0 and variance 1, so that a small first batch gives no deviation near 0.
+    return params, {'batches': jnp.ones(()), 'mean': jnp.zeros(size), 'square': jnp.ones(size)}
 
   def loss(
     self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
   ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
-    """The squared error of the normal embedding; `cosine` is that of what is predicted and the true one."""
-    drop, when, noise_key = jax.random.split(ctx.rng, 3)
+    """Squared error of the predicted standardized embedding x0; the metric `cosine` is its cosine to the true one."""
+    drop, time_key, noise_key = jax.random.split(ctx.rng, 3)
     text, clip = batch['clip_text'], ctx.frozen['clip']
     if ctx.train and self.c.caption_dropout:
       text, _ = corruption.drop_captions(drop, text, self.c.caption_dropout, self.reader.empty_ids)
     apply = lambda *args, **options: self.model.apply({'params': params['prior']}, *args, **options)
     embed = self.reader.encode_image(clip, to_float(batch['image']))
     start, d = apply(embed, method='normal'), self.model.diffusion
-    t = jax.random.randint(when, (len(text),), 0, d.steps)
+    t = jax.random.randint(time_key, (len(text),), 0, d.steps)
     noise = jax.random.normal(noise_key, start.shape)
     x = diffusion.add_noise(d, start, t, noise)
     out = apply(x, t, self.reader.encode_text(clip, text))
@@ -65,7 +67,7 @@ class PriorObjective:
 
 
 def count(counted: Any, embed: jax.Array) -> Any:
-  """Means of entries and of their squares over one batch more."""
+  """Update the means of entries and of their squares with one more batch."""
   batches = counted['batches'] + 1
   move = lambda old, new: old + (new - old) / batches
   return {
@@ -78,9 +80,9 @@ def count(counted: Any, embed: jax.Array) -> Any:
 def with_clip(
   of_run: Callable[..., tuple[Any, ClipReader]], config: ConfigDict, frozen_configs: Mapping[str, Any]
 ) -> tuple[Any, ClipReader]:
-  """The network of a config and the frozen CLIP. Raises ValueError without one, or for one that sees no pictures."""
+  """The network of a config and the reader of its frozen CLIP. Raises ValueError without a CLIP with an image tower."""
   if 'clip' not in frozen_configs:
-    raise ValueError(f'the objective {config.objective} needs a CLIP; set config.frozen.clip to the run of one.')
+    raise ValueError(f'the objective {config.objective} needs a CLIP; set config.frozen.clip to the run of a CLIP.')
   model, reader = of_run(config, frozen_configs['clip'])
   reader.model.check_image_tower()
   return model, reader

@@ -1,4 +1,4 @@
-"""Trains a StoryDALL-E: the tokens of every frame after the source, given its caption, the others and the source.
+"""Trains a StoryDALL-E to predict the tokens of each frame, given its caption, the other captions and the source frame.
 
 Maharana et al., 2022, section 3. Full fine-tuning trains both players; prompt tuning keeps the player 'dalle' frozen
 (`config.optim.groups.dalle.frozen=True`).
@@ -18,12 +18,12 @@ from dalle_jax.objectives.dalle import caption_loss, text_and_image
 
 DEFAULTS = dict(
   text_weight=0.5,  # of the text loss
-  image_weight=0.5,
-  caption_dropout=0.0,  # as of the objective dalle
+  image_weight=0.5,  # of the image loss
+  caption_dropout=0.0,  # this and the next two as in the objective dalle
   token_noise=0.0,
   noise_spread=0.0,
-  first=1.0,  # as how many others the first image token counts: it decides what the others only have to go on with
-  guidance=1.0,  # of the pictures in the log
+  first=1.0,  # weight of the first image token, relative to the others, which only have to continue what it decides
+  guidance=1.0,  # guidance scale of the logged samples
 )
 
 
@@ -52,7 +52,7 @@ class StoryDALLEObjective:
     return self.model.init(rng, text, frame, frame[:, 0], sentences)['params'], {}
 
   def adopt(self, params: Any, config: Mapping[str, Any], rng: jax.Array) -> Any:
-    """Parameters of another run, with as many words as this one has (see `models.dalle.grow_vocabulary`)."""
+    """Parameters of another run, with the vocabulary of this one (see `models.dalle.grow_vocabulary`)."""
     return dalle.adopt(self.model.dalle, params, config, rng)
 
   def loss(
@@ -60,16 +60,17 @@ class StoryDALLEObjective:
   ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
     text, tokens, model = batch['text'], self._tokens(ctx, batch), self.model
     source, image = tokens[:, 0], tokens[:, 1:]
-    read_text, read, kept, rng = text, image, None, None
+    input_text, input_image, kept, rng = text, image, None, None
     if ctx.train:
       drop, noise, rng = jax.random.split(ctx.rng, 3)
       if self.c.caption_dropout:
-        read_text, kept = corruption.drop_captions(drop, text, self.c.caption_dropout, model.dalle.padding)
+        input_text, kept = corruption.drop_captions(drop, text, self.c.caption_dropout, model.dalle.padding)
         kept = kept.ravel()
       if self.c.token_noise:
-        read = corruption.replace_tokens(noise, image, self.c.token_noise, model.dalle.image_vocab, self.c.noise_spread)
+        rate, spread = self.c.token_noise, self.c.noise_spread
+        input_image = corruption.replace_tokens(noise, image, rate, model.dalle.image_vocab, spread)
     sentences = self._sentences(ctx, batch)
-    text_logits, image_logits = model.apply({'params': params}, text, read, source, sentences, read_text, rng)
+    text_logits, image_logits = model.apply({'params': params}, text, input_image, source, sentences, input_text, rng)
     rows = lambda x: x.reshape(-1, x.shape[-1])
     text_loss = caption_loss(text_logits, rows(text), kept, self.c.caption_dropout)
     first = self.c.first if ctx.train else 1.0
@@ -78,12 +79,12 @@ class StoryDALLEObjective:
     return loss, ({'text_loss': text_loss, 'image_loss': image_loss, 'accuracy': accuracy}, ctx.mutable)
 
   def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """The frames of each story as the VQGAN knows them above those drawn, the source first: uint8[B, 2 H, F W, 3]."""
+    """Reconstructed frames of each story above sampled ones, with the source first: uint8[B, 2 H, F W, 3]."""
     tokens, text = self._tokens(ctx, batch), batch['text']
     b, t, n = text.shape
     params = {**params, 'dalle': decode_params.by_layer(params['dalle'])}
     apply = story_dalle.sampler(self.model, params, text, tokens[:, 0], self._sentences(ctx, batch))
-    drawn = decoding.sample(
+    samples = decoding.sample(
       apply,
       text.reshape(b * t, n),
       jnp.zeros((b * t, 0), jnp.int32),
@@ -93,8 +94,8 @@ class StoryDALLEObjective:
       n=1,
       sampling=decoding.Sampling(guidance=self.c.guidance),
     )
-    drawn = jnp.concatenate([tokens[:, :1], drawn.reshape(b, t, -1)], 1)
-    both = jnp.stack([tokens, drawn], 1).reshape(-1, *self.model.dalle.grid)
+    samples = jnp.concatenate([tokens[:, :1], samples.reshape(b, t, -1)], 1)
+    both = jnp.stack([tokens, samples], 1).reshape(-1, *self.model.dalle.grid)
     images = to_uint8(self.tokenizer.apply({'params': ctx.frozen['vqgan']}, both, method='decode_codes'))
     images = images.reshape(b, 2, t + 1, *images.shape[1:])
     return boards(images[:, 0], images[:, 1])
@@ -104,7 +105,7 @@ class StoryDALLEObjective:
     return b * t * self.model.dalle.length
 
   def flops(self, batch: Mapping[str, Any]) -> float:
-    """Without the cross-attention."""
+    """Model FLOPs of an update, not counting the cross-attention."""
     b, t, _ = batch['text'].shape
     return dalle.flops(self.model.dalle, b * t)
 
@@ -125,9 +126,9 @@ class StoryDALLEObjective:
 
 
 def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> StoryDALLEObjective:
-  """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields); sizes as of the objective dalle.
+  """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields); sizes as in the objective dalle.
 
-  Raises ValueError for an unknown field, without captions or VQGAN, or sentence embeddings that nothing gives.
+  Raises ValueError for an unknown field, without captions or a VQGAN, or without the source of sentence embeddings.
   """
   c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
   tokenizer, sizes = text_and_image(config, frozen_configs, 'story_dalle')

@@ -1,4 +1,4 @@
-"""Trains the decoder of unCLIP: a picture from CLIP's embedding of it and its caption (Ramesh et al., 2022, 2.1)."""
+"""Trains the diffusion decoder of unCLIP: images from CLIP embeddings and captions (Ramesh et al., 2022, 2.1)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,20 +14,20 @@ from dalle_jax.models.clip_reader import Caption, ClipReader
 from dalle_jax.objectives.prior import with_clip
 
 DEFAULTS = dict(
-  image_dropout=0.1,  # the fraction of embeddings of pictures that are not told, for guidance in sampling
-  caption_dropout=0.5,  # the fraction of captions replaced by the empty one
-  guidance=1.0,  # of the pictures in the log
-  sampling_steps=25,  # of them
+  image_dropout=0.1,  # fraction of image embeddings replaced by the null embedding, for classifier-free guidance
+  caption_dropout=0.5,  # fraction of captions replaced by the empty one
+  guidance=1.0,  # guidance scale of the logged samples
+  sampling_steps=25,  # of the logged samples
 )
 
 
-READS = ('clip',)  # the frozen networks that a step needs; the others come along for sampling
+READS = ('clip',)  # the frozen networks that a step needs; others are only for sampling from the run
 
 
 class UnCLIPObjective:
   """The player is 'unclip'. Batches: image uint8[B, H, W, 3], clip_text int32[B, N].
 
-  Pictures may be larger than the decoder's (for a CLIP of larger ones); it learns them at its own size.
+  Images may be larger than the decoder's, for a CLIP that takes larger ones; the decoder is trained on resized ones.
   """
 
   rows_apart = True  # see training.loop
@@ -43,19 +43,17 @@ class UnCLIPObjective:
   def loss(
     self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
   ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
-    """The squared `error` of what is predicted, and the bound in bits a number, which trains the variance."""
-    drop, hide, when, noise_key = jax.random.split(ctx.rng, 4)
+    """Squared `error` of the prediction, plus the variational `bound` (bits per dimension) for the learned variance."""
+    drop, hide, time_key, noise_key = jax.random.split(ctx.rng, 4)
     text, images, d = batch['clip_text'], to_float(batch['image']), self.model.diffusion
     known = jnp.ones(len(text), bool)
     if ctx.train:
       text, _ = corruption.drop_captions(drop, text, self.c.caption_dropout, self.reader.empty_ids)
       known = jax.random.bernoulli(hide, 1 - self.c.image_dropout, known.shape)
-    embed, caption = (
-      self.reader.encode_image(ctx.frozen['clip'], images),
-      self.reader.encode_text(ctx.frozen['clip'], text),
-    )
+    embed = self.reader.encode_image(ctx.frozen['clip'], images)
+    caption = self.reader.encode_text(ctx.frozen['clip'], text)
     start = resized(images, self.model.image_size)
-    t = jax.random.randint(when, (len(text),), 0, d.steps)
+    t = jax.random.randint(time_key, (len(text),), 0, d.steps)
     noise = jax.random.normal(noise_key, start.shape)
     x = diffusion.add_noise(d, start, t, noise)
     out = self.model.apply({'params': params['unclip']}, x, t, embed, caption, known)
@@ -63,21 +61,21 @@ class UnCLIPObjective:
     return simple + bound * d.steps / 1000, ({'error': simple, 'bound': bound}, ctx.mutable)
 
   def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Each picture beside one drawn from CLIP's embedding of it and its caption: uint8[B, H, 2 * W, 3]."""
+    """Each image next to one sampled from its CLIP embedding and its caption: uint8[B, H, 2 * W, 3]."""
     images, frozen = to_float(batch['image']), ctx.frozen['clip']
     keys = jax.random.split(ctx.rng, len(images))
     caption, embed = self.reader.encode_text(frozen, batch['clip_text']), self.reader.encode_image(frozen, images)
     empty = self.reader.encode_text(frozen, jnp.broadcast_to(self.reader.empty_ids, batch['clip_text'].shape))
     apply = lambda *args: self.model.apply({'params': params['unclip']}, *args)
     steps = self.model.diffusion.timesteps(self.c.sampling_steps)
-    drawn = unclip.sample(self.model, apply, embed, caption, empty, keys, steps, self.c.guidance)
-    return jnp.concatenate([to_uint8(x) for x in (resized(images, self.model.image_size), drawn)], 2)
+    samples = unclip.sample(self.model, apply, embed, caption, empty, keys, steps, self.c.guidance)
+    return jnp.concatenate([to_uint8(x) for x in (resized(images, self.model.image_size), samples)], 2)
 
 
 def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> UnCLIPObjective:
   """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields), with the sizes of the frozen 'clip'.
 
-  Raises ValueError for fields that do not fit, without a CLIP, or for data smaller than the decoder's pictures.
+  Raises ValueError for bad fields, without a CLIP, or for images smaller than the decoder's.
   """
   c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
   variants.check_ranges('config.loss', c, ['image_dropout', 'caption_dropout'])

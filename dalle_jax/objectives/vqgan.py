@@ -1,4 +1,4 @@
-"""Trains a VQGAN: reconstruction, perceptual, quantiser and adversarial losses (Esser et al., 2021, section 3.1)."""
+"""Trains a VQGAN: reconstruction, perceptual, quantizer and adversarial losses (Esser et al., 2021, section 3.1)."""
 
 import math
 from collections.abc import Mapping
@@ -18,20 +18,20 @@ DEFAULTS = dict(
   l1_weight=1.0,
   l2_weight=0.0,
   lpips_weight=1.0,  # needs config.frozen.lpips; without it there is no perceptual loss
-  beta=0.25,  # commitment; the codebook loss has weight 1
-  ema_decay=0.0,  # 0.0: the codebook follows the gradient; else moving averages of this decay
-  usage_decay=0.99,  # without ema_decay: of the usage that tells dead codes
+  beta=0.25,  # weight of the commitment loss; that of the codebook loss is 1
+  ema_decay=0.0,  # 0.0: the codebook is trained by gradients; else it is moving averages with this decay
+  usage_decay=0.99,  # without ema_decay: decay of the average usage by which dead codes are detected
   revive=0.03,  # a code used less than this fraction of the mean is dead and re-initialised; 0.0: never
   data_init=True,  # the first batch initialises the codebook; with config.init.path the default is False
   window=100,  # steps over which used_codes_window counts
-  kl_weight=1e-8,  # Gumbel
-  temperature=1.0,  # Gumbel, at first
-  temperature_end=0.0625,  # reached by a cosine at the last step
-  disc_weight=0.0,  # 0.0: no discriminator
-  disc_start=0.0,  # a fraction of training up to 1.0, else a step
-  disc_variant='base',
+  kl_weight=1e-8,  # Gumbel: weight of the KL loss
+  temperature=1.0,  # Gumbel: initial temperature
+  temperature_end=0.0625,  # Gumbel: temperature at the last step, reached by a cosine
+  disc_weight=0.0,  # weight of the GAN loss; 0.0: no discriminator
+  disc_start=0.0,  # when the GAN loss starts: a fraction of training up to 1.0, above it a step
+  disc_variant='base',  # of models/patchgan.py
   disc=ConfigDict(),  # other fields of models/patchgan.py
-  adaptive_limit=1e4,
+  adaptive_limit=1e4,  # upper bound of the adaptive weight of the GAN loss
 )
 
 
@@ -77,7 +77,7 @@ class VQGANObjective:
     return total, (metrics | values, mutable)
 
   def temperature(self, step: jax.Array) -> jax.Array:
-    """Of the Gumbel softmax: a cosine from `temperature` to `temperature_end`."""
+    """Temperature of the Gumbel softmax: a cosine from `temperature` to `temperature_end`."""
     done = jnp.minimum(step / self.steps, 1.0)
     end = self.c.temperature_end
     return end + (self.c.temperature - end) * 0.5 * (1 + jnp.cos(math.pi * done))
@@ -89,10 +89,10 @@ class VQGANObjective:
     return distances
 
   def _adversarial(self, params: Any, ctx: Any, images: jax.Array, out: vqgan.VQGANOutput, nll: Any):
-    """L_G of the networks with the discriminator held fixed, plus L_D of the discriminator with the pictures fixed."""
+    """The generator loss with the discriminator fixed, plus the discriminator loss with the reconstructions fixed."""
     stop = jax.lax.stop_gradient
-    judge = lambda disc, pictures: self.disc.apply({'params': disc}, pictures)
-    fool = lambda recon: gan.hinge_generator(judge(stop(params['discriminator']), recon))
+    logits = lambda disc, x: self.disc.apply({'params': disc}, x)
+    generator_loss = lambda recon: gan.hinge_generator(logits(stop(params['discriminator']), recon))
 
     last = stop(params['vqgan']['conv_out'])
 
@@ -100,10 +100,10 @@ class VQGANObjective:
       variables = {'params': {'conv_out': {**last, 'kernel': kernel}}}
       return self.model.apply(variables, stop(out.features), method='to_pixels')
 
-    weight = gan.adaptive_weight(head, last['kernel'], nll, fool, self.c.adaptive_limit)
+    weight = gan.adaptive_weight(head, last['kernel'], nll, generator_loss, self.c.adaptive_limit)
     started = (ctx.step >= self.disc_start).astype(jnp.float32)
-    real, fake = judge(params['discriminator'], images), judge(params['discriminator'], stop(out.recon))
-    generator, discriminator = fool(out.recon), gan.hinge_discriminator(real, fake)
+    real, fake = logits(params['discriminator'], images), logits(params['discriminator'], stop(out.recon))
+    generator, discriminator = generator_loss(out.recon), gan.hinge_discriminator(real, fake)
     metrics = {
       'generator_loss': generator,
       'disc_loss': discriminator,
@@ -135,14 +135,14 @@ class VQGANObjective:
     return mutable, metrics
 
   def after_update(self, params: Any, mutable: Any) -> Any:
-    """Writes moving averages and revived codes into the codebook."""
+    """Write moving averages and revived codes into the codebook."""
     if 'codebook' not in mutable:
       return params
     table = quantize.write_codebook(mutable['codebook'], params['vqgan']['quantize']['embedding'])
     return {**params, 'vqgan': {**params['vqgan'], 'quantize': {'embedding': table}}}
 
   def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-    """Each picture beside its reconstruction: uint8[B, H, 2 * W, 3]."""
+    """Each image next to its reconstruction: uint8[B, H, 2 * W, 3]."""
     recon = self.model.apply({'params': params['vqgan']}, to_float(batch['image'])).recon
     return jnp.concatenate([batch['image'], to_uint8(recon)], 2)
 
@@ -150,7 +150,7 @@ class VQGANObjective:
 def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> VQGANObjective:
   """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields).
 
-  The perceptual loss needs the frozen run 'lpips'; without it the loss is that of pixels. Raises ValueError for an
+  The perceptual loss needs the frozen run 'lpips'; without it there is only the pixel loss. Raises ValueError for an
   unknown field.
   """
   defaults = {**DEFAULTS, 'data_init': not config.init.path}
@@ -162,5 +162,5 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> VQGANO
     perceptual = lpips.build(**{**frozen_configs['lpips']['model'], 'dtype': model.dtype})
   else:
     weights = ' + '.join(f'{w} {name}' for name, w in (('L1', c.l1_weight), ('L2', c.l2_weight)) if w)
-    print(f'VQGAN: no LPIPS weights (config.frozen.lpips), so the loss is that of pixels, {weights}', flush=True)
+    print(f'VQGAN: no LPIPS weights (config.frozen.lpips), so there is only the pixel loss, {weights}', flush=True)
   return VQGANObjective(model, c, config.train.steps, perceptual)

@@ -14,7 +14,7 @@ from tests import runs
 TEXT = jnp.asarray([[[1, 2, 12], [3, 11, 12]]])  # 10 words, and paddings 10, 11, 12 of the three positions
 
 
-def test_the_words_of_all_captions_with_a_marker_before_that_of_the_frame():
+def test_all_captions_with_a_marker_before_that_of_the_frame():
   ids, mask, own = mark_captions(TEXT, SpecialIds(10, 99))
   assert ids.tolist() == [[99, 1, 2, 3, 14, 15, 16], [1, 2, 99, 3, 14, 15, 16]]
   assert mask.tolist() == [[True] * 4 + [False] * 3] * 2
@@ -33,7 +33,7 @@ def test_start_and_end_stand_around_the_whole_and_a_cut_story_still_ends():
   assert own.tolist() == [[False, True, True, False, False, False], [False, False, True, True, False, False]]
 
 
-def test_the_small_encoder_knows_the_whole_story_and_no_padding():
+def test_the_small_encoder_depends_on_the_whole_story_and_not_on_padding():
   model = CaptionEncoder(text_vocab=13, pad=-1, text_length=3, frames=2, width=8, layers=1, heads=2)
   read = jax.jit(functools.partial(model.apply, runs.parameters(model.init, TEXT)))
   vectors = read(TEXT)

@@ -1,4 +1,4 @@
-"""The classifier: logits, features, gradients, the way from a run's config, errors."""
+"""The classifier: logits, features, gradients, building it from a run's config, errors."""
 
 import flax.linen as nn
 import jax
@@ -46,11 +46,11 @@ def test_every_variant_builds(variant):
 
 
 def test_errors():
-  with pytest.raises(ValueError, match=r'takes pictures \[B, 16, 16, 3\], not \[1, 24, 24, 3\]; resize'):
+  with pytest.raises(ValueError, match=r'takes images \[B, 16, 16, 3\], not \[1, 24, 24, 3\]; resize'):
     init(classifier.build('test', labels=2), jnp.zeros((1, 24, 24, 3)))
   with pytest.raises(ValueError, match=r'labels is 0; set config.model.labels'):
     init(classifier.build('test'))
-  with pytest.raises(ValueError, match='patch 6 does not divide pictures of 16 pixels'):
+  with pytest.raises(ValueError, match='patch 6 does not divide the image size 16'):
     init(classifier.build('test', labels=2, patch=6))
   with pytest.raises(ValueError, match="Classifier has no variant 'tiny'"):
     classifier.build('tiny')

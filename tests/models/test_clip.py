@@ -1,4 +1,4 @@
-"""CLIP: unit embeddings, what text sees, gradients, errors."""
+"""CLIP: unit embeddings, causal and full text attention, gradients, errors."""
 
 import functools
 
@@ -41,7 +41,7 @@ def test_embeddings_have_unit_length_and_the_scale_a_ceiling():
 
 
 @pytest.mark.parametrize('causal', [True, False])
-def test_text_is_pooled_where_asked_and_sees_what_it_may(causal):
+def test_text_pooling_and_causal_attention(causal):
   end = TEXT.at[:, 4].set(39).at[:, 5:].set(0)  # the highest id is at 4
   later, earlier = end.at[:, 6].set(7), end.at[:, 1].set((end[:, 1] + 1) % 39)
   fields = dict(text_causal=causal, text_pool='max_id')
@@ -51,8 +51,8 @@ def test_text_is_pooled_where_asked_and_sees_what_it_may(causal):
   assert not np.allclose(encode_text(later, text_causal=causal), encode_text(end, text_causal=causal), atol=1e-4)
 
 
-def test_a_picture_is_pooled_where_asked():
-  """Halves of a picture trade places: a projection of all patches tells that at the start, a class token hardly."""
+def test_image_pooling():
+  """When the halves of an image trade places, a fresh projection of all patches changes, a class token hardly does."""
   shapes = {
     pool: jax.tree.map(jnp.shape, init(clip.build('test', image_pool=pool))['image']) for pool in ('class', 'all')
   }
@@ -100,15 +100,15 @@ def test_the_published_size():
 
 def test_errors():
   model = clip.build('test')
-  with pytest.raises(ValueError, match='pictures of 16 pixels a side'):
+  with pytest.raises(ValueError, match='images of 16 pixels a side'):
     runs.parameters(model.init, jnp.zeros((1, 24, 24, 3)), TEXT)
   with pytest.raises(ValueError, match='8 text tokens, not 7'):
     runs.parameters(model.init, IMAGES, TEXT[:, :7])
-  with pytest.raises(ValueError, match="image_pool 'mean' is unknown; there are class and all"):
+  with pytest.raises(ValueError, match="image_pool 'mean' is unknown; expected class or all"):
     init(clip.build('test', image_pool='mean'))
-  with pytest.raises(ValueError, match='patch 6 does not divide pictures of 16 pixels'):
+  with pytest.raises(ValueError, match='patch 6 does not divide the image size 16'):
     init(clip.build('test', patch=6))
-  with pytest.raises(ValueError, match="text_pool 'mean' is unknown; there are last, max_id and end"):
+  with pytest.raises(ValueError, match="text_pool 'mean' is unknown; expected last, max_id or end"):
     init(clip.build('test', text_pool='mean'))
   with pytest.raises(ValueError, match='a width of 16 is not divisible by 3 heads'):
     init(clip.build('test', heads=3))

@@ -1,4 +1,4 @@
-"""The laws of the DALL-E transformer: cached = teacher-forced, causal, gradients everywhere, the published sizes."""
+"""Properties of the DALL-E transformer: cached = teacher-forced, causal, gradients everywhere, the published sizes."""
 
 import functools
 
@@ -19,7 +19,7 @@ PATTERNS = (*KINDS, 'paper')
 
 
 def init(model):
-  """Larger ones than at the start of training, so that attention is not flat and what is seen matters."""
+  """Larger parameters than at the start of training, so that attention is not flat and masks matter."""
   return runs.parameters(model.init, TEXT, IMAGE)['params']
 
 
@@ -27,7 +27,7 @@ def bind(model, params):
   return functools.partial(model.apply, {'params': params})
 
 
-LAYOUTS = (  # of public models, with masks that tell where they take the image to begin
+LAYOUTS = (  # of public models, with attention masks that depend on where the image begins
   dict(layout='no_start', pad=0, attention='row', head='norm', norms='sandwich'),
   dict(layout='shifted', attention='row', head='norm'),
 )
@@ -64,7 +64,7 @@ def test_a_caption_is_embedded_without_its_padding():
 
 
 def test_guided_sampling_is_guided_teacher_forcing():
-  """Greedy codes with guidance, drawn with the cache, are the argmax of the guided logits of the whole stream."""
+  """Greedy codes sampled with guidance and the cache are the argmax of the guided teacher-forced logits."""
   model = dalle.build('test')
   apply = bind(model, init(model))
   options = dict(empty=model.padding, length=16, n=1, sampling=decoding.Sampling(temperature=0.0, guidance=3.0))
@@ -77,7 +77,7 @@ def test_guided_sampling_is_guided_teacher_forcing():
   assert (codes[:, 4:] != cond.argmax(-1)[:, 4:]).any()
 
 
-def test_rows_that_are_there_twice_are_drawn_as_one(monkeypatch):
+def test_duplicated_rows_give_the_same_samples(monkeypatch):
   model = dalle.build('test')
   apply, keys = bind(model, init(model)), jax.random.split(jax.random.key(0), 4)
   options = dict(empty=model.padding, length=16, n=2, sampling=decoding.Sampling())
@@ -88,28 +88,28 @@ def test_rows_that_are_there_twice_are_drawn_as_one(monkeypatch):
 
 
 @pytest.mark.parametrize('platform, rows, copies', [('gpu', 1, 2), ('gpu', 2, 1), ('tpu', 1, 1)])
-def test_a_gpu_has_no_row_alone(platform, rows, copies, monkeypatch):
+def test_a_gpu_duplicates_a_single_row(platform, rows, copies, monkeypatch):
   monkeypatch.setattr(attention, 'platform', lambda: platform)
   pair = jnp.zeros((rows, 2, 3, 4)), jnp.zeros((rows, 2, 3, 4))
   assert attention.KVCache((pair,), (pair,)).copies == copies
 
 
 @pytest.mark.parametrize('pattern', PATTERNS)
-def test_a_token_changes_later_logits_alone(pattern):
+def test_a_token_changes_only_later_logits(pattern):
   model = dalle.build('test', attention=pattern)
   apply = jax.jit(bind(model, init(model)))
   joined = lambda text, image: np.concatenate([np.abs(x).sum(-1) for x in apply(text, image)], 1)
   base = joined(TEXT, IMAGE)
   for t in (0, 3, 5):
     moved = np.abs(joined(TEXT.at[:, t].set((TEXT[:, t] + 1) % 40), IMAGE) - base).max(0) > 1e-6
-    assert not moved[: t + 1].any() and moved[t + 1] and moved[6:].all(), t  # all of the image sees all text
+    assert not moved[: t + 1].any() and moved[t + 1] and moved[6:].all(), t  # the whole image attends to all text
   for t in (0, 6, 14):
     moved = np.abs(joined(TEXT, IMAGE.at[:, t].set((IMAGE[:, t] + 1) % 16)) - base).max(0) > 1e-6
     assert not moved[: 6 + t + 1].any() and moved[6 + t + 1], t
   assert not (joined(TEXT, IMAGE.at[:, 15].set(0)) != base).any()  # the last token is only predicted
 
 
-def test_one_layer_sees_what_its_mask_says():
+def test_one_layer_attends_to_what_its_mask_allows():
   model = dalle.build('test', attention='column', depth=1)
   apply = bind(model, init(model))
   logits = jax.jit(lambda image: apply(TEXT, image)[1])
@@ -168,5 +168,5 @@ def test_errors():
     apply(TEXT, IMAGE[:, :15])
   with pytest.raises(ValueError, match='takes 0 to 15 image tokens here, not 16'):
     apply(TEXT, IMAGE, method='prefill')
-  with pytest.raises(ValueError, match="image_positions 'rotary' is unknown; there are axial and learned"):
+  with pytest.raises(ValueError, match="image_positions 'rotary' is unknown; expected axial or learned"):
     init(dalle.build('test', image_positions='rotary'))

@@ -17,7 +17,7 @@ def test_weights_in_eight_bits_are_off_by_half_a_step_at_most():
   assert (jnp.abs(kept.astype(jnp.float32) - x) <= kept.scale * 0.5001).all()
 
 
-def test_a_model_draws_nearly_the_same_with_them():
+def test_logits_with_int8_weights_are_close():
   model = dalle.build('test')
   text, image = jnp.ones((2, 6), jnp.int32), jnp.ones((2, 16), jnp.int32)
   params = runs.parameters(model.init, text, image)['params']
@@ -29,7 +29,7 @@ def test_a_model_draws_nearly_the_same_with_them():
   assert 0 < jnp.abs(full - close).max() < 0.05 * jnp.abs(full).max()
 
 
-def test_a_model_draws_the_same_with_weights_laid_out_for_few_rows():
+def test_logits_with_weights_by_output_are_the_same():
   model = dalle.build('test')
   text, image = jnp.ones((2, 6), jnp.int32), jnp.arange(32).reshape(2, 16) % 16
   params = runs.parameters(model.init, text, image)['params']

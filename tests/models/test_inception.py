@@ -1,4 +1,4 @@
-"""Inception-v3: sizes as published, pictures of any size. Its numbers are compared in tests/convert/test_parity.py."""
+"""Inception-v3: sizes as published, images of any size. Its numbers are compared in tests/convert/test_parity.py."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def test_it_has_as_many_parameters_as_published():
   assert total - moved == 23_834_568 - (2_048 + 1) * 1_000  # torchvision's without its second head, and its classes
 
 
-def test_a_picture_is_seen_alike_whatever_its_size_and_company():
+def test_features_do_not_depend_on_the_size_or_the_rest_of_the_batch():
   model = inception.build('test')
   picture = np.tile(np.linspace(-1, 1, 150, dtype=np.float32)[:, None, None], (1, 150, 3))[None]
   params = runs.parameters(model.init, picture)['params']

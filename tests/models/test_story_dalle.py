@@ -1,4 +1,4 @@
-"""The laws of a retro-fitted DALL-E; each fault of the released StoryDALL-E breaks one of them."""
+"""Properties of a retro-fitted DALL-E; each fault of the released StoryDALL-E violates one of them."""
 
 import functools
 
@@ -23,7 +23,7 @@ FORMS = [dict(), dict(prompt=3, sentences='data', sentence_dim=5), dict(retro=2,
 
 @functools.cache
 def built(**fields):
-  """The model, random parameters, and sentence embeddings where it needs them."""
+  """The model, random parameters, and sentence embeddings if it needs them."""
   model = story_dalle.build('test', **fields)
   dim = fields.get('sentence_dim')
   sentences = jax.random.normal(jax.random.key(3), (B, T, dim)) if dim else None
@@ -95,7 +95,7 @@ def test_cached_logits_are_the_teacher_forced_ones(fields):
 
 @pytest.mark.parametrize('fields', FORMS, ids=str)
 def test_the_source_reaches_every_image_token_of_its_own_story_and_no_text(fields):
-  """(Released: every frame of a batch sees a scrambled source; the "mega" variant sees the text instead.)"""
+  """(Released: every frame of a batch attends to a scrambled source; the "mega" variant to the text instead.)"""
   logits = forward(**fields)
   text, image = logits()
   other_text, other_image = logits(source=SOURCE.at[1].set((SOURCE[1] + 1) % 16))
@@ -110,7 +110,7 @@ def test_permuting_stories_permutes_outputs():
     np.testing.assert_allclose(a[order], b, atol=1e-4)
 
 
-def test_the_story_token_knows_all_captions_and_their_order():
+def test_the_story_token_depends_on_all_captions_and_their_order():
   """(Released: causal, without positions.)"""
   model, params, _ = built()
   look = jax.jit(lambda text: model.apply({'params': params}, text, SOURCE, method='conditioning')[0])
@@ -119,7 +119,6 @@ def test_the_story_token_knows_all_captions_and_their_order():
   assert changed(token(TEXT), token(third))[0].all() and not changed(token(TEXT), token(third))[1:].any()
   swapped = token(TEXT[:, [0, 2, 1, 3]])
   assert changed(token(TEXT), swapped).all()
-  # SpecialIds, not padding: a caption that is longer by padding alone is the same caption.
   np.testing.assert_allclose(sinusoid(jnp.arange(5), 8)[3, [0, 4]], [np.sin(3), np.cos(3)], atol=1e-6)
   first = forward()(text=third)
   assert changed(first[1], forward()()[1])[0, 0].all()  # caption 3 is felt in every image token of frame 1
@@ -158,7 +157,7 @@ def test_sampling_is_the_model_and_guidance_keeps_the_source():
   assert (other[:, :, 0, 0] != tokens[..., 0]).any() and (other[:, :, 0, -1] != tokens[..., -1]).any()
 
 
-def test_prompt_dropout_acts_in_training_alone():
+def test_prompt_dropout_acts_only_in_training():
   model, params, sentences = built(prompt=3, sentences='data', sentence_dim=5)
   look = jax.jit(lambda rng: model.apply({'params': params}, TEXT, SOURCE, sentences, rng, method='conditioning')[0])
   np.testing.assert_array_equal(look(None), look(None))
@@ -177,9 +176,9 @@ def test_a_grown_vocabulary_leaves_old_words_as_they_were(head):
   after, same = jax.jit(new.apply)({'params': grown}, jnp.where(text >= 34, text + 3, text), rows[1])
   np.testing.assert_allclose(image, same, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(before, np.delete(after, [34, 35, 36], -1), rtol=1e-5, atol=1e-6)
-  with pytest.raises(ValueError, match='knows 50 words, this one 37'):
+  with pytest.raises(ValueError, match='has 50 text tokens, this one only 37'):
     dalle.adopt(new, {'dalle': params}, {'tokenizer': {'vocab_size': 50}}, jax.random.key(8))
-  with pytest.raises(ValueError, match=r'init\.path is a run of vqgan; expected one with a DALL-E'):
+  with pytest.raises(ValueError, match=r'init\.path is a run of vqgan; expected a run with a DALL-E'):
     dalle.adopt(new, {'vqgan': params}, {'tokenizer': {'vocab_size': 0}}, jax.random.key(8))
 
 
@@ -188,8 +187,8 @@ def test_a_grown_vocabulary_leaves_old_words_as_they_were(head):
   [
     (dict(retro=3), 'model.retro 3 does not divide the 4 layers'),
     (dict(retro=4), '1 layers with cross-attention do not fit 4 steps.*model.period'),
-    (dict(frames=3), 'a story has 4 frames after the source, the model takes 3'),
-    (dict(sentences='bert'), "model.sentences 'bert' is unknown; there are own, clip and data"),
+    (dict(frames=3), 'a story has 4 frames after the source, the model takes at most 3'),
+    (dict(sentences='bert'), "model.sentences 'bert' is unknown; expected own, clip or data"),
     (dict(retros=3), 'DALLE has no field retros'),
   ],
 )

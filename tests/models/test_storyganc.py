@@ -1,4 +1,4 @@
-"""The laws of StoryGANc's networks: what depends on what."""
+"""Properties of StoryGANc's networks: what depends on what."""
 
 import functools
 
@@ -44,7 +44,7 @@ def test_a_permuted_batch_is_permuted_in_training_too(params):
     assert drawn.frames.shape == (B, T, 16, 16, 3) and float(drawn.kl) >= 0
 
 
-def test_a_story_is_drawn_by_itself(params):
+def test_a_story_does_not_depend_on_the_rest_of_the_batch(params):
   drawn, alone = draw(params), draw(params, TEXT[:1], SOURCE[:1], EPS[:1], NOISE[:1])
   np.testing.assert_allclose(alone.frames, drawn.frames[:1], atol=1e-5)
 
@@ -65,7 +65,7 @@ def test_noise_of_a_frame_and_of_a_story(params):
   assert moved(drawn, draw(params, eps=EPS.at[0].add(1.0)))[0].all()
 
 
-def test_without_attention_the_source_is_not_seen(params):
+def test_without_attention_the_source_has_no_influence(params):
   blind = storyganc.build('test', text_vocab=20, text_length=N, attention=False)
   own = {k: v for k, v in params.items() if k != 'source'}
   assert set(own) == set(runs.parameters(blind.init, TEXT, SOURCE, EPS, NOISE)['params'])
@@ -85,22 +85,23 @@ def test_over_time_is_a_3d_convolution():
 
 
 @pytest.mark.parametrize('frames', [2, 3, 4, 5])
-def test_the_story_discriminator_takes_two_to_five_frames_and_sees_their_order(frames):
-  _, judge = storyganc.discriminators(MODEL)
+def test_the_story_discriminator_takes_two_to_five_frames_and_depends_on_their_order(frames):
+  _, discriminator = storyganc.discriminators(MODEL)
   story = jnp.asarray(RNG.normal(size=(2, frames, 16, 16, 3)), jnp.float32)
-  told = jnp.asarray(RNG.normal(size=(2, 7)), jnp.float32)
-  params = runs.parameters(judge.init, story, told, scale=0.1)
-  logits, labels = judge.apply(params, story, told)
+  about = jnp.asarray(RNG.normal(size=(2, 7)), jnp.float32)
+  params = runs.parameters(discriminator.init, story, about, scale=0.1)
+  logits, labels = discriminator.apply(params, story, about)
   assert logits.shape == (2,) and labels is None
-  share = lambda other: float(jnp.abs(judge.apply(params, *other)[0] - logits).max() / jnp.abs(logits).max())
-  assert share((story[:, ::-1], told)) > 1e-3 and share((story, -told)) > 1e-3
+  moved_by = lambda *inputs: float(jnp.abs(discriminator.apply(params, *inputs)[0] - logits).max())
+  least = 1e-3 * float(jnp.abs(logits).max())
+  assert moved_by(story[:, ::-1], about) > least and moved_by(story, -about) > least
 
 
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    (dict(captions='bert'), "captions 'bert' is unknown; there are own, clip and roberta"),
-    (dict(join=3), 'model.join is 3; there are the maps 0 to 2'),
+    (dict(captions='bert'), "captions 'bert' is unknown; expected own, clip or roberta"),
+    (dict(join=3), 'model.join is 3; expected a feature map, 0 to 2'),
     (dict(joint=1), 'has no field joint'),
   ],
 )
@@ -110,7 +111,7 @@ def test_errors(change, message):
 
 
 def test_errors_of_shapes(params):
-  with pytest.raises(ValueError, match='has 5 frames after the source, the model takes 4'):
+  with pytest.raises(ValueError, match='has 5 frames after the source, the model takes at most 4'):
     draw(params, text=jnp.zeros((B, 5, N), jnp.int32))
-  with pytest.raises(ValueError, match=r'the model draws \[16, 16, 3\]'):
+  with pytest.raises(ValueError, match=r'the model generates \[16, 16, 3\]'):
     draw(params, source=jnp.zeros((B, 8, 8, 3)))

@@ -1,4 +1,4 @@
-"""The networks of unCLIP: what each reads and what it must not, sizes, what is computed again, errors."""
+"""The networks of unCLIP: what each depends on and what it must not, sizes, rematerialisation, errors."""
 
 import flax.linen as nn
 import jax
@@ -24,11 +24,11 @@ def made(module, *inputs):
 
 
 def change(caption, where):
-  """Tokens at these positions of each row are others."""
+  """Change the hidden states at these positions of each row."""
   return caption.replace(hidden=jnp.where(where[..., None], caption.hidden + 1, caption.hidden))
 
 
-def test_the_prior_reads_its_caption_and_no_padding():
+def test_the_prior_depends_on_its_caption_and_not_on_padding():
   model = prior.build('test', **SIZES)
   run = made(model, EMBED, T, CAPTION)
   out = run(EMBED, T, CAPTION)
@@ -40,11 +40,11 @@ def test_the_prior_reads_its_caption_and_no_padding():
     assert (jnp.abs(run(EMBED, T, other) - out).max(1) > 1e-3).all()
   assert (jnp.abs(run(EMBED, T + 100, CAPTION) - out).max(1) > 1e-3).all()
   assert (jnp.abs(run(EMBED + 1, T, CAPTION) - out).max(1) > 1e-3).all()
-  with pytest.raises(ValueError, match='reads 6 text tokens, not 5'):
+  with pytest.raises(ValueError, match='takes 6 text tokens, not 5'):
     run(EMBED, T, jax.tree.map(lambda x: x[:, :5] if x.shape[1] == 6 else x, CAPTION))
 
 
-def test_embeddings_become_normal_and_back_and_their_numbers_get_no_gradient():
+def test_embeddings_are_standardized_and_back_and_the_statistics_get_no_gradient():
   model = prior.build('test', **SIZES)
   params = runs.parameters(model.init, EMBED, T, CAPTION)['params'] | {'mean': normal(5, 16), 'std': 2 * jnp.ones(16)}
   to = lambda p, x: model.apply({'params': p}, x, method='normal')
@@ -55,7 +55,7 @@ def test_embeddings_become_normal_and_back_and_their_numbers_get_no_gradient():
   assert all(float(jnp.abs(v).max()) == 0 for v in jax.tree.leaves(slopes))
 
 
-def test_the_decoder_reads_both_and_neither_padding_nor_what_it_is_not_told():
+def test_the_decoder_depends_on_both_and_not_on_padding_or_a_dropped_embedding():
   model = unclip.build('test', **SIZES)
   known = jnp.array([True, False])
   run = made(model, PICTURE, T, EMBED, CAPTION, known)
@@ -67,18 +67,18 @@ def test_the_decoder_reads_both_and_neither_padding_nor_what_it_is_not_told():
   for other in (change(CAPTION, jnp.arange(6)[None] == 3), CAPTION.replace(embed=CAPTION.embed + 1)):
     assert (jnp.abs(run(PICTURE, T, EMBED, other, known) - out).max((1, 2, 3)) > 1e-4).all()
   assert (jnp.abs(run(PICTURE, T + 50, EMBED, CAPTION, known) - out).max((1, 2, 3)) > 1e-4).all()
-  with pytest.raises(ValueError, match=r'takes pictures \[B, 16, 16, 3\], not \[2, 8, 8, 3\]'):
+  with pytest.raises(ValueError, match=r'takes images \[B, 16, 16, 3\], not \[2, 8, 8, 3\]'):
     run(PICTURE[:, :8, :8], T, EMBED, CAPTION, known)
 
 
-def test_a_fresh_decoder_says_nothing():
+def test_a_fresh_decoder_predicts_zero():
   model = unclip.build('test', **SIZES)
   inputs = PICTURE, T, EMBED, CAPTION
   fresh = jax.jit(lambda key: model.apply(nn.unbox(model.init(key, *inputs)), *inputs))
   np.testing.assert_array_equal(fresh(jax.random.key(0)), 0)
 
 
-def test_the_upsampler_sees_the_small_picture_and_takes_cut_outs():
+def test_the_upsampler_depends_on_the_small_image_and_takes_crops():
   model = upsampler.build('test')
   large, low = normal(6, B, 32, 32, 3), normal(7, B, 16, 16, 3)
   run = made(model, large, T, low)
@@ -87,7 +87,7 @@ def test_the_upsampler_sees_the_small_picture_and_takes_cut_outs():
   assert run(large[:, :16, :24], T, low[:, :8, :12]).shape == (B, 16, 24, 3)
 
 
-def test_a_unet_computed_again_is_the_same():
+def test_a_rematerialised_unet_is_the_same():
   fields = dict(patch=2, head_dim=8, norm_groups=4)
   model, again = (UNet(3, (8, 16), 1, (1,), remat=remat, **fields) for remat in ('none', 'full'))
   params = runs.parameters(model.init, PICTURE, T)['params']
@@ -100,10 +100,10 @@ def test_a_unet_computed_again_is_the_same():
   [
     (dict(channels=(8, 8, 8)), 10, 'a map of 5 x 5 cannot be halved'),
     (dict(channels=(8, 12), attention=(1,), head_dim=8), 8, '12 channels are not divisible into heads of 8'),
-    (dict(channels=(8,), attention=(1,)), 8, r'attention names the levels \[1\]; there are 0 to 0'),
+    (dict(channels=(8,), attention=(1,)), 8, r'attention has levels \[1\]; expected 0 to 0'),
     (dict(channels=(8,), shift='turn'), 8, "shift 'turn' is unknown"),
-    (dict(channels=(8,), patch=3), 8, 'patch 3 does not divide pictures of 8 x 8'),
-    (dict(channels=(8,), remat='dots'), 8, "remat 'dots' is unknown; there are none, full"),
+    (dict(channels=(8,), patch=3), 8, 'patch 3 does not divide images of 8 x 8'),
+    (dict(channels=(8,), remat='dots'), 8, "remat 'dots' is unknown; expected one of none, full"),
     (dict(channels=(9,), norm_groups=3), 8, 'need an even width, not 9'),
   ],
 )
@@ -133,14 +133,14 @@ def test_embeddings_have_entries_of_about_one_or_are_as_projected():
 
 
 @pytest.mark.parametrize(
-  ('special', 'empty', 'ids', 'seen'),
+  ('special', 'empty', 'ids', 'mask'),
   [
     ({}, [32, 33, 34, 35], [5, 6, 34, 35], [1, 1, 0, 0]),  # a padding for each position
     (dict(pad=0), [0, 0, 0, 0], [5, 6, 0, 0], [1, 1, 0, 0]),
     (dict(pad=31, start=30, end=31), [30, 31, 31, 31], [30, 5, 31, 31], [1, 1, 1, 0]),  # OpenAI's
   ],
 )
-def test_padding_does_not_count(special, empty, ids, seen):
+def test_padding_does_not_count(special, empty, ids, mask):
   r, _ = reader(**special)
   assert r.empty_ids[:4].tolist() == empty and r.empty_ids.dtype == np.int32
-  assert r.token_mask(jnp.array([ids]))[0].astype(int).tolist() == seen
+  assert r.token_mask(jnp.array([ids]))[0].astype(int).tolist() == mask

@@ -34,8 +34,8 @@ def test_shapes_of_the_variants(variant, size, grid):
   assert recon.shape == images.shape and recon.dtype == jnp.float32
 
 
-def test_the_public_layouts_have_the_public_numbers_of_parameters():
-  """Blocks and parameters of the published f16 model, counted by hand from its layout."""
+def test_the_public_models_have_the_public_numbers_of_parameters():
+  """Blocks and parameters of the published f16 model, counted by hand from its architecture."""
   images = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
   model = vqgan.build('f16_1024')
   params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), images))['params']
@@ -98,26 +98,26 @@ def test_other_sizes_and_shapes_that_the_factor_divides_work():
 
 def test_errors_name_what_is_possible():
   model = vqgan.build('quickstart')
-  with pytest.raises(ValueError, match=r'divisible by 4, not 50; nearest is 48'):
+  with pytest.raises(ValueError, match=r'divisible by 4, not 50; the nearest is 48'):
     model.grid(50)
   with pytest.raises(ValueError, match='divisible by 4, not 50'):
     jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 48, 50, 3), jnp.float32))
-  with pytest.raises(ValueError, match=r'no variant .huge.; there are test, quickstart'):
+  with pytest.raises(ValueError, match=r'no variant .huge.; its variants are test, quickstart'):
     vqgan.build('huge')
-  with pytest.raises(ValueError, match='no field chanels; there are image_size'):
+  with pytest.raises(ValueError, match='no field chanels; its fields are image_size'):
     vqgan.build('test', chanels=3)
   with pytest.raises(ValueError, match="dtype 'float16' is unknown"):
     vqgan.build('test', dtype='float16')
-  with pytest.raises(ValueError, match="quantizer 'pq' is unknown; there are nearest and gumbel"):
+  with pytest.raises(ValueError, match="quantizer 'pq' is unknown; expected nearest or gumbel"):
     vqgan.build('test', quantizer='pq').init(jax.random.key(0), IMAGES)
 
 
-def test_patchgan_sees_70_pixels():
+def test_patchgan_has_a_receptive_field_of_70_pixels():
   model = patchgan.build('base', width=4)
   images = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
   params = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), images))['params']
   assert jax.eval_shape(model.apply, {'params': params}, images).shape == (1, 30, 30)
-  # Group norm looks everywhere, so only the convolutions tell: neutralise it.
+  # GroupNorm has a global receptive field, so count that of the convolutions only.
   flat = {k: v for k, v in params.items() if 'norm' not in k}
   assert [v['kernel'].shape[0] for v in flat.values()] == [4] * 5
   field, jump = 1, 1

@@ -1,4 +1,4 @@
-"""Binary cross-entropy and its metrics by hand, that it learns, and what the config and the data must have."""
+"""Binary cross-entropy and its metrics by hand, learning, and what the config and the data must have."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def test_loss_and_metrics_by_hand(built):
   assert float(metrics['exact']) == pytest.approx(expected['frame_accuracy'])
 
 
-def test_nothing_to_find_and_nothing_found_is_right(built):
+def test_no_label_and_none_predicted_is_right(built):
   objective, params = built
   head = {'kernel': jnp.zeros((8, 3)), 'bias': jnp.full(3, -1.0)}
   none = {**BATCH, 'labels': np.zeros((16, 3), bool)}
@@ -73,15 +73,15 @@ def test_it_learns(built):
 
 def test_errors(built):
   objective, params = built
-  with pytest.raises(ValueError, match='needs labels and this data has none'):
+  with pytest.raises(ValueError, match='needs labels, and this data has none'):
     objective.loss(params, CONTEXT, {'image': BATCH['image']})
   with pytest.raises(
     ValueError, match=r'labels of the data are \[16, 2\], expected \[16, 3\]; set config.model.labels'
   ):
     objective.loss(params, CONTEXT, {**BATCH, 'labels': LABELS[:, :2]})
-  with pytest.raises(ValueError, match=r'takes single pictures.*unit="frame"'):
+  with pytest.raises(ValueError, match=r'takes single images.*unit="frame"'):
     objective.init(jax.random.key(0), {'image': np.zeros((2, 5, 16, 16, 3), np.uint8)})
-  with pytest.raises(ValueError, match=r'needs config.model.labels, how many labels the data has'):
+  with pytest.raises(ValueError, match=r'needs config.model.labels, the number of labels in the data'):
     classifier.from_config(config(), {})
   c = config(labels=3)
   c.loss = ConfigDict(dict(margin=1.0))

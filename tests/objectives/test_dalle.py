@@ -96,19 +96,19 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_micro_batches(frozen, params, 
   assert float(loss(batch)) == pytest.approx(np.mean(micro), rel=1e-5)
 
 
-def test_noise_is_read_and_never_predicted(frozen, params):
+def test_noise_is_an_input_and_never_a_target(frozen, params):
   run = lambda p, batch, train=True: loss_of(token_noise=p)(params, context(frozen, train), batch)[1][0]
   tokens = jnp.tile(jnp.arange(16), (8, 4))
   clean, noisy, other = (run(p, BATCH | {'tokens': t}) for p, t in ((0.0, tokens), (0.5, tokens), (1.0, tokens)))
   assert len({float(m['image_loss']) for m in (clean, noisy, other)}) == 3
   assert clean['text_loss'] == noisy['text_loss'] == other['text_loss']
-  # All is read as the same noise, so the logits are the same, and only what is to be predicted makes a difference.
+  # The input is the same noise for all, so the logits are the same, and only the targets make a difference.
   nll = [float(run(1.0, BATCH | {'tokens': jnp.full((8, 64), k)})['image_loss']) for k in range(16)]
   assert len(set(nll)) == 16 and np.mean(nll) > np.log(16)
   assert run(0.5, BATCH | {'tokens': tokens}, train=False)['image_loss'] == clean['image_loss']
 
 
-def test_sample_puts_true_pictures_beside_drawn_ones(frozen, params):
+def test_sample_puts_reconstructions_next_to_samples(frozen, params):
   for guidance in (1.0, 2.0):
     images = jax.jit(build(guidance=guidance).sample)(params, context(frozen), BATCH)
     assert images.shape == (8, 16, 32, 3) and images.dtype == jnp.uint8
@@ -118,7 +118,7 @@ def test_sample_puts_true_pictures_beside_drawn_ones(frozen, params):
 
 
 def test_errors():
-  with pytest.raises(ValueError, match=r'config.loss has no field dropout; there are text_weight'):
+  with pytest.raises(ValueError, match=r'config.loss has no field dropout; its fields are text_weight'):
     build(dropout=0.1)
   with pytest.raises(ValueError, match=r'set config.frozen.vqgan to the run of a VQGAN'):
     dalle.from_config(config(), {})

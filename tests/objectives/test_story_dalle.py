@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_the_frames_after_the_source_half_text_half_image(pa
   assert float(metrics['accuracy']) == pytest.approx(float(accuracy), rel=1e-5)
 
 
-def test_noise_spares_the_source_and_dropped_captions_leave_the_text_loss(params):
+def test_the_source_gets_no_noise_and_dropped_captions_no_text_loss(params):
   run = lambda batch=BATCH, **loss: loss_of(**loss)(params, context(), batch)[1][0]
   source = {**BATCH, 'tokens': BATCH['tokens'].at[:, 0].set(0)}
   assert run(token_noise=1.0)['image_loss'] != run(source, token_noise=1.0)['image_loss']

@@ -73,7 +73,7 @@ def test_every_parameter_learns_but_running_statistics(gradients):
   assert {k.split('/')[0] for k in gradients} == set(PLAYERS)
 
 
-def test_each_player_learns_from_its_own_loss_alone(gradients):
+def test_each_player_learns_only_from_its_own_loss(gradients):
   moved = lambda i: {k.split('/')[0] for k, v in gradients.items() if v[1 + i] > 0}
   assert [moved(i) for i in range(len(OWNERS))] == [{player} for player in OWNERS.values()]
 
@@ -105,7 +105,7 @@ def test_discriminators_are_updated_every_second_step_and_statistics_follow():
   assert same(second, third, 'image_discriminator', 'kernel') and same(second, third, 'story_discriminator', 'kernel')
 
 
-def test_a_story_alone_is_compared_with_no_other_and_shorter_stories_are_drawn_too():
+def test_a_single_story_has_no_other_to_be_compared_with_and_shorter_stories_work():
   objective, (params, mutable) = build(), start()
   context = Context({}, mutable, jax.random.key(1), jnp.int32(0), train=False)
   few = {'text': BATCH['text'][:1, :2], 'image': BATCH['image'][:1, :3]}
@@ -142,21 +142,21 @@ def test_errors():
     c = config()
     c.tokenizer.vocab_size = 0
     storyganc.from_config(c, {})
-  with pytest.raises(ValueError, match='model draws 16 pixels; change either'):
+  with pytest.raises(ValueError, match='model generates 16 pixels; set it to 16'):
     c = config()
     c.data.image_size = 24
     storyganc.from_config(c, {})
-  with pytest.raises(ValueError, match='there are 1; use 2 or more'):
+  with pytest.raises(ValueError, match='each has 1; use 2 or more'):
     c = config()
     c.data.batch_size = 1
     storyganc.from_config(c, {})
-  with pytest.raises(ValueError, match='needs stories of pictures; use a story source'):
+  with pytest.raises(ValueError, match='needs stories of images; use a story source'):
     build().init(jax.random.key(0), {'text': BATCH['text'], 'tokens': BATCH['text']})
-  with pytest.raises(ValueError, match=r"'roberta' needs its network; set config.frozen.roberta"):
+  with pytest.raises(ValueError, match=r"'roberta' needs a frozen network; set config.frozen.roberta"):
     build(captions='roberta')
   with pytest.raises(ValueError, match=r'config.loss has no field gp_weight'):
     build(dict(gp_weight=1.0))
   params, mutable = start()
   context = Context({}, mutable, jax.random.key(1), jnp.int32(0), train=True)
-  with pytest.raises(ValueError, match=r'has 5 labels a frame and model.labels is 7; set it to 5'):
+  with pytest.raises(ValueError, match=r'has 5 labels per frame, but model.labels is 7; set it to 5'):
     build(labels=7).loss(params, context, BATCH)

@@ -1,4 +1,4 @@
-"""Training the parts of unCLIP: what is learnt, what is left out, which numbers are counted, errors."""
+"""Training the parts of unCLIP: learning, dropout of conditioning, statistics of embeddings, errors."""
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +43,17 @@ def frozen():
 def test_it_learns(name):
   count = 30 if name == 'prior' else 16
   _, metrics, _ = steps.take(build(name), config(name), BATCH, count=count, frozen=frozen())
-  if name == 'prior':  # whose targets grow while their deviations are counted
+  if name == 'prior':  # whose targets change while their statistics are estimated
     cosines = [m['cosine'] for m in metrics]
     assert np.mean(cosines[-5:]) > np.mean(cosines[:3]) + 0.1
   else:
     losses = [m['loss'] for m in metrics]
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:3])
-    assert float(metrics[0].get('error', metrics[0]['loss'])) == pytest.approx(1.0, abs=0.1)  # it says nothing yet
+    assert float(metrics[0].get('error', metrics[0]['loss'])) == pytest.approx(1.0, abs=0.1)  # it predicts 0
 
 
 @pytest.mark.parametrize('name', TOKENIZERS)
-def test_pictures_for_the_log(name):
+def test_logged_samples(name):
   objective = build(name, **({} if name == 'prior' else {'sampling_steps': 3}))
   assert hasattr(objective, 'sample') == (name != 'prior')
   if name == 'prior':
@@ -67,7 +67,7 @@ def test_pictures_for_the_log(name):
     np.testing.assert_array_equal(shown[:, :, :32], BATCH['image'][:2])
 
 
-def test_the_prior_counts_means_and_deviations_of_embeddings():
+def test_the_prior_averages_means_and_deviations_of_embeddings():
   objective, nets = build('prior'), frozen()
   states, _, _ = steps.take(objective, config('prior'), BATCH, count=3, frozen=nets, accum=2)
   embed = np.asarray(objective.reader.encode_image(nets['clip'], jnp.asarray(BATCH['image']) / 127.5 - 1))
@@ -79,7 +79,7 @@ def test_the_prior_counts_means_and_deviations_of_embeddings():
   assert states[-1].mutable['batches'] == 7
 
 
-def test_a_prior_that_starts_from_another_one_keeps_its_numbers():
+def test_a_prior_that_starts_from_another_one_keeps_its_statistics():
   c = config('prior')
   c.init.path = 'runs/karlo'
   objective = prior.from_config(c, {'clip': CLIP})
@@ -103,12 +103,12 @@ def test_a_caption_that_is_dropped_does_not_count(name):
     assert (abs(a - b) > 1e-4 * abs(a)) == counts, dropout
 
 
-def test_cut_outs_of_large_and_small_pictures_are_of_the_same_place():
+def test_crops_of_large_and_small_images_are_at_the_same_place():
   objective = build('upsampler', crop=8, blur=0.0)
   large = jnp.arange(32 * 32, dtype=jnp.float32).reshape(1, 32, 32, 1).repeat(3, -1)
   low = large[:, ::2, ::2]
   for i in range(5):
-    a, b = objective._cut(jax.random.key(i), large, low)
+    a, b = objective._crop(jax.random.key(i), large, low)
     assert a.shape == (1, 8, 8, 3) and b.shape == (1, 4, 4, 3)
     np.testing.assert_array_equal(a[:, ::2, ::2], b)
 
@@ -116,16 +116,16 @@ def test_cut_outs_of_large_and_small_pictures_are_of_the_same_place():
 def test_errors():
   with pytest.raises(ValueError, match=r'objective prior needs a CLIP; set config.frozen.clip'):
     prior.from_config(config('prior'), {})
-  with pytest.raises(ValueError, match=r"config.frozen.clip is a run of 'vqgan'; expected one of the objective clip"):
+  with pytest.raises(ValueError, match=r"config.frozen.clip is a run of 'vqgan'; expected a run of the objective clip"):
     unclip.from_config(config('unclip'), {'clip': {**CLIP, 'objective': 'vqgan'}})
-  with pytest.raises(ValueError, match=r'config.loss has no field blurr; there are blur, noise, crop'):
+  with pytest.raises(ValueError, match=r'config.loss has no field blurr; its fields are blur, noise, crop'):
     build('upsampler', blurr=1.0)
   with pytest.raises(ValueError, match=r'config.loss.crop is 7; expected a multiple of 2, at most 32'):
     build('upsampler', crop=7)
   for name, pixels in (('unclip', 16), ('upsampler', 32)):
     c = config(name)
     c.data.image_size = 8
-    with pytest.raises(ValueError, match=f'draws {pixels} pixels a side, the data has 8'):
+    with pytest.raises(ValueError, match=f'generates images of {pixels} pixels a side, but those of the data have 8'):
       TOKENIZERS[name].from_config(c, {'clip': CLIP})
   for name, loss, message in (
     ('unclip', dict(sampling_steps=1), 'config.loss.sampling_steps is 1; expected 2 to 1000'),
@@ -139,5 +139,5 @@ def test_errors():
     prior.from_config(config('prior'), {'clip': {**CLIP, 'data': {'image_size': 0}}})
   c = config('upsampler')
   c.model.low_size = 12
-  with pytest.raises(ValueError, match='makes 32 of 12 pixels; expected a multiple'):
+  with pytest.raises(ValueError, match=r'image_size 32 is not a multiple of model\.low_size 12'):
     upsampler.from_config(c, {})

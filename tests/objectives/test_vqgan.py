@@ -123,7 +123,7 @@ def test_gumbel_cools_and_has_no_codebook_state():
   assert {'kl_loss', 'temperature', 'used_codes', 'perplexity'} <= set(metrics) and jnp.isfinite(loss)
 
 
-def test_evaluation_leaves_the_state_alone_and_samples_are_pairs():
+def test_evaluation_does_not_change_the_state_and_samples_are_pairs():
   objective = build()
   params, mutable = start(objective)
   _, (metrics, after) = jax.jit(objective.loss)(params, context(mutable, train=False), BATCH)
@@ -137,5 +137,5 @@ def test_evaluation_leaves_the_state_alone_and_samples_are_pairs():
 def test_a_config_without_lpips_says_so_and_unknown_fields_are_refused(capsys):
   build()
   assert 'no LPIPS weights' in capsys.readouterr().out
-  with pytest.raises(ValueError, match='no field lpip_weight; there are l1_weight'):
+  with pytest.raises(ValueError, match='no field lpip_weight; its fields are l1_weight'):
     build(lpip_weight=1.0)
