@@ -218,5 +218,5 @@ def test_an_imported_karlo_draws_and_varies(tmp_path, capsys):
     lambda: generator.load(tmp_path / 'words').variations([found.images[0]]),
     lambda: UnCLIP.load(out, clip=tmp_path / 'words' / 'frozen' / 'clip'),
   ):
-    with pytest.raises(ValueError, match='this CLIP came without its tower for pictures'):
+    with pytest.raises(ValueError, match='this CLIP was imported without its image tower'):
       what()
