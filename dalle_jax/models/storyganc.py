@@ -176,11 +176,11 @@ class StoryGANc(nn.Module):
     mu, log_var = jnp.split(dense(2 * self.code, 'story_out')(x).astype(jnp.float32), 2, -1)
     log_var = jnp.clip(log_var, -10.0, 10.0)
     kl = 0.5 * (jnp.square(mu) + jnp.exp(log_var) - 1 - log_var).mean()
-    first = mu + jnp.exp(0.5 * log_var) * eps
+    code = mu + jnp.exp(0.5 * log_var) * eps
     motion = GRU(self.code, self.dtype, name='motion')(
       jnp.concatenate([noise.astype(vectors.dtype), vectors], -1), jnp.zeros((b, self.code), self.dtype)
     )
-    gist = GRU(self.code, self.dtype, name='gist')(jnp.concatenate([motion, vectors], -1), first.astype(self.dtype))
+    gist = GRU(self.code, self.dtype, name='gist')(jnp.concatenate([motion, vectors], -1), code.astype(self.dtype))
     spread = jnp.broadcast_to(mu[:, None].astype(self.dtype), (b, t, self.code))
     z = jnp.concatenate([motion, spread, gist, dense(self.code, 'caption')(vectors)], -1).reshape(b * t, -1)
 

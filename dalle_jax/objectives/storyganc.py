@@ -77,7 +77,7 @@ class StoryGANcObjective:
     generated, statistics = self._generate(params, ctx, batch, source)
     fake = generated.frames
 
-    # Inputs of the discriminators; gradients reach the generator through its frames only.
+    # Inputs of the discriminators; their losses have gradients for the generator only through its frames.
     captions, code = stop(generated.captions), stop(generated.mu)
     of_frames = jnp.concatenate([captions, jnp.repeat(code[:, None], captions.shape[1], 1)], -1)
     of_story = jnp.concatenate([captions.mean(1), code], -1)
