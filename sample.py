@@ -3,6 +3,7 @@
   python sample.py --run runs/quickstart/dalle --clip runs/quickstart/clip --prompt "a large red circle at the top"
   python sample.py --run RUN --prompts captions.txt --n 8 --guidance 2       # one caption per line
   python sample.py --run RUN --prompt "..." --init_image photo.png --keep_rows 3     # completes the lower part
+  python sample.py --run RUN --prompt "a red" --complete                    # first completes the caption by the DALL-E
   python sample.py --run RUN --prompts captions.txt --mesh data=-1,fsdp=1 --distributed   # in every process of a job
   python sample.py --run UNCLIP --prompt "..." --guidance 4 --steps 50
   python sample.py --run UNCLIP --vary photo.png --n 8                       # images with the same CLIP embedding
@@ -46,6 +47,7 @@ string('vectors', '', 'a .npy file float32[captions, dim], for a model that read
 string('init_image', '', 'an image to complete')
 flags.DEFINE_integer('keep_rows', 0, 'rows of its image tokens to keep', 0, flag_values=FLAGS)
 string('vary', '', 'an image to vary, with an unCLIP')
+flags.DEFINE_bool('complete', False, 'first complete the captions, by the same DALL-E', flag_values=FLAGS)
 layout.define_flags(FLAGS)
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
@@ -113,6 +115,8 @@ def generate(requests: list[str], where: dict[str, Any]) -> None:
     raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}, which needs {wanted}.')
   if FLAGS.vectors and model.config['model'].get('sentences') != 'data':
     raise ValueError(f'{FLAGS.run} reads no sentence vectors; leave out --vectors.')
+  if FLAGS.complete:
+    requests = complete(model, requests)
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
   sampling = dict(n=FLAGS.n, seed=FLAGS.seed, batch_size=FLAGS.batch_size or model.BATCH)
   sampling |= options.sampling(FLAGS, model)
@@ -128,6 +132,17 @@ def generate(requests: list[str], where: dict[str, Any]) -> None:
     results = [(r, s.images, s.candidates, s.scores) for r, s in zip(requests, samples, strict=True)]
   if jax.process_index() == 0:
     write(Path(FLAGS.out), results, board, options.sampling_arguments(FLAGS, model))
+
+
+def complete(model: Any, requests: list[str]) -> list[str]:
+  """The captions, completed by the model."""
+  if not hasattr(model, 'complete_captions'):
+    raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}; --complete needs one of a DALL-E.')
+  how = {name: getattr(FLAGS, name) for name in ('seed', 'temperature', 'top_k', 'top_p')}
+  completed = [captions[0] for captions in model.complete_captions(requests, **how)]
+  for before, after in zip(requests, completed, strict=True):
+    print(f'{before!r} is completed to {after!r}', flush=True)
+  return completed
 
 
 def independent_samples(model: Any, requests: list[str], sampling: dict[str, Any]) -> list[Any]:

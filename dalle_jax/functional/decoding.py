@@ -125,6 +125,42 @@ def generate(
   return jnp.concatenate(tokens).T
 
 
+def complete_text(
+  next_logits: Callable[[jax.Array, jax.Array], jax.Array],
+  text: jax.Array,
+  lengths: jax.Array,
+  padding: jax.Array,
+  words: int,
+  keys: jax.Array,
+  sampling: Sampling,
+  end: int = -1,
+) -> jax.Array:
+  """Samples the rest of B captions, then padding: int32[B, T].
+
+  Each token takes a pass over the whole text, as captions are short and have no cache.
+
+  Args:
+    next_logits: (text, t) -> the logits of token t, float32[B, V], which depend on the tokens before t.
+    text: int32[B, T], of which the first lengths[b] tokens are given.
+    padding: int32[T], the padding id of each position, which ends a caption, as does `end`.
+    words: the ids below this one, and the padding of its position, are what a token may be.
+    keys: a key for each caption, [B].
+  """
+
+  def body(t: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    text, ended = carry
+    logits = next_logits(text, t)
+    ids = jnp.arange(logits.shape[-1])
+    logits = jnp.where((ids < words) | (ids == padding[t]), logits, MASKED)
+    token = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, t), sampling)
+    given = t < lengths
+    token = jnp.where(given, text[:, t], jnp.where(ended, padding[t], token))
+    return text.at[:, t].set(token), ended | (~given & ((token == padding[t]) | (token == end)))
+
+  first = lengths.min()  # what all captions are given needs no pass
+  return jax.lax.fori_loop(first, text.shape[1], body, (text, jnp.zeros(len(text), bool)))[0]
+
+
 def sample(
   apply: Callable[..., Any],
   text: jax.Array,

@@ -120,8 +120,7 @@ def codebook_state(num_codes: int, code_dim: int, data_init: bool = True) -> Sta
 def update_codebook(
   state: State,
   embedding: jax.Array,
-  z: jax.Array,
-  codes: jax.Array,
+  quantized: Quantized,
   rng: jax.Array,
   step: jax.Array,
   *,
@@ -132,8 +131,7 @@ def update_codebook(
   """Updates the statistics by a batch, and chooses the rows of the codebook that `write_codebook` overwrites.
 
   Args:
-    embedding: float32[K, D], the codebook that `codes` are of.
-    z, codes: float32[..., D] and int32[...], the quantised vectors and their codes.
+    embedding: float32[K, D], the codebook that quantised the batch.
     step: updates with the same step (gradient accumulation) add up.
     decay: of the moving averages (van den Oord et al., 2017, appendix A.1).
     revive: a code used less than this fraction of the mean is dead and is replaced by a vector of the batch, as is one
@@ -141,7 +139,8 @@ def update_codebook(
     average: moves every code to the moving average of its vectors.
   """
   num_codes, dim = embedding.shape
-  z, codes = jax.lax.stop_gradient(z).reshape(-1, dim), codes.ravel()
+  z, quantised = (jax.lax.stop_gradient(x).reshape(-1, dim) for x in (quantized.inputs, quantized.vectors))
+  codes = quantized.codes.ravel()
   again = state['step'] == step
   vectors = jnp.where(again, state['vectors'], embedding) if average else embedding
   uninitialised = state['count'] < 0  # not 0, to which the average of an unused code decays
@@ -157,7 +156,7 @@ def update_codebook(
   dead = uninitialised | (count < revive)
   rank = jnp.cumsum(dead) - 1
   dead &= rank < len(z)
-  error = jnp.square(z - embedding[codes]).sum(-1)
+  error = jnp.square(z - quantised).sum(-1)
   sampled = jnp.argsort(-(jnp.log(error + 1e-12) + jax.random.gumbel(rng, error.shape)))
   fresh = z[sampled[rank % len(z)]]
   pending = jnp.where(again, state['write'], False)

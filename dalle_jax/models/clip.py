@@ -18,7 +18,7 @@ from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import variants
 from dalle_jax.models.pooling import normalize
 
-MAX_SCALE = 100.0  # upper bound of the logit scale (section 2.5)
+MAX_SCALE = 100.0  # upper bound of the logit scale (section 2.5), which the objective enforces
 
 VARIANTS = {
   'test': dict(
@@ -193,9 +193,8 @@ class CLIP(nn.Module):
     self.logit_scale = self.param('logit_scale', nn.initializers.constant(math.log(1 / 0.07)), (), jnp.float32)
 
   def __call__(self, images: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Image and text embeddings, and the scale of their dot products as logits, float32[] in (0, MAX_SCALE]."""
-    scale = jnp.minimum(jnp.exp(self.logit_scale), MAX_SCALE)
-    return self.encode_image(images), self.encode_text(text), scale
+    """Image and text embeddings, and the scale of their dot products as logits, float32[]."""
+    return self.encode_image(images), self.encode_text(text), jnp.exp(self.logit_scale)
 
   def encode_image(self, images: jax.Array) -> jax.Array:
     """float32[B, H, W, 3] in [-1, 1] -> float32[B, embed_dim] of unit length. Raises ValueError for another size."""

@@ -201,6 +201,12 @@ class DALLE(nn.Module):
     """Features [..., D] -> float32[..., image_vocab]."""
     return self._logits(x, self.image_head, self.image_bias)
 
+  def next_text_logits(self, text: jax.Array, t: jax.Array) -> jax.Array:
+    """The logits of text token t, int32[], from the tokens before it in text int32[B, T]: float32[B, text_vocab]."""
+    x, first = self._stream(text, jnp.zeros((len(text), 0), jnp.int32), None)
+    x, _ = self._run(x, first, KVCache(), None)  # by the path that takes parameters laid out for decoding
+    return self.text_logits(self._read(jnp.take(x, t - 1 + LAYOUTS[self.layout].start, axis=1)))
+
   def prefill(
     self,
     text: jax.Array,

@@ -61,11 +61,12 @@ def by_output(x: jax.Array, axes: int) -> ByOutput:
 
 
 def compute_params(params: Any, dtype: Any, int8: bool = False, few_rows: bool = False) -> Any:
-  """Casts kernels and heads of a transformer to its compute dtype: the same results, and bfloat16 halves what is read.
+  """Casts kernels and heads to the compute dtype `dtype`, which layers do anyway; bfloat16 halves what a step reads.
 
   With `int8` the blocks and heads, which every decoding step reads whole, are quantised to a quarter of float32. With
   `few_rows` those that stay float32 are laid out as `ByOutput`, for a single CPU. Other parameters (norms, biases,
-  embeddings) are used in float32 and stay unchanged.
+  embeddings) are used in float32 and stay unchanged. Kernels of layers that compute in float32 inside a bfloat16 model,
+  such as the last one of a U-Net, are rounded as well.
   """
 
   def cast(path: Any, x: jax.Array) -> Any:

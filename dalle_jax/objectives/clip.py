@@ -31,7 +31,7 @@ class CLIPObjective:
     return loss, ({'accuracy': accuracy, 'scale': scale}, ctx.mutable)
 
   def after_update(self, params: Any, mutable: Any) -> Any:
-    """Clips the logit scale to at most `clip.MAX_SCALE`; above it the scale would get no gradient, and stay there."""
+    """Clips the logit scale to at most `clip.MAX_SCALE`: here and not in the network, so that it can decrease again."""
     scale = jnp.minimum(params['clip']['logit_scale'], math.log(clip.MAX_SCALE))
     return {**params, 'clip': {**params['clip'], 'logit_scale': scale}}
 

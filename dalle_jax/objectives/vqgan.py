@@ -124,8 +124,7 @@ class VQGANObjective:
       mutable['codebook'] = quantize.update_codebook(
         ctx.mutable['codebook'],
         params['vqgan']['quantize']['embedding'],
-        quantized.inputs,
-        quantized.codes,
+        quantized,
         rng,
         ctx.step,
         decay=c.ema_decay or c.usage_decay,

@@ -1,20 +1,22 @@
 """Images from captions by a trained DALL-E: `DallE.load('runs/mine').sample(['a red circle'], n=8, seed=0)`."""
 
 import functools
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.data import ops
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import dalle, image_tokenizer
-from dalle_jax.pipelines.generator import Setup, TokenGenerator, request_keys
+from dalle_jax.pipelines.generator import Setup, TokenGenerator, check_numbers, request_keys, rows_per_call
 from dalle_jax.pipelines.image_tokenizer import decode_codes
 from dalle_jax.pipelines.images import ImageGenerator, Sample, check_prompts
-from dalle_jax.training import checkpoint
+from dalle_jax.training import checkpoint, sharding
 
 
 class DallE(TokenGenerator, ImageGenerator):
@@ -27,6 +29,8 @@ class DallE(TokenGenerator, ImageGenerator):
     self.model = dalle.build(**{**self.config['model'], **self.sizes})
     self._prepare_params(self.model.dtype)
     self._draw = self._jit(functools.partial(draw, self.model, self.vqgan.network), static_argnames='sampling')
+    end = self.config['tokenizer'].get('end', -1)
+    self._complete = self._jit(functools.partial(complete, self.model, end), static_argnames='sampling')
 
   def sample(
     self,
@@ -66,6 +70,47 @@ class DallE(TokenGenerator, ImageGenerator):
     request = dict(n=n, seed=seed, first=first, batch_size=batch_size)
     return self._ranked(prompts, self._generate([p.encode() for p in prompts], rows, call, **request))
 
+  def complete_captions(
+    self,
+    prompts: Sequence[str],
+    n: int = 1,
+    seed: int = 0,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    batch_size: int = 64,
+  ) -> list[list[str]]:
+    """Generates `n` captions that begin with each prompt, as the model expects them of the captions it was trained on.
+
+    A caption is a function of (prompt, seed, its number); for the arguments see `sample`. Raises ValueError for
+    arguments out of range, and for an empty prompt where the model needs a first token.
+    """
+    check_prompts(prompts)
+    check_numbers(n, batch_size, seed)
+    sampling, settings = Sampling(temperature, top_k, top_p), self.config['tokenizer']
+    given = [(settings.get('start', -1) >= 0) + len(self.encode_text.bpe.encode(p)) for p in prompts]
+    if not min(given) and not dalle.LAYOUTS[self.model.layout].start:
+      raise ValueError('this model does not predict the first token of a caption; give at least one word.')
+    rows = {
+      'text': np.stack([self._text(p) for p in prompts]),
+      'length': np.minimum(given, self.model.text_length).astype(np.int32),
+      'name': np.array([zlib.crc32(p.encode()) for p in prompts], np.uint32),
+    }
+    rows = {name: np.repeat(value, n, axis=0) for name, value in rows.items()}
+    rows['number'] = np.tile(np.arange(n, dtype=np.int32), len(prompts))[:, None]
+    total, shards = len(prompts) * n, sharding.batch_shards(self.mesh) if self.mesh else 1
+    size, texts = rows_per_call(total, batch_size, shards), []
+    with sharding.within(self.mesh, self.rules):
+      for start in range(0, total, size):
+        chosen = np.minimum(np.arange(start, start + size), total - 1)
+        batch = self._put({name: value[chosen] for name, value in rows.items()})
+        texts.extend(np.asarray(self._complete(self.params['dalle'], batch, np.uint32(seed), sampling=sampling)))
+    special = {settings.get(name, -1) for name in ('pad', 'start', 'end')}
+    words = [[int(i) for i in text if i < self.model.words and i not in special] for text in texts[:total]]
+    captions = [self.encode_text.bpe.decode(ids) for ids in words]
+    return [captions[i * n : (i + 1) * n] for i in range(len(prompts))]
+
   # --- On the host
 
   def _prefix(self, init_image: Any, keep_rows: int) -> np.ndarray:
@@ -104,6 +149,22 @@ def draw(
   )
   images = decode_codes(vqgan, params['vqgan'], tokens, model.grid)
   return images.reshape(-1, n, *images.shape[1:]), tokens.reshape(-1, n, tokens.shape[-1])
+
+
+def complete(
+  model: dalle.DALLE, end: int, params: Any, batch: dict[str, jax.Array], seed: jax.Array, *, sampling: Sampling
+) -> jax.Array:
+  """Completed captions int32[B, T]; under jit. `batch` has text int32[B, T], length, name [B] and number [B, 1]."""
+  return decoding.complete_text(
+    lambda text, t: model.apply({'params': params}, text, t, method='next_text_logits'),
+    batch['text'],
+    batch['length'],
+    jnp.asarray(model.padding),
+    model.words,
+    request_keys(seed, batch['name'], batch['number']),
+    sampling,
+    end,
+  )
 
 
 load = DallE.load

@@ -109,6 +109,24 @@ def test_the_first_of_the_largest_is_taken_as_by_argmax():
   np.testing.assert_array_equal(decoding.choose(logits, keys, Sampling()), drawn)
 
 
+def test_captions_are_completed_up_to_their_padding():
+  padding, words = jnp.array([10, 11, 12, 13, 14]), 10  # an id of its own for each position
+
+  def next_logits(text, t):
+    # A caption counts on from its last token, and ends behind 4; paddings of other positions are likely, and wrong.
+    before = text[:, t - 1]
+    wanted = jnp.where(before == 4, padding[t], before + 1)
+    return 5.0 * jax.nn.one_hot(wanted, 15) + 9.0 * jax.nn.one_hot((padding[t] - 9) % 5 + 10, 15)
+
+  text = jnp.array([[2, 9, 9, 9, 9], [0, 1, 9, 9, 9], [7, 7, 7, 7, 7]])
+  keys = jax.random.split(jax.random.key(0), 3)
+  greedy = lambda lengths, end=-1: decoding.complete_text(
+    next_logits, text, jnp.array(lengths), padding, words, keys, Sampling(temperature=0.0), end
+  ).tolist()
+  assert greedy([1, 2, 5]) == [[2, 3, 4, 13, 14], [0, 1, 2, 3, 4], [7, 7, 7, 7, 7]]
+  assert greedy([1, 2, 5], end=3) == [[2, 3, 12, 13, 14], [0, 1, 2, 3, 14], [7, 7, 7, 7, 7]]
+
+
 def test_guidance():
   cond, uncond = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 4.0]])
   np.testing.assert_allclose(decoding.guide(jnp.concatenate([cond, uncond]), 3.0), [[3.0, -2.0]])

@@ -25,9 +25,8 @@ def update(state, z, codes, embedding=None, step=0, seed=0, **kwargs):
   settings = dict(decay=0.9, revive=0.0, average=True) | kwargs
   rng = jax.random.key(seed)
   embedding = table() if embedding is None else embedding
-  return quantize.update_codebook(
-    state, embedding, jnp.asarray(z), jnp.asarray(codes), rng, jnp.int32(step), **settings
-  )
+  batch = quantize.Quantized(jnp.asarray(embedding)[codes], jnp.asarray(codes), jnp.asarray(z), {})
+  return quantize.update_codebook(state, embedding, batch, rng, jnp.int32(step), **settings)
 
 
 @pytest.mark.parametrize('normalize', [False, True])

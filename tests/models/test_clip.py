@@ -28,7 +28,7 @@ def encode_text(text, **fields):
   return jax.jit(functools.partial(model.apply, {'params': init(model)}, method='encode_text'))(text)
 
 
-def test_embeddings_have_unit_length_and_the_scale_a_ceiling():
+def test_embeddings_have_unit_length():
   model = clip.build('test')
   params = init(model) | {'logit_scale': jnp.log(1 / 0.07)}
   apply = jax.jit(model.apply, static_argnames='method')
@@ -37,7 +37,6 @@ def test_embeddings_have_unit_length_and_the_scale_a_ceiling():
   np.testing.assert_allclose(np.linalg.norm([a, b], axis=-1), 1.0, rtol=1e-5)
   np.testing.assert_allclose(scale, 1 / 0.07, rtol=1e-5)
   np.testing.assert_allclose(apply({'params': params}, IMAGES, method='encode_image'), a, rtol=1e-5)
-  assert apply({'params': params | {'logit_scale': jnp.float32(9.0)}}, IMAGES, TEXT)[2] == 100.0
 
 
 @pytest.mark.parametrize('causal', [True, False])

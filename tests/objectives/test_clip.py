@@ -57,8 +57,13 @@ def test_the_batch_is_the_global_one():
   assert abs(part - loss) > 0.5  # ln 2 against ln 16
 
 
-def test_the_scale_stays_below_its_ceiling():
-  params = build().after_update({'clip': {'logit_scale': jnp.float32(9.0), 'rest': jnp.ones(2)}}, {})
+def test_the_scale_stays_below_its_ceiling_and_comes_down_from_it():
+  objective = build()
+  params, _ = runs.parameters(objective.init, BATCH)
+  at_the_top = objective.after_update({'clip': params['clip'] | {'logit_scale': jnp.float32(9.0)}}, {})
+  slope = jax.jit(jax.grad(lambda p: objective.loss(p, Context({}, {}, None, jnp.int32(0)), BATCH)[0]))(at_the_top)
+  assert abs(float(slope['clip']['logit_scale'])) > 1e-3
+  params = objective.after_update({'clip': {'logit_scale': jnp.float32(9.0), 'rest': jnp.ones(2)}}, {})
   assert float(jnp.exp(params['clip']['logit_scale'])) == pytest.approx(100.0, rel=1e-4)
   assert params['clip']['rest'].shape == (2,)
 

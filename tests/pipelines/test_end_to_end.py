@@ -127,6 +127,16 @@ def test_samples_are_ranked_and_depend_on_prompt_seed_and_number_alone(model):
   assert (other[0].tokens != samples[0].tokens).any()
 
 
+def test_captions_are_completed(model):
+  captions = model.complete_captions(['a small', ''], n=3, seed=1, batch_size=4)
+  assert [len(c) for c in captions] == [3, 3] and all(c.startswith('a small') for c in captions[0])
+  assert len(set(captions[0] + captions[1])) > 2
+  assert model.complete_captions([''], n=2, seed=1)[0] == captions[1][:2]  # whatever else is asked for
+  long = 'a large yellow moon at the top left'
+  kept = model.encode_text.bpe.decode(model.encode_text.bpe.encode(long)[:6])
+  assert model.complete_captions([long]) == [[kept]]  # nothing is left to complete
+
+
 def test_a_mesh_draws_the_same_pictures(root, model):
   expected = model.sample(PROMPTS, n=2, seed=1, guidance=2.0)
   compiled = model._draw._cache_size()
