@@ -52,10 +52,25 @@ def check_image_size(side: int, data: Mapping[str, Any]) -> None:
     )
 
 
+POSITIVE = (
+  'width',
+  'd_model',
+  'depth',
+  'layers',
+  'heads',
+  'text_layers',
+  'text_heads',
+  'patch',
+  'ch',
+  'num_codes',
+  'code_dim',
+)
+
+
 def build(module: type[Module], variants: Mapping[str, Mapping[str, Any]], variant: str, overrides: Any) -> Module:
   """`module` with the fields of `variants[variant]`, with overrides: a dtype may be a string, and a tuple a list.
 
-  Raises ValueError, which names the known ones, for an unknown variant, field or dtype.
+  Raises ValueError, which names the known ones, for an unknown variant, field or dtype, and for sizes below 1.
   """
   name = module.__name__
   if variant not in variants:
@@ -63,6 +78,9 @@ def build(module: type[Module], variants: Mapping[str, Mapping[str, Any]], varia
   defaults = {f.name: f.default for f in dataclasses.fields(module) if f.name not in ('parent', 'name')}
   merged = {**variants[variant], **fields(name, {**defaults, **variants[variant]}, overrides)}
   values = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
+  for field in POSITIVE:
+    if field in overrides and values[field] < 1:
+      raise ValueError(f'{name}.{field} is {values[field]}; expected 1 or more.')
   if isinstance(values.get('dtype'), str):
     if values['dtype'] not in ('float32', 'bfloat16'):
       raise ValueError(f'{name}: dtype {values["dtype"]!r} is unknown; expected float32 or bfloat16.')

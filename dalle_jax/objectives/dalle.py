@@ -107,6 +107,9 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> DALLEO
   an unknown field, without captions, or without a VQGAN.
   """
   c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
+  variants.check_ranges(
+    'config.loss', c, ['caption_dropout', 'token_noise', 'noise_spread'], ['text_weight', 'image_weight']
+  )
   tokenizer, sizes = text_and_image(config, frozen_configs, 'dalle')
   return DALLEObjective(dalle.build(**{**config.model, **sizes}), tokenizer, c)
 

@@ -131,6 +131,9 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> StoryD
   Raises ValueError for an unknown field, without captions or a VQGAN, or without the source of sentence embeddings.
   """
   c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
+  variants.check_ranges(
+    'config.loss', c, ['caption_dropout', 'token_noise', 'noise_spread'], ['text_weight', 'image_weight']
+  )
   tokenizer, sizes = text_and_image(config, frozen_configs, 'story_dalle')
   tower, source = None, config.model.get('sentences', 'own')
   if source == 'clip':

@@ -120,6 +120,8 @@ def test_sample_puts_reconstructions_next_to_samples(frozen, params):
 def test_errors():
   with pytest.raises(ValueError, match=r'config.loss has no field dropout; its fields are text_weight'):
     build(dropout=0.1)
+  with pytest.raises(ValueError, match=r'config.loss.caption_dropout is 5.0; expected a fraction'):
+    build(caption_dropout=5.0)
   with pytest.raises(ValueError, match=r'set config.frozen.vqgan to the run of a VQGAN'):
     dalle.from_config(config(), {})
   c = config()
