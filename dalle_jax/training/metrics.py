@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import tqdm
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 # Dense bf16 FLOP/s of one chip (vendors' data sheets), by whole words of jax.Device.device_kind; the first match wins.
 PEAK_FLOPS = {
@@ -29,6 +32,50 @@ def peak_flops(device: jax.Device) -> float | None:
   """Peak dense bf16 FLOP/s of a device, or None for a CPU or an unknown device."""
   named = lambda kind: re.search(rf'\b{kind}\b', device.device_kind, re.IGNORECASE)
   return next((flops for kind, flops in PEAK_FLOPS.items() if named(kind)), None)
+
+
+class Board:
+  """Event files in `path` for TensorBoard, which discards what earlier files hold from step `purge` on.
+
+  The metrics are stored elsewhere too, so an error while writing here ends the board with a warning, not the run.
+  Events are written in this thread: tensorboardX's SummaryWriter hands them to one of its own, and once that thread has
+  died of a full disk, the next events block the training loop for ever.
+  """
+
+  FLUSH_EVERY = 30.0  # seconds
+
+  def __init__(self, path: Path, purge: int):
+    self.events: EventsWriter | None = None
+    self.flushed = time.monotonic()
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+      self.events = EventsWriter(str(path / 'events'))
+    except OSError as e:
+      self._give_up(e)
+    self.add(purge, session_log=SessionLog(status=SessionLog.START))
+
+  def add(self, step: int, **content: Any) -> None:
+    if self.events is None:
+      return
+    try:
+      self.events.write_event(Event(wall_time=time.time(), step=step, **content))
+      if time.monotonic() - self.flushed > self.FLUSH_EVERY:
+        self.events.flush()
+        self.flushed = time.monotonic()
+    except OSError as e:
+      self._give_up(e)
+
+  def close(self) -> None:
+    events, self.events = self.events, None
+    if events is not None:
+      try:
+        events.close()
+      except OSError as e:
+        self._give_up(e)
+
+  def _give_up(self, e: OSError) -> None:
+    self.events = None
+    print(f'warning: TensorBoard events cannot be written ({e}); metrics.jsonl continues without them', flush=True)
 
 
 class Writer:
@@ -48,7 +95,7 @@ class Writer:
     partial.write_text(''.join(lines))
     os.replace(partial, path)
     self.file = path.open('a')
-    self.board = SummaryWriter(str(self.run_dir / 'tb'), purge_step=resumed + 1)
+    self.board = Board(self.run_dir / 'tb', purge=resumed + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     if self.active:
@@ -56,7 +103,7 @@ class Writer:
       self.file.write(json.dumps({'step': step, **rounded}) + '\n')
       self.file.flush()
       for name, value in values.items():
-        self.board.add_scalar(name, value, step)
+        self.board.add(step, summary=summary.scalar(name, value))
 
   def image(self, step: int, name: str, image: np.ndarray) -> None:
     """Writes `image` uint8[H, W, 3] to pictures/NAME_STEP.png and TensorBoard."""
@@ -64,7 +111,7 @@ class Writer:
       path = self.run_dir / 'pictures' / f'{name}_{step:07d}.png'
       path.parent.mkdir(exist_ok=True)
       Image.fromarray(image).save(path)
-      self.board.add_image(name, image, step, dataformats='HWC')
+      self.board.add(step, summary=summary.image(name, image, dataformats='HWC'))
 
   def close(self) -> None:
     if self.active:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
 
 from dalle_jax.aot import costs
 from dalle_jax.evals import loss as eval_loss
@@ -306,3 +308,42 @@ def test_failing_save_is_one_line(tmp_path):
 def test_metrics_file_is_json_lines(straight):
   for line in (straight[1] / 'metrics.jsonl').read_text().splitlines():
     assert {'step', 'loss', 'accuracy', 'grad_norm', 'lr', 'tokens_per_second', 'seconds'} <= json.loads(line).keys()
+
+
+def test_a_full_disk_ends_the_board_but_not_the_run(tmp_path, monkeypatch, capsys):
+  def full(self, data):
+    raise OSError(28, 'No space left on device')
+
+  writer = metrics.Writer(tmp_path, 0)
+  writer.write(1, {'loss': 1.0})
+  monkeypatch.setattr(RecordWriter, 'write', full)
+  for step in range(2, 40):  # more than the queue of tensorboardX's own writer holds
+    writer.write(step, {'loss': 1.0})
+  writer.image(40, 'samples', np.zeros((8, 8, 3), np.uint8))
+  writer.close()
+  metrics.Writer(tmp_path, 40).close()  # nor does a board that cannot even be opened
+  assert len(metrics.read(tmp_path / 'metrics.jsonl')) == 39
+  warning = (
+    'warning: TensorBoard events cannot be written ([Errno 28] No space left on device); metrics.jsonl continues'
+  )
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) == 2 and all(line.startswith(warning) for line in lines)
+
+
+def test_the_board_holds_scalars_images_and_where_a_resumed_run_begins(tmp_path):
+  writer = metrics.Writer(tmp_path, 4)
+  writer.write(6, {'loss': 0.5, 'val/loss': 2})
+  writer.image(6, 'samples', np.zeros((8, 8, 3), np.uint8))
+  writer.close()
+  (file,) = (tmp_path / 'tb').iterdir()
+  data, events = file.read_bytes(), []
+  while data:  # records: length uint64, its checksum, an Event, its checksum
+    size = int.from_bytes(data[:8], 'little')
+    events.append(Event.FromString(data[12 : 12 + size]))
+    data = data[16 + size :]
+  version, start, *added = events
+  assert version.file_version == 'brain.Event:2'
+  assert start.step == 5 and start.session_log.status == SessionLog.START
+  values = [value for e in added for value in e.summary.value]
+  assert [v.tag for v in values] == ['loss', 'val/loss', 'samples'] and {e.step for e in added} == {6}
+  assert values[0].simple_value == 0.5 and (values[2].image.height, values[2].image.width) == (8, 8)
