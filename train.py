@@ -107,6 +107,24 @@ def frozen_runs(
   return runs
 
 
+def check_resumable(run_dir: Path, before: dict, config: ConfigDict) -> None:
+  """Raises ValueError if the run in `run_dir`, whose config was `before`, is clearly not the one that `config` trains.
+
+  This comes before anything is written. Differences in the parameters are found later, when the checkpoint is read.
+  """
+  if before.get('objective') != config.objective:
+    raise ValueError(
+      f'{run_dir} is a run of {before.get("objective")!r}, but this config trains {config.objective!r}; '
+      'pass another --config.run_dir.'
+    )
+  size = before.get('data', {}).get('image_size', config.data.image_size)
+  if config.encode.enabled and size != config.data.image_size:  # would encode the data set again, at another size
+    raise ValueError(
+      f'{run_dir} was trained with data.image_size={size}, but this config has {config.data.image_size}; '
+      'set it back or pass another --config.run_dir.'
+    )
+
+
 def encoded(config: ConfigDict, records: dict, frozen: dict[str, checkpoint.Run], run_dir: Path) -> dict:
   """The splits as codes of the frozen VQGAN, encoded once and stored in RUN_DIR/encoded (or config.encode.path)."""
   if 'vqgan' not in frozen:
@@ -119,7 +137,10 @@ def encoded(config: ConfigDict, records: dict, frozen: dict[str, checkpoint.Run]
   if config.data.augment:
     print(f'data.augment {config.data.augment!r} has no effect: images are encoded once, as central crops')
   folder = Path(config.encode.path or run_dir / 'encoded')
+  complete = next(iter(checkpoint.steps(run_dir)), 0) >= config.train.steps
   for split, source in records.items():
+    if complete and (folder / split / 'meta.json').is_file():
+      continue  # nothing is left to train, so whatever `source` is now, the codes that the run was trained on stay
     sizes = config.data.image_size, config.encode.batch_size, config.data.workers
     encode.encode_dataset(source, frozen['vqgan'], folder / split, *sizes)
   data = config.data.copy_and_resolve_references()
@@ -152,6 +173,8 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
   run_dir.mkdir(parents=True, exist_ok=True)
   distributed.check_shared(run_dir)
   before = checkpoint.read_meta(run_dir)
+  if before:
+    check_resumable(run_dir, before['config'], config)
 
   # Records, tokenizer, frozen networks
   data = config.data
@@ -186,7 +209,6 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
   )
   if before and (changed := config_lib.changes(before['config'], now)):
     print(f'config changed since the last checkpoint: {"; ".join(changed)}', flush=True)
-  checkpoint.write_json(run_dir / 'config.json', now)
   copies = {name: f'frozen/{name}' for name in config.frozen}
   meta = {'config': now, 'tokenizer': tokenizer.to_json() if tokenizer else None, 'frozen': copies}
 

@@ -1,8 +1,13 @@
 """The command line of training."""
 
+import numpy as np
 import pytest
 
 import train
+from configs import common
+from dalle_jax.data import sources
+from dalle_jax.pipelines import encode
+from dalle_jax.training import checkpoint
 
 RECIPE = """
 from configs import common
@@ -34,3 +39,37 @@ def test_no_stage_begins_after_a_stop(tmp_path, recipe, monkeypatch, stopped, st
   monkeypatch.setattr(train, 'run', run)
   assert train.main(['train.py', '--config', recipe]) == status
   assert begun == [f'{tmp_path}/{name}' for name in runs]
+
+
+@pytest.mark.parametrize(
+  'objective, size, message',
+  [
+    ('clip', 64, "is a run of 'dalle', but this config trains 'clip'; pass another --config.run_dir"),
+    ('dalle', 32, 'was trained with data.image_size=64, but this config has 32; set it back or pass another'),
+  ],
+)
+def test_a_run_of_another_kind_is_left_untouched(tmp_path, objective, size, message):
+  before = {'objective': 'dalle', 'data': {'image_size': 64}}
+  checkpoint.export_run(tmp_path, checkpoint.Run(before, {'dalle': {'x': np.zeros(1)}}, None, 3, str(tmp_path)))
+  files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file()}
+  c = common.base()
+  c.run_dir, c.objective, c.data.image_size, c.encode.enabled = str(tmp_path), objective, size, True
+  c.data.source, c.data.source_args = 'shapes', dict(count=4)
+  with pytest.raises(ValueError, match=message) as e:
+    train.run(c)
+  assert '\n' not in str(e.value)
+  assert files == {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file()}
+
+
+def test_a_complete_run_does_not_encode_other_data(tmp_path, monkeypatch):
+  encoded_again = []
+  monkeypatch.setattr(encode, 'encode_dataset', lambda source, vqgan, folder, *sizes: encoded_again.append(folder.name))
+  monkeypatch.setattr(sources, 'load', lambda data, split: split)
+  (tmp_path / 'checkpoints' / '3').mkdir(parents=True)
+  (tmp_path / 'encoded' / 'train').mkdir(parents=True)
+  (tmp_path / 'encoded' / 'train' / 'meta.json').touch()
+  c, records = common.base(), {'train': [], 'val': []}
+  for steps, expected in ((3, ['val']), (4, ['val', 'train', 'val'])):  # `val` is not there yet
+    c.train.steps = steps
+    assert train.encoded(c, records, {'vqgan': None}, tmp_path) == {'train': 'train', 'val': 'val'}
+    assert encoded_again == expected

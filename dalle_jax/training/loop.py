@@ -153,7 +153,7 @@ def train(
     mesh: from `sharding.use`, inside whose context this is called.
     frozen: parameters of networks that do not train, passed to every step.
     evals: called every `eval_every` steps with the EMA parameters (the plain ones without EMA).
-    meta: stored in every checkpoint: config, tokenizer, frozen.
+    meta: stored in every checkpoint: config, tokenizer, frozen; the config is also written to RUN_DIR/config.json.
     initial: parameters of another run to start from (`checkpoint.strict_merge` with `config.init.new`).
 
   Returns:
@@ -227,6 +227,8 @@ def train(
     xla_options=c.xla_options,
   )
   saves = checkpoint.manager(run_dir, c.keep)
+  if meta:  # only now, when the config is known to fit the run
+    checkpoint.write_json(run_dir / 'config.json', meta['config'])
   writer, progress = metrics_lib.Writer(run_dir, start), metrics_lib.Progress(start, c.steps)
   log = metrics_lib.Log(writer, progress, c.nan_guard)
   tokens = getattr(objective, 'tokens', lambda batch: 0)(spec)

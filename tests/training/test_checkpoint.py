@@ -1,3 +1,5 @@
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,10 +72,13 @@ def test_export_is_a_run_with_its_frozen_networks(run_dir, tmp_path):
 
 
 def test_resume_refuses_another_model_and_names_the_tensors(run_dir):
+  assert json.loads((run_dir / 'config.json').read_text()) == {'objective': 'toy'}
+  (run_dir / 'config.json').write_text('kept')
   with pytest.raises(ValueError, match=r'does not fit this config: missing .*params/critic/up/kernel float32\[8, 16\]'):
     toy.run(toy.config(run_dir), toy.Toy(critic=True))
   with pytest.raises(ValueError, match=r'unexpected ema/net/down/bias'):
     toy.run(toy.config(run_dir, ema=0.0))
+  assert (run_dir / 'config.json').read_text() == 'kept'  # not replaced by a config that does not fit
 
 
 def test_dtype_mismatch_is_an_error(tmp_path):
