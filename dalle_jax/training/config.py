@@ -1,9 +1,12 @@
 """Parses configs from the command line, with one clear line for each mistake, and compares them."""
 
+import contextlib
 import difflib
 import importlib
+import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,8 +21,8 @@ OPEN = r'(model|loss|frozen|data\.source_args|train\.xla_options|loss\.disc|opti
 def parse(argv: Sequence[str], flag_values: flags.FlagValues | None = None) -> ConfigDict:
   """Parses `PROGRAM --config file.py:argument --config.NAME=VALUE ...`; `flag_values` defines any other flags.
 
-  Raises ValueError for a field that the config does not have (naming similar ones) or a value of the wrong type, and
-  FileNotFoundError if the file cannot be read.
+  Raises ValueError for a field that the config does not have (naming similar ones), a value of the wrong type, or an
+  error in the file, and OSError if the file cannot be read.
   """
   config = _load(argv)
   for name in (a.lstrip('-').removeprefix('config.').split('=')[0] for a in argv if re.match('--?config[.]', a)):
@@ -33,9 +36,18 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues | None = None) -> C
   try:
     rest = values(overrides)[1:]
   except flags.Error as e:
-    raise ValueError(' '.join(str(e).split())) from e
+    text = ' '.join(str(e).split())
+    if 'as a ConfigDict' in text:
+      flag = text.removeprefix('flag ').partition('=')[0]
+      text = f'{flag} holds other fields; set one of those, as {flag}.NAME=VALUE.'
+    raise ValueError(text) from e
   if rest:
     raise ValueError(f'arguments {rest} are not understood; overrides look like --config.optim.lr=3e-4.')
+  for rule in config.get('rules', ()):
+    if not isinstance(rule, (tuple, list)) or len(rule) != 2:
+      raise ValueError(
+        f"config.rules has {rule!r}; expected pairs of a logical axis and mesh axes, such as ('embed', 'fsdp')."
+      )
   return config
 
 
@@ -59,17 +71,54 @@ def _config_file(argv: Sequence[str]) -> tuple[int, str, str]:
 
 def _load(argv: Sequence[str]) -> ConfigDict:
   """The config as its file defines it, without overrides."""
-  bare, values = [argv[0], '--config', _config_file(argv)[2]], flags.FlagValues()
-  holder = config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=bare, lock_config=False)
+  path, *argument = _config_file(argv)[2].split(':', 1)
+  module = load_file(path, 'get_config')
+  with user_code(path):
+    config = module.get_config(*argument)
+  if not isinstance(config, ConfigDict):
+    raise ValueError(
+      f'get_config of {path} returns {type(config).__name__}; expected a ConfigDict, such as that of common.base().'
+    )
+  return config
+
+
+def load_file(path: str, function: str) -> ModuleType:
+  """Imports a config file that defines `function`. Raises ValueError or OSError of one line naming the file."""
+  if not path.endswith('.py') and Path(path).is_file():
+    raise ValueError(
+      f'{path} is not a Python file; pass --config configs/NAME.py (a run resumes with the config it began with).'
+    )
   try:
-    values(bare)
-  except flags.Error as e:  # its text is a traceback through the file, whose last line says what is wrong
-    raise ValueError(str(e).strip().splitlines()[-1].strip().removeprefix('ValueError: ')) from e
-  try:
-    flat(holder.value)  # a missing file raises only when the value is read
+    open(path).close()
   except OSError as e:
-    raise FileNotFoundError(f'the config cannot be read: {str(e).splitlines()[-1].strip()}') from e
-  return holder.value
+    raise type(e)(f'the config cannot be read: {e}; pass --config configs/NAME.py.') from e
+  spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+  module = importlib.util.module_from_spec(spec)
+  with user_code(path):
+    spec.loader.exec_module(module)
+  if not hasattr(module, function):
+    raise ValueError(f'{path} has no function `{function}`; the files in configs/ show what it returns.')
+  return module
+
+
+@contextlib.contextmanager
+def user_code(path: str) -> Iterator[None]:
+  """Turns an error in the config file `path` into a ValueError of one line, with its line in the file.
+
+  A ValueError that is raised on purpose, such as that of an unknown argument, keeps its message.
+  """
+  try:
+    yield
+  except Exception as e:
+    frames = traceback.extract_tb(e.__traceback__)
+    if isinstance(e, ValueError) and (frames[-1].line or '').startswith('raise '):
+      raise ValueError(' '.join(str(e).split())) from e
+    if isinstance(e, SyntaxError):
+      where, text = f'{e.filename}, line {e.lineno}', e.msg
+    else:
+      lines = [f.lineno for f in frames if Path(f.filename).absolute() == Path(path).absolute()]
+      where, text = f'{path}, line {lines[-1]}' if lines else path, ' '.join(str(e).split())
+    raise ValueError(f'{where}: {type(e).__name__}: {text}') from e
 
 
 def _add_parents(config: ConfigDict, name: str) -> None:

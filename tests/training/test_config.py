@@ -56,6 +56,8 @@ def test_parse_overrides_and_stages(recipe, form):
     ('--config.optim.groups.dalle=1', r"no field 'optim.groups.dalle'; did you mean optim.groups"),
     ('--config.optim.lr=fast', "could not convert string to float: 'fast'"),
     ('--config.train.steps=1.5', 'invalid literal for int'),
+    ('--config.data=x', '^--config.data holds other fields; set one of those, as --config.data.NAME=VALUE.$'),
+    ('--config.rules=x', "config.rules has 'x'; expected pairs of a logical axis and mesh axes"),
     ('--conf=1', "Unknown command line flag 'conf'"),
     ('lr=1', "arguments \\['lr=1'\\] are not understood"),
   ],
@@ -71,6 +73,34 @@ def test_no_config_or_no_such_file():
     config_lib.parse(['train.py'])
   with pytest.raises(FileNotFoundError, match=r'cannot be read.*nope\.py'):
     config_lib.parse(['train.py', '--config', 'nope.py'])
+
+
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ('get_config = ', r'recipe.py, line 1: SyntaxError: invalid syntax'),
+    ('import os\nimport no_such_module', r"recipe.py, line 2: ModuleNotFoundError: No module named 'no_such_module'"),
+    ('def get_config(arg=""):\n  return int("x\\ny")', r'recipe.py, line 2: ValueError: invalid literal for int\(\)'),
+    ('def get_config():\n  raise ValueError("wrong\\nsize")', r'^wrong size$'),
+    ('def get_config(arg):\n  pass', r'recipe.py: TypeError: get_config\(\) missing 1 required positional argument'),
+    ('def get_config():\n  pass', r'get_config of .*recipe.py returns NoneType; expected a ConfigDict'),
+    ('def get_config():\n  return {}', r'returns dict; expected a ConfigDict'),
+    ('x = 1', r'recipe.py has no function `get_config`'),
+  ],
+)
+def test_mistakes_in_the_file_are_one_line(tmp_path, text, message):
+  (tmp_path / 'recipe.py').write_text(text)
+  with pytest.raises(ValueError, match=message) as e:
+    config_lib.parse(['train.py', '--config', str(tmp_path / 'recipe.py')])
+  assert '\n' not in str(e.value)
+
+
+def test_what_is_not_a_config_file_is_named(tmp_path):
+  (tmp_path / 'config.json').write_text('{}')
+  with pytest.raises(ValueError, match=r'config.json is not a Python file; pass --config'):
+    config_lib.parse(['train.py', '--config', str(tmp_path / 'config.json')])
+  with pytest.raises(OSError, match=r'the config cannot be read: .*Is a directory'):
+    config_lib.parse(['train.py', '--config', str(tmp_path)])
 
 
 def test_an_unknown_argument_of_the_file_is_one_line(recipe):
