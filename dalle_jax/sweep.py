@@ -11,7 +11,6 @@ sweep.json have one row per run and are written whenever a run ends.
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -49,12 +48,13 @@ flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
 @dataclasses.dataclass
 class Run:
-  """One setting: its run directory, the command that trains it, its number of steps, and how it ended."""
+  """One setting: its run directory, the command that trains it, its number of steps and config, and how it ended."""
 
   path: Path
   overrides: Mapping[str, Any]
   command: Sequence[str]
   steps: int
+  config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   status: str = 'waiting'
 
   @property
@@ -66,23 +66,34 @@ class Run:
     last = next(iter(checkpoint.steps(self.path)), 0)
     return last >= self.steps and metrics.logged(self.path, last)
 
+  def changes(self) -> list[str]:
+    """How the config differs from that of the newest checkpoint, apart from what train.py itself sets."""
+    if not (meta := checkpoint.read_meta(self.path)):
+      return []
+    ignored = r'run_dir|train\.(steps|compilation_cache)|tokenizer\.vocab_size'
+    if self.config['model'].get('variant') == 'init':  # the fields come from the run to start from
+      ignored += r'|(model|loss\.disc|tokenizer)\..*'
+    lines = config_lib.changes(meta['config'], self.config)
+    return [line for line in lines if not re.fullmatch(ignored, line.partition(': ')[0])]
+
   def results(self) -> dict[str, float]:
     """The last value of every metric."""
     return {k: v for line in metrics.read(self.path / 'metrics.jsonl') for k, v in line.items()}
 
 
 def settings(config: str) -> list[dict[str, Any]]:
-  """The settings that `sweep` of a config file adds, each as field -> value. Raises ValueError of one line."""
-  path = Path(config.partition(':')[0])
-  if not path.is_file():
-    raise FileNotFoundError(f'there is no config {path}; pass --config configs/NAME.py of one with a `sweep`.')
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  if not hasattr(module, 'sweep'):
-    raise ValueError(f'{path} has no `sweep`; give it one that calls add(**{{"optim.lr": 1e-3}}) for each run.')
+  """The settings that `sweep` of a config file adds, each as field -> value. Raises one-line ValueError or OSError."""
+  path = config.partition(':')[0]
   added: list[dict[str, Any]] = []
-  module.sweep(lambda **overrides: added.append(overrides))
+
+  def add(*wrong: Any, **overrides: Any) -> None:
+    if wrong:
+      raise ValueError(f'`sweep` of {path} calls add({wrong[0]!r}); pass fields by name: add(**{{"optim.lr": 1e-3}}).')
+    added.append(overrides)
+
+  module = config_lib.load_file(path, 'sweep')
+  with config_lib.user_code(path):
+    module.sweep(add)
   if not added:
     raise ValueError(f'`sweep` of {path} adds no run; call add(**{{"optim.lr": 1e-3}}) for each.')
   names = list(map(name, added))
@@ -107,7 +118,7 @@ def plan(config: str, root: Path, common: Sequence[str]) -> list[Run]:
     if parsed.stages:
       stages = ', '.join(parsed.stages)
       raise ValueError(f'{config} has the stages {stages}; sweep one of them: --config {config}:STAGE.')
-    runs.append(Run(path, overrides, command, parsed.train.steps))
+    runs.append(Run(path, overrides, command, parsed.train.steps, config_lib.to_json(parsed)))
   return runs
 
 
@@ -208,6 +219,12 @@ def sweep(runs: Sequence[Run], root: Path, executor: Callable[[Sequence[Run]], E
   for run in runs:
     run.path.mkdir(parents=True, exist_ok=True)
     run.status = 'finished' if run.finished() else 'waiting'
+    if run.status == 'finished' and (changed := run.changes()):
+      print(
+        f'warning: {run.path} was finished with another config ({"; ".join(changed[:5])}); delete it to train it '
+        'again, or give another --root',
+        flush=True,
+      )
   left = [r for r in runs if r.status == 'waiting']
   print(f'{len(left)} of {len(runs)} runs to do in {root}', flush=True)
   write(root, runs)

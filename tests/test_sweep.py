@@ -47,7 +47,9 @@ with (run / 'metrics.jsonl').open('w') as f:
     f.write(json.dumps(line) + '\\n')
 if c.optim.lr == 0.25:
   sys.exit('error: diverged' if c.seed == 7 else 1)
-(run / 'checkpoints' / str(c.train.steps)).mkdir(parents=True)
+meta = run / 'checkpoints' / str(c.train.steps) / 'meta'
+meta.mkdir(parents=True)
+(meta / 'metadata').write_text(json.dumps({'config': config.to_json(c)}))
 """
 
 
@@ -89,7 +91,11 @@ def test_a_failure_stops_no_other_run_and_only_it_is_repeated(tmp_path, run, cap
   assert table.splitlines()[0] == '| run | optim.lr | seed | train.evals | status | step | loss | val_loss |'
   assert table.splitlines()[3] == f'| {NAMES[1]} | 0.25 | 1 |  | diverged | 4 | 0.25 | 9 |' and table in said.out
   assert begun(tmp_path) == [1, 1, 1, 1]
+  assert 'warning' not in said.out
   assert run('--config.seed=7') == 2  # for all; seed of an override comes after it
+  warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning: ')]
+  again = 'was finished with another config (seed: 0 -> 7); delete it to train it again, or give another --root'
+  assert warned == [f'warning: {tmp_path}/out/{name} {again}' for name in NAMES[2:]]
   assert begun(tmp_path) == [1, 2, 1, 1]
   assert run('--config.train.steps=5') == 2
   assert begun(tmp_path) == [2, 3, 2, 2]
@@ -108,8 +114,8 @@ def test_a_run_killed_in_its_last_evaluation_is_not_finished(tmp_path):
 @pytest.mark.parametrize(
   'arguments, message',
   [
-    (['--config', 'nope.py'], 'there is no config nope.py'),
-    (['--config', f'{ROOT}/configs/emoji.py'], 'emoji.py has no `sweep`; give it one'),
+    (['--config', 'nope.py'], "the config cannot be read: [Errno 2] No such file or directory: 'nope.py'"),
+    (['--config', f'{ROOT}/configs/emoji.py'], 'emoji.py has no function `sweep`'),
     (['--config.optim.lrr=1'], "no field 'optim.lrr'; did you mean optim.lr"),
     (['--slurm', 'fast'], '--slurm fast is not understood'),
     (['--gpus=1', '--executor=slurm'], '--gpus is for local runs; on Slurm pass --slurm gpus_per_node=N'),
@@ -129,6 +135,14 @@ def test_a_sweep_is_of_one_stage_and_of_different_runs(tmp_path, recipe):
   Path(recipe).write_text(f'{RECIPE}  add(**{{"optim.lr": 0.5, "seed": 1}})\n')
   with pytest.raises(ValueError, match=r'adds optim.lr=0.5,seed=1 more than once'):
     sweep.settings(recipe)
+  for text, message in (
+    ('def sweep():\n  pass', r'recipe.py: TypeError: sweep\(\) takes 0 positional arguments but 1 was given'),
+    ('def sweep(add):\n  add({"seed": 1})', r"calls add\({'seed': 1}\); pass fields by name: add"),
+    ('def sweep(add):\n  add(**{"seed": 1 / 0})', r'recipe.py, line 2: ZeroDivisionError: division by zero'),
+  ):
+    Path(recipe).write_text(text)
+    with pytest.raises(ValueError, match=message):
+      sweep.settings(recipe)
 
 
 def test_the_end_of_the_launcher_lets_its_runs_save(tmp_path, recipe):
