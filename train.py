@@ -103,7 +103,11 @@ def frozen_runs(
       multihost_utils.sync_global_devices(f'frozen {name}')
       checkpoint.export_run(copy, run, mesh=mesh, rules=config.rules)
     if needed:
-      runs[name] = checkpoint.load_run(copy, mesh=mesh, rules=config.rules)
+      try:
+        runs[name] = checkpoint.load_run(copy, mesh=mesh, rules=config.rules)
+      except FileNotFoundError as e:
+        source = path or f'--config.frozen.{name}=RUN_DIR'
+        raise OSError(f'{copy} is damaged; delete it and it is copied again from {source}.') from e
   return runs
 
 
@@ -175,6 +179,8 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
   before = checkpoint.read_meta(run_dir)
   if before:
     check_resumable(run_dir, before['config'], config)
+  elif checkpoint.steps(run_dir):
+    raise checkpoint.nothing_to_load(run_dir, run_dir)
 
   # Records, tokenizer, frozen networks
   data = config.data

@@ -7,7 +7,7 @@ import train
 from configs import common
 from dalle_jax.data import sources
 from dalle_jax.pipelines import encode
-from dalle_jax.training import checkpoint
+from dalle_jax.training import checkpoint, sharding
 
 RECIPE = """
 from configs import common
@@ -59,6 +59,22 @@ def test_a_run_of_another_kind_is_left_untouched(tmp_path, objective, size, mess
     train.run(c)
   assert '\n' not in str(e.value)
   assert files == {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file()}
+
+
+def test_damage_is_one_line_that_says_what_to_do(tmp_path):
+  c = common.base()
+  c.run_dir, c.objective, c.frozen = str(tmp_path), 'vqgan', dict(lpips='runs/lpips')
+  for path in (tmp_path, tmp_path / 'frozen' / 'lpips'):
+    run = checkpoint.Run({'objective': 'vqgan'}, {'x': {'x': np.zeros(1)}}, None, 3, 'elsewhere')
+    checkpoint.export_run(path, run)
+    for file in path.glob('checkpoints/3/state/_METADATA'):
+      file.write_text('')
+  with sharding.use(c.mesh, c.rules) as mesh, pytest.raises(OSError) as e:
+    train.frozen_runs(c, tmp_path, mesh, started=True)
+  assert str(e.value) == f'{tmp_path}/frozen/lpips is damaged; delete it and it is copied again from runs/lpips.'
+  (tmp_path / 'checkpoints' / '3' / 'meta' / 'metadata').write_text('{"conf')
+  with pytest.raises(FileNotFoundError, match='has no checkpoint that can be read: all of them are damaged'):
+    train.run(c)
 
 
 def test_a_complete_run_does_not_encode_other_data(tmp_path, monkeypatch):

@@ -165,11 +165,21 @@ def read_meta(run_dir: str | Path, step: int | None = None) -> dict | None:
   return None
 
 
+def nothing_to_load(path: str | Path, run_dir: Path) -> FileNotFoundError:
+  """The error for a run, given as `path`, without a checkpoint that can be read."""
+  if steps(run_dir):
+    return FileNotFoundError(
+      f'{path} has no checkpoint that can be read: all of them are damaged; pass the directory of another trained run.'
+    )
+  return FileNotFoundError(f'{path} has no checkpoints; pass the run_dir of a run that has saved at least once.')
+
+
 def read_config(path: str | Path) -> dict:
   """The config of the run at `path` (see `load_run`). Raises FileNotFoundError if it has no checkpoint."""
-  meta = read_meta(hub.local(path))
+  run_dir = hub.local(path)
+  meta = read_meta(run_dir)
   if meta is None:
-    raise FileNotFoundError(f'{path} has no checkpoints; pass the run_dir of a run that has saved at least once.')
+    raise nothing_to_load(path, run_dir)
   return meta['config']
 
 
@@ -193,8 +203,10 @@ class _Mismatch(ValueError):
 
 def _saved(path: Path) -> dict[str, Any]:
   """Shapes and dtypes in a checkpoint by tensor name, as recorded by Orbax. Raises for an incomplete directory."""
-  tree = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).metadata(path / 'state').item_metadata.tree
-  return {k: v for k, v in ocp.tree.to_flat_dict(tree, sep='/').items() if hasattr(v, 'dtype')}
+  found = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).metadata(path / 'state').item_metadata
+  if found is None:
+    raise OSError('its state is not whole')
+  return {k: v for k, v in ocp.tree.to_flat_dict(found.tree, sep='/').items() if hasattr(v, 'dtype')}
 
 
 def _restore(path: Path, target: Any, saved: Mapping[str, Any], *, partial: bool = False) -> Any:
@@ -231,7 +243,7 @@ def _newest_whole(run_dir: Path, read: Any) -> tuple[int, Any]:
           f'checkpoint {step} of {run_dir} is damaged; remove it to resume from the one before ({_one_line(e)})'
         ) from e
       print(f'warning: checkpoint {step} of {run_dir} is damaged, trying the one before ({_one_line(e)})', flush=True)
-  raise FileNotFoundError(f'{run_dir} has no checkpoint that can be read; pass the directory of a trained run.')
+  raise nothing_to_load(run_dir, run_dir)
 
 
 def resume(run_dir: str | Path, target: Any) -> tuple[Any, dict] | None:
@@ -263,11 +275,12 @@ def load_run(
 
   `path` is a run directory, or the name of a Hugging Face repository that holds one (see `training.hub`). Without
   `mesh` the arrays are stored on the first device, with it they are laid out by `rules`. Loads the newest whole
-  checkpoint unless `step` names one. Raises FileNotFoundError if there is nothing to load.
+  checkpoint unless `step` names one. Raises FileNotFoundError if there is nothing to load, OSError if the checkpoint of
+  `step` is damaged.
   """
   run_dir = hub.local(path).absolute()
   if not steps(run_dir):
-    raise FileNotFoundError(f'{path} has no checkpoints; pass the run_dir of a run that has saved at least once.')
+    raise nothing_to_load(path, run_dir)
   if step is not None and step not in steps(run_dir):
     raise FileNotFoundError(f'{path} has no checkpoint of step {step}; there are {steps(run_dir)}.')
 
@@ -289,7 +302,10 @@ def load_run(
     return _restore(source, target, saved, partial=True)[key], meta
 
   if step is not None:
-    params, meta = read(run_dir / 'checkpoints' / str(step))
+    try:
+      params, meta = read(run_dir / 'checkpoints' / str(step))
+    except Exception as e:  # as in _newest_whole
+      raise OSError(f'checkpoint {step} of {path} is damaged; pass another step ({_one_line(e)})') from e
   else:
     step, (params, meta) = _newest_whole(run_dir, read)
   frozen = {k: str(run_dir / v) for k, v in meta['frozen'].items()}

@@ -44,6 +44,14 @@ def test_nothing_usable_is_one_line(run_dir, tmp_path):
     with pytest.raises(FileNotFoundError, match='no checkpoint that can be read') as e:
       load(run_dir)
     assert '\n' not in str(e.value)
+  with pytest.raises(
+    OSError, match=r'checkpoint 8 of .* is damaged; pass another step \(OSError: its state is not whole'
+  ):
+    checkpoint.load_run(run_dir, step=8)
+  for step in (4, 8):
+    (run_dir / 'checkpoints' / str(step) / 'meta' / 'metadata').write_text('{"conf')
+  with pytest.raises(FileNotFoundError, match='no checkpoint that can be read: all of them are damaged'):
+    checkpoint.read_config(run_dir)
   with pytest.raises(FileNotFoundError, match='has no checkpoints'):
     checkpoint.load_run(tmp_path / 'nowhere')
   with pytest.raises(FileNotFoundError, match=r'no checkpoint of step 5; there are \[8, 4\]'):
