@@ -23,7 +23,6 @@ from dalle_jax.data import bpe, pipeline, sources
 from dalle_jax.training import checkpoint, distributed, errors, host, loop, sharding
 from dalle_jax.training import config as config_lib
 
-STOPPED = 143  # exit status after SIGTERM or Ctrl-C: the run is saved, and the same command resumes it
 CAPTIONS = 100_000  # captions of the training set from which a tokenizer is trained
 
 
@@ -282,9 +281,11 @@ def main(argv: list[str]) -> int:
         print(f'--- {stage}', flush=True)
         config = config_lib.parse(config_lib.with_stage(argv, stage), own_flags())
       if run(config):
-        return STOPPED
+        return errors.STOPPED  # the run is saved, and the same command resumes it
   except errors.EXPECTED as e:
     return errors.report(e, '--debug' in argv)
+  except KeyboardInterrupt:  # outside the loop, or for the second time
+    return errors.interrupted('stopped; run the same command to resume.')
   return 0
 
 

@@ -29,8 +29,7 @@ from dalle_jax.training import checkpoint, errors, metrics
 from dalle_jax.training import config as config_lib
 
 TRAIN = Path(__file__).resolve().parents[1] / 'train.py'
-STOPPED = 143
-ENDS = {0: 'finished', 1: 'diverged', STOPPED: 'stopped'}  # by exit status of train.py; any other means failed
+ENDS = {0: 'finished', 1: 'diverged', errors.STOPPED: 'stopped'}  # by exit status of train.py; any other means failed
 POLL = 0.2  # seconds
 # Metrics that the table leaves out
 OMITTED = re.compile(r'(steps_per_second|tokens_per_second|utilisation|lr|grad_norm)(/.*)?')
@@ -259,11 +258,8 @@ def main(argv: list[str]) -> int:
   common = [a for a in argv if re.match('--?config[.]', a)]
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
   own = [a for a in argv if a not in common]
-  try:
-    return errors.command(own, FLAGS, lambda: run(common), __doc__, 'pass the config as --config.')
-  except KeyboardInterrupt:
-    print('stopped; run the same command to resume.', file=sys.stderr)
-    return STOPPED
+  stopped = 'stopped; run the same command to resume.'
+  return errors.command(own, FLAGS, lambda: run(common), __doc__, 'pass the config as --config.', stopped)
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dalle_jax import sweep
+from dalle_jax.training import errors
 from tests import runs
 
 ROOT = Path(__file__).parents[1]
@@ -157,7 +158,7 @@ def test_the_end_of_the_launcher_lets_its_runs_save(tmp_path, recipe):
   time.sleep(0.2)
   child.send_signal(signal.SIGTERM)
   _, err = child.communicate(timeout=30)
-  assert child.returncode == sweep.STOPPED and err == 'stopped; run the same command to resume.\n'
+  assert child.returncode == errors.STOPPED and err == 'stopped; run the same command to resume.\n'
   assert [r['status'] for r in rows(tmp_path)] == ['waiting'] * 4
   assert not (tmp_path / 'out' / NAMES[2] / 'begun').exists()
 

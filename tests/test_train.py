@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from absl import flags
 
 import train
 from configs import common
 from dalle_jax.data import sources
 from dalle_jax.pipelines import encode
-from dalle_jax.training import checkpoint, sharding
+from dalle_jax.training import checkpoint, errors, sharding
 
 RECIPE = """
 from configs import common
@@ -39,6 +40,18 @@ def test_no_stage_begins_after_a_stop(tmp_path, recipe, monkeypatch, stopped, st
   monkeypatch.setattr(train, 'run', run)
   assert train.main(['train.py', '--config', recipe]) == status
   assert begun == [f'{tmp_path}/{name}' for name in runs]
+
+
+def test_ctrl_c_outside_the_loop_is_one_line(recipe, monkeypatch, capsys):
+  def run(config):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(train, 'run', run)
+  assert train.main(['train.py', '--config', recipe]) == 143
+  assert capsys.readouterr().err == 'stopped; run the same command to resume.\n'
+  values = flags.FlagValues()
+  assert errors.command(['sample.py'], values, lambda: run(None), '', '') == 143
+  assert capsys.readouterr().err == 'stopped.\n'
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from dalle_jax.training.metrics import Diverged
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = (ValueError, OSError, flags.Error, Diverged)  # what a script catches and passes to `report`
+STOPPED = 143  # exit status after Ctrl-C, and of train.py after SIGTERM
 
 
 def report(e: Exception, debug: bool) -> int:
@@ -32,10 +33,25 @@ def report(e: Exception, debug: bool) -> int:
   return status
 
 
-def command(argv: Sequence[str], values: flags.FlagValues, run: Callable[[], None], text: str, hint: str) -> int:
+def interrupted(text: str) -> int:
+  """Prints one line after Ctrl-C and returns the exit status; one of several processes ends here, as in `report`."""
+  print(text, file=sys.stderr, flush=True)
+  distributed.end(STOPPED, text)
+  return STOPPED
+
+
+def command(
+  argv: Sequence[str],
+  values: flags.FlagValues,
+  run: Callable[[], None],
+  text: str,
+  hint: str,
+  stopped: str = 'stopped.',
+) -> int:
   """Runs a script with the flags `values`, one of which is `debug`, or prints its help `text`; returns the exit status.
 
-  `hint` completes the error about an argument that is not a flag: it says what it should have been.
+  `hint` completes the error about an argument that is not a flag: it says what it should have been. `stopped` is
+  printed after Ctrl-C.
   """
   if {'-h', '--help'} & set(argv[1:]):
     print(f'{text}\n{values.get_help()}')
@@ -46,4 +62,6 @@ def command(argv: Sequence[str], values: flags.FlagValues, run: Callable[[], Non
     run()
   except EXPECTED as e:
     return report(e, '--debug' in argv)
+  except KeyboardInterrupt:
+    return interrupted(stopped)
   return 0
