@@ -152,6 +152,14 @@ def module_named(package: str, name: str, field: str, function: str = '') -> Mod
   raise ValueError(f'{field} {name!r} is unknown; dalle_jax/{package} has {", ".join(known)}.')
 
 
+def check_regex(field: str, pattern: str) -> None:
+  """Raises ValueError if the config field `field` is not a regular expression."""
+  try:
+    re.compile(pattern)
+  except re.error as e:
+    raise ValueError(f'{field} {pattern!r} is not a regular expression: {e}.') from e
+
+
 def to_json(config: Any) -> Any:
   """Converts a ConfigDict to plain dicts, lists and numbers."""
   if isinstance(config, (Mapping, ConfigDict)):

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dalle_jax.training import checkpoint, distributed, errors, optim, sharding
+from dalle_jax.training import config as config_lib
 from dalle_jax.training import metrics as metrics_lib
 from dalle_jax.training import state as state_lib
 from dalle_jax.training.metrics import Diverged
@@ -167,6 +168,12 @@ def train(
   for name in ('steps', 'accum', 'log_every', 'keep'):
     if c[name] < 1:
       raise ValueError(f'train.{name} is {c[name]}; expected 1 or more.')
+  for name in ('checkpoint_every', 'eval_every'):
+    if c[name] < 0:
+      raise ValueError(f'train.{name} is {c[name]}; expected 0 or more.')
+  if not 0 <= c.ema < 1:
+    raise ValueError(f'train.ema is {c.ema}; expected 0 or more and less than 1.')
+  config_lib.check_regex('init.new', config.init.new)
   frozen = frozen or {}
   print_once = lambda text: print(text, flush=True) if jax.process_index() == 0 else None
   started = time.monotonic()

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dalle_jax.training import config as config_lib
+
 Schedule = Callable[[Any], Any]  # step -> learning rate
 
 PRECONDITIONERS: dict[str, Callable[[Mapping], optax.GradientTransformation]] = {
@@ -85,6 +87,13 @@ def transform(config: Mapping[str, Any], steps: int) -> optax.GradientTransforma
   name = config['name']
   if name not in PRECONDITIONERS:
     raise ValueError(f'optim.name {name!r} is unknown; expected one of {", ".join(PRECONDITIONERS)}.')
+  for field in ('lr', 'lr_end', 'warmup', 'clip', 'weight_decay', 'eps'):
+    if not config[field] >= 0:
+      raise ValueError(f'optim.{field} is {config[field]}; expected 0 or more.')
+  for field in ('b1', 'b2'):
+    if not 0 <= config[field] < 1:
+      raise ValueError(f'optim.{field} is {config[field]}; expected 0 or more and less than 1.')
+  config_lib.check_regex('optim.decay', config['decay'])
   if config['weight_decay'] and name not in DECAYED:
     raise ValueError(f'optim.name {name!r} has no weight decay; use adamw, or set optim.weight_decay=0.0.')
   # An absent part keeps its place in the chain, which the names of the state's tensors contain: a checkpoint still fits
@@ -107,7 +116,7 @@ def transform(config: Mapping[str, Any], steps: int) -> optax.GradientTransforma
 def build(config: Mapping[str, Any], steps: int, players: list[str]) -> Optimizer:
   """Builds the optimiser of `players` from `config.optim`; each player is clipped by its own gradient norm.
 
-  Raises ValueError for an unknown optimiser, schedule, player or field of a group.
+  Raises ValueError for an unknown optimiser, schedule, player or field of a group, or a number out of range.
   """
   config = dict(config)
   groups = {k: dict(v) for k, v in config.pop('groups').items()}

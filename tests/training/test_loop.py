@@ -289,6 +289,24 @@ def test_counts_below_one_are_refused(tmp_path, name):
     toy.run(toy.config(tmp_path, **{name: 0}))
 
 
+@pytest.mark.parametrize(
+  'name, value, message',
+  [
+    ('checkpoint_every', -1, 'train.checkpoint_every is -1; expected 0 or more'),
+    ('eval_every', -1, 'train.eval_every is -1; expected 0 or more'),
+    ('ema', 1.0, 'train.ema is 1.0; expected 0 or more and less than 1'),
+    ('ema', -0.5, 'train.ema is -0.5; expected 0 or more and less than 1'),
+  ],
+)
+def test_numbers_out_of_range_are_refused(tmp_path, name, value, message):
+  with pytest.raises(ValueError, match=message):
+    toy.run(toy.config(tmp_path, **{name: value}))
+  c = toy.config(tmp_path)
+  c.init.new = '['
+  with pytest.raises(ValueError, match=r"init.new '\[' is not a regular expression: unterminated character set"):
+    toy.run(c)
+
+
 def test_batch_that_does_not_divide_and_large_model_on_cpu(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match=r'batch_size 16 is not divisible by 8 .* x 3 .*nearest is 24'):
     toy.run(toy.config(tmp_path, accum=3))
