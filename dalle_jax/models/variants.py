@@ -79,8 +79,8 @@ def build(module: type[Module], variants: Mapping[str, Mapping[str, Any]], varia
   merged = {**variants[variant], **fields(name, {**defaults, **variants[variant]}, overrides)}
   values = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
   for field in POSITIVE:
-    if field in overrides and values[field] < 1:
-      raise ValueError(f'{name}.{field} is {values[field]}; expected 1 or more.')
+    if field in overrides and overrides[field] < 1:
+      raise ValueError(f'{name}.{field} is {overrides[field]}; expected 1 or more.')
   if isinstance(values.get('dtype'), str):
     if values['dtype'] not in ('float32', 'bfloat16'):
       raise ValueError(f'{name}: dtype {values["dtype"]!r} is unknown; expected float32 or bfloat16.')

@@ -168,7 +168,7 @@ def test_errors():
     apply(TEXT, IMAGE[:, :15])
   with pytest.raises(ValueError, match='takes 0 to 15 image tokens here, not 16'):
     apply(TEXT, IMAGE, method='prefill')
-  with pytest.raises(ValueError, match='DALLE.heads is 0; expected 1 or more'):
+  with pytest.raises(ValueError, match=r'DALLE.heads is 0; expected 1 or more'):
     dalle.build('test', heads=0)
   with pytest.raises(ValueError, match="image_positions 'rotary' is unknown; expected axial or learned"):
     init(dalle.build('test', image_positions='rotary'))
