@@ -4,6 +4,8 @@ Axis legend: B sequences, V vocabulary.
 """
 
 import dataclasses
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +33,12 @@ class Sampling:
   guidance: float = 1.0
 
   def __post_init__(self):
+    for name in ('temperature', 'top_p', 'guidance'):
+      value = getattr(self, name)
+      if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f'{name} is {value!r}; expected a finite number.')
+    if not isinstance(self.top_k, numbers.Integral):
+      raise ValueError(f'top_k is {self.top_k!r}; expected a whole number.')
     if self.temperature < 0:
       raise ValueError(f'temperature {self.temperature} is negative; use 0.0 (greedy) or more.')
     if self.top_k < 0:

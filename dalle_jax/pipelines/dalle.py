@@ -1,6 +1,7 @@
 """Images from captions by a trained DALL-E: `DallE.load('runs/mine').sample(['a red circle'], n=8, seed=0)`."""
 
 import functools
+import numbers
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -118,8 +119,8 @@ class DallE(TokenGenerator, ImageGenerator):
     h, w = self.model.grid
     if init_image is None and not keep_rows:
       return np.zeros((1, 0), np.int32)
-    if init_image is None or not 0 < keep_rows < h:
-      raise ValueError(f'keep_rows is {keep_rows}; expected 1 to {h - 1} of {h} rows with an init_image, else 0.')
+    if init_image is None or not isinstance(keep_rows, numbers.Integral) or not 0 < keep_rows < h:
+      raise ValueError(f'keep_rows is {keep_rows!r}; expected 1 to {h - 1} of {h} rows with an init_image, else 0.')
     return self.encode(ops.open_image(init_image, self.image_size, 'init_image')[None])[:, : keep_rows * w]
 
 

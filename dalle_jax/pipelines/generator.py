@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import importlib
 import logging
-from collections.abc import Mapping
+import numbers
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,19 @@ class TokenGenerator(Generator):
 
 def check_numbers(n: int, batch_size: int, seed: int) -> None:
   """Raises ValueError for numbers that no generator takes."""
+  for name, value in dict(n=n, batch_size=batch_size, seed=seed).items():
+    if not isinstance(value, numbers.Integral):
+      raise ValueError(f'{name} is {value!r}; expected a whole number.')
   if n < 1 or batch_size < 1:
     raise ValueError(f'n is {n} and batch_size {batch_size}; both must be 1 or more.')
   if not 0 <= seed < 2**32:
     raise ValueError(f'seed is {seed}; expected 0 to {2**32 - 1}.')
+
+
+def is_list_of_strings(values: Any) -> bool:
+  """Whether `values` is a list of strings, or an array or another sequence of them, but not itself a string."""
+  is_sequence = isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str)
+  return is_sequence and all(isinstance(value, str) for value in values)
 
 
 def rows_per_call(count: int, most: int, shards: int) -> int:

@@ -1,6 +1,7 @@
 """How well images fit captions, by a trained CLIP that ranks samples (Ramesh et al., 2021, section 2.6)."""
 
 import functools
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ class Reranker:
     return np.einsum('be,bne->bn', text_embeds, image_embeds.reshape(*images.shape[:2], -1))
 
   def encode_prompts(self, prompts: Sequence[str]) -> np.ndarray:
-    """Embeddings float32[B, E] of unit length."""
+    """Embeddings float32[B, E] of unit length. Raises ValueError when there are no prompts."""
+    if not len(prompts):
+      raise ValueError('there are no prompts to compare with images; give at least one.')
     ids = np.stack([self._tokenize(p) for p in prompts])
     return in_batches(lambda x: self._encode_text(self.params, x), ids, self.BATCH)
 
@@ -75,7 +78,12 @@ class Reranker:
 
 
 def in_batches(function: Any, rows: np.ndarray, batch: int) -> np.ndarray:
-  """`function` of all rows, in calls of one size, at most `batch` rows, so that it compiles once."""
+  """`function` of all rows, in calls of one size, at most `batch` rows, so that it compiles once.
+
+  Raises ValueError unless both are 1 or more.
+  """
+  if not isinstance(batch, numbers.Integral) or batch < 1 or not len(rows):
+    raise ValueError(f'batch_size is {batch!r} and there are {len(rows)} inputs; expected whole numbers of 1 or more.')
   batch = min(batch, len(rows))
   results = []
   for start in range(0, len(rows), batch):

@@ -11,7 +11,7 @@ import numpy as np
 from dalle_jax.data import ops
 from dalle_jax.data.bpe import TextEncoder, text_encoder
 from dalle_jax.functional.decoding import Sampling
-from dalle_jax.pipelines.generator import Generator, Setup, check_numbers, rows_per_call
+from dalle_jax.pipelines.generator import Generator, Setup, check_numbers, is_list_of_strings, rows_per_call
 from dalle_jax.training import checkpoint, sharding
 
 
@@ -62,7 +62,7 @@ class StoryGenerator(Generator):
     """
     if source is None:
       raise ValueError('there is no source frame; give the image that the story continues from.')
-    if isinstance(captions, str) or not all(isinstance(c, str) for c in captions):
+    if not is_list_of_strings(captions):
       raise ValueError('captions must be a list of strings, one per frame, e.g. ["pip goes home", "pip sleeps"].')
     image = ops.open_image(source, self.image_size, 'the source frame')
     if vectors is not None:
@@ -126,10 +126,10 @@ class StoryGenerator(Generator):
   def _batch(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None
   ) -> dict[str, np.ndarray]:
-    if any(isinstance(story, str) for story in captions):
+    if not isinstance(captions, (Sequence, np.ndarray)) or not all(map(is_list_of_strings, captions)):
       raise ValueError('captions must be a list of lists of strings, one per frame of each story.')
-    most, t = self.model.frames, len(captions[0]) if captions else 0
-    if len(sources) != len(captions) or not captions:
+    most, t = self.model.frames, len(captions[0]) if len(captions) else 0
+    if len(sources) != len(captions) or not len(captions):
       raise ValueError(f'there are {len(sources)} source frames for {len(captions)} stories; expected one per story.')
     if not 1 <= t <= most or any(len(story) != t for story in captions):
       counts = sorted({len(story) for story in captions})
@@ -138,8 +138,8 @@ class StoryGenerator(Generator):
       )
     if any(not c.strip() for story in captions for c in story):
       raise ValueError('a caption is empty; every frame after the source needs one.')
+    text = np.stack([[self._text(c) for c in story] for story in captions])  # which refuses lone surrogates
     names = [[zlib.crc32('\n'.join([*story, str(i)]).encode()) for i in range(t)] for story in captions]
-    text = np.stack([[self._text(c) for c in story] for story in captions])
     return {'text': text, 'name': np.array(names, np.uint32), **self._inputs(sources, captions, vectors)}
 
   def _add_tower(self, frozen: Mapping[str, checkpoint.Run], name: str) -> checkpoint.Run:

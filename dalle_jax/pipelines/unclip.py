@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import numbers
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,15 @@ class SamplingPlan:
   prior_steps: int = 25
   upsampler_steps: int = 7
   priors: int = 2
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if isinstance(field.default, int):
+        if not isinstance(value, numbers.Integral):
+          raise ValueError(f'{field.name} is {value!r}; expected a whole number.')
+      elif not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f'{field.name} is {value!r}; expected a finite number.')
 
 
 class UnCLIP(ImageGenerator):

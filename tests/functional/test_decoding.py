@@ -139,6 +139,12 @@ def test_guidance():
     (dict(temperature=-1.0), r'temperature -1.0 is negative'),
     (dict(top_k=-1), 'top_k -1 is negative'),
     (dict(top_p=0.0), r'top_p 0.0 is not in \(0, 1\]'),
+    (dict(temperature=float('nan')), 'temperature is nan; expected a finite number'),
+    (dict(guidance=float('inf')), 'guidance is inf; expected a finite number'),
+    (dict(top_p=float('nan')), 'top_p is nan; expected a finite number'),
+    (dict(temperature='1'), "temperature is '1'; expected a finite number"),
+    (dict(guidance=None), 'guidance is None; expected a finite number'),
+    (dict(top_k=3.5), 'top_k is 3.5; expected a whole number'),
   ],
 )
 def test_errors(fields, message):

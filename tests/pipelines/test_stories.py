@@ -140,6 +140,9 @@ def test_sentences_by_clip_and_a_prompt(root):
     (dict(source='nowhere.png'), 'there is no picture nowhere.png'),
     (dict(source=b'no picture'), 'the source frame is no picture that can be read'),
     (dict(captions='pip moves'), 'captions must be a list of strings, one per frame'),
+    (dict(captions=None), 'captions must be a list of strings, one per frame'),
+    (dict(captions=[None]), 'captions must be a list of strings, one per frame'),
+    (dict(captions=['pip \ud800']), 'has a lone surrogate'),
     (dict(captions=[]), r'a story has \[0\] captions; this model takes 1 to 4'),
     (dict(captions=['pip moves'] * 5), r'a story has \[5\] captions; this model takes 1 to 4'),
     (dict(captions=['pip moves', ' ']), 'a caption is empty'),
@@ -163,6 +166,7 @@ def test_sample_script(root, tmp_path, capsys):
   (tmp_path / 'list.json').write_text(json.dumps(CAPTIONS[0]))
   (tmp_path / 'long.json').write_text(json.dumps(['pip moves'] * 5))
   (tmp_path / 'bad.json').write_text('{"captions": "pip"}')
+  (tmp_path / 'lone.json').write_text('["pip \\ud800"]')
   options = ['--run', root / 'story', '--out', tmp_path / 'out', '--n', '2']
   command = [sys.executable, 'sample.py', *options, '--story', tmp_path / 'story.json']
   done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
@@ -173,6 +177,7 @@ def test_sample_script(root, tmp_path, capsys):
     (['--story', tmp_path / 'list.json'], 'give it with --source FRAME.png'),
     (['--story', tmp_path / 'long.json', '--source', tmp_path / 'first.png'], 'this model takes 1 to 4'),
     (['--story', tmp_path / 'bad.json'], 'has no list of captions'),
+    (['--story', tmp_path / 'lone.json', '--source', tmp_path / 'first.png'], 'has a lone surrogate'),
     (['--source', tmp_path / 'first.png'], 'give its captions with --story'),
     (['--story', tmp_path / 'none.json'], 'there is no file'),
   ):

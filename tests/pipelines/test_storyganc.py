@@ -92,6 +92,8 @@ def test_what_it_does_not_have_is_refused(root, model):
     model.continue_story(FIRSTS[0], CAPTIONS[0], top_k=5)
   with pytest.raises(ValueError, match='not token by token, so int8 gains nothing'):
     StoryGANc.load(root / 'random', int8=True)
+  with pytest.raises(ValueError, match='temperature is inf; expected a finite number'):
+    model.continue_story(FIRSTS[0], CAPTIONS[0], temperature=float('inf'))
   with pytest.raises(ValueError, match=r'a story has \[5\] captions; this model takes 1 to 4'):
     model.continue_story(FIRSTS[0], ['pip moves'] * 5)
   with pytest.raises(FileNotFoundError, match='has no checkpoints'):

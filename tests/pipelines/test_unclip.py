@@ -161,6 +161,9 @@ def test_what_is_refused(root, model, tmp_path):
     (dict(prior_steps=1001), 'prior_steps is 1001; expected 2 to 1000'),
     (dict(priors=0), 'priors is 0; expected one embedding per image or more'),
     (dict(n=0), 'n is 0'),
+    (dict(guidance=float('nan')), 'guidance is nan; expected a finite number'),
+    (dict(prior_guidance=float('inf')), 'prior_guidance is inf; expected a finite number'),
+    (dict(steps=2.5), 'steps is 2.5; expected a whole number'),
   ):
     with pytest.raises(ValueError, match=message):
       model.sample(**{'prompts': PROMPTS, **options})
