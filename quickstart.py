@@ -16,29 +16,39 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
 from dalle_jax.data.sources import shapes, story_shapes
 from dalle_jax.evals.oracle import ATTRIBUTES, COLUMNS, Oracle, score_moments
+from dalle_jax.functional.decoding import Sampling
 from dalle_jax.pipelines import generator
 from dalle_jax.pipelines.dalle import DallE
 from dalle_jax.pipelines.grids import caption_grid, stacked, storyboard
+from dalle_jax.training import errors
 from dalle_jax.training.checkpoint import steps, write_json
 from dalle_jax.training.metrics import read
 
-_RUN_DIR = flags.DEFINE_string('run_dir', 'runs/quickstart', 'output directory')
-_CONFIG = flags.DEFINE_string('config', 'configs/quickstart.py', 'the config with the stages')
-_PROMPTS = flags.DEFINE_integer('prompts', 200, 'held-out captions per split')
-_CANDIDATES = flags.DEFINE_integer('candidates', 8, 'samples per caption, of which CLIP picks the best')
-_TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'sampling temperature')
-_GUIDANCE = flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale')
-_STORIES = flags.DEFINE_integer('stories', 100, 'held-out stories per split')
-_ABLATIONS = flags.DEFINE_bool('ablations', False, 'also train the story model without each of its parts')
-_STORYGANC = flags.DEFINE_bool('storyganc', False, 'also train StoryGANc, with and without contextual attention')
-_OVERRIDES = flags.DEFINE_multi_string('override', [], 'argument for train.py, e.g. --override=--config.train.steps=10')
+ROOT = Path(__file__).resolve().parent
+FLAGS = flags.FlagValues()
+string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
+integer = lambda name, default, text, high=None: flags.DEFINE_integer(name, default, text, 1, high, flag_values=FLAGS)
+boolean = lambda name, text: flags.DEFINE_bool(name, False, text, flag_values=FLAGS)
+string('run_dir', 'runs/quickstart', 'output directory')
+string('config', str(ROOT / 'configs/quickstart.py'), 'the config with the stages')
+integer('prompts', 200, 'held-out captions per split', 2_000)  # as many as there are
+integer('candidates', 8, 'samples per caption, of which CLIP picks the best')
+flags.DEFINE_float('temperature', 0.8, 'sampling temperature', flag_values=FLAGS)
+flags.DEFINE_float('guidance', 1.0, 'classifier-free guidance scale', flag_values=FLAGS)
+integer('stories', 100, 'held-out stories per split')
+boolean('ablations', 'also train the story model without each of its parts')
+boolean('storyganc', 'also train StoryGANc, with and without contextual attention')
+text = 'argument for train.py, e.g. --override=--config.train.steps=10'
+flags.DEFINE_multi_string('override', [], text, flag_values=FLAGS)
+boolean('debug', 'show tracebacks')
+STOPPED = 143  # exit status of train.py after SIGTERM or Ctrl-C
 STAGES = ('vqgan', 'clip', 'dalle', 'story')
 # XLA on the CPU allocates its memory anew for every step; with pages of 2 MB a step of the story model is 19% faster.
 HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
@@ -51,28 +61,29 @@ STORY_RUNS = {  # name in the table -> run directory
 }
 
 
-def main(argv):
-  if len(argv) > 1:
-    sys.exit(f'error: unexpected argument {argv[1]!r}')
-  root = Path(_RUN_DIR.value)
-  stages = {stage: f'{_CONFIG.value}:{stage}' for stage in STAGES}
-  if _ABLATIONS.value:
-    stages |= {f'story_{variant}': f'configs/story_shapes.py:{variant}' for variant in ABLATIONS}
-  if _STORYGANC.value:
-    config = 'configs/storyganc_shapes.py'
+def run() -> None:
+  Sampling(temperature=FLAGS.temperature, guidance=FLAGS.guidance)  # refuses bad values before anything is trained
+  root = Path(FLAGS.run_dir)
+  stages = {stage: f'{FLAGS.config}:{stage}' for stage in STAGES}
+  if FLAGS.ablations:
+    stages |= {f'story_{variant}': f'{ROOT}/configs/story_shapes.py:{variant}' for variant in ABLATIONS}
+  if FLAGS.storyganc:
+    config = f'{ROOT}/configs/storyganc_shapes.py'
     stages |= {'storyganc': config, 'storyganc_no_attention': f'{config}:no_attention'}
   for stage, config in stages.items():
     print(f'==== {stage}', flush=True)
-    command = [sys.executable, 'train.py', f'--config={config}', f'--config.root={root}']
+    command = [sys.executable, str(ROOT / 'train.py'), f'--config={config}', f'--config.root={root}']
     start = time.monotonic()
-    child = subprocess.Popen([*command, *_OVERRIDES.value], env={**HUGE_PAGES, **os.environ})
+    child = subprocess.Popen([*command, *FLAGS.override], env={**HUGE_PAGES, **os.environ})
     try:
       code = child.wait()
     except KeyboardInterrupt:
       code = child.wait()  # it has received Ctrl-C, too, and saves
     add_seconds(root, stage, time.monotonic() - start)
+    if code == STOPPED:
+      sys.exit(f'error: stage {stage} was stopped; the same command resumes there.')
     if code:
-      sys.exit(f'error: stage {stage} ended with exit code {code}; the same command resumes where it stopped')
+      sys.exit(f'error: stage {stage} ended with exit code {code}; see its messages above.')
   print('==== evaluation', flush=True)
   start = time.monotonic()
   metrics, rows = evaluate(root)
@@ -106,12 +117,12 @@ def evaluate(root: Path) -> tuple[dict[str, float], list]:
   metrics['vqgan/recon_correct'] = float(score['all'].mean())
   metrics |= {f'vqgan/recon_{a}': float(score[a].mean()) for a in ATTRIBUTES}
 
-  n = _CANDIDATES.value
+  n = FLAGS.candidates
   for split, suffix in (('test', ''), ('test_unseen', '_unseen')):
     source = shapes.load(split, image_size=size)
-    records = [source[k] for k in range(_PROMPTS.value)]
-    scenes = [source.scene(k) for k in range(_PROMPTS.value)]
-    sampling = dict(temperature=_TEMPERATURE.value, guidance=_GUIDANCE.value)
+    records = [source[k] for k in range(FLAGS.prompts)]
+    scenes = [source.scene(k) for k in range(FLAGS.prompts)]
+    sampling = dict(temperature=FLAGS.temperature, guidance=FLAGS.guidance)
     samples = model.sample([r['caption'] for r in records], n=n, seed=0, **sampling)
     images = np.stack([s.images for s in samples])  # (prompts, n, H, W, 3), best first by CLIP
     right = oracle.score(images.reshape(-1, *images.shape[2:]), [s for s in scenes for _ in range(n)])
@@ -137,19 +148,19 @@ def evaluate_stories(run: Path) -> tuple[dict[str, float], list]:
   metrics: dict[str, float] = {}
   boards = []
   for split in ('test_seen', 'test_unseen'):
-    source = story_shapes.load(split, image_size=size, count=_STORIES.value)
+    source = story_shapes.load(split, image_size=size, count=FLAGS.stories)
     stories = [source.moments(k) for k in range(len(source))]
     moments = [m for story in stories for m in story[1:]]
     sources = np.stack([shapes.render(story[0].scene, size) for story in stories])
     captions = [[m.caption for m in story[1:]] for story in stories]
-    samples = model.continue_stories(sources, captions, seed=0, temperature=_TEMPERATURE.value)
+    samples = model.continue_stories(sources, captions, seed=0, temperature=FLAGS.temperature)
     right = score_moments(oracle, np.concatenate([s.frames[:, 0] for s in samples]), moments)
     metrics |= {f'{split}/{c}': float(right[c].mean()) for c in COLUMNS}
     metrics[f'{split}/setting_silent'] = float(right['setting'][[m.silent for m in moments]].mean())
     boards += [storyboard(s.source, s.frames[:, 0], s.captions) for s in samples[:3]]
   sources, captions = sources[:16], captions[:16]  # one call, which is compiled already
   start = time.monotonic()
-  model.continue_stories(sources, captions, seed=1, temperature=_TEMPERATURE.value)
+  model.continue_stories(sources, captions, seed=1, temperature=FLAGS.temperature)
   metrics['sampling_s'] = (time.monotonic() - start) / len(sources)
   return metrics, boards
 
@@ -185,7 +196,7 @@ def draw_curves(root: Path, path: Path) -> None:
 
 def report(metrics: dict[str, float]) -> str:
   """The metrics as a Markdown page."""
-  n = _CANDIDATES.value
+  n = FLAGS.candidates
   shown = [
     ('VQGAN: all attributes right in reconstructions of `test`', 'vqgan/recon_correct'),
     ('DALL-E: single samples all right, `test` captions', 'dalle/correct'),
@@ -238,8 +249,12 @@ def report(metrics: dict[str, float]) -> str:
     |---|---|
     {times}
     """
-  return textwrap.dedent(page).format(table=table, stories=stories, n=n, temperature=_TEMPERATURE.value, times=times)
+  return textwrap.dedent(page).format(table=table, stories=stories, n=n, temperature=FLAGS.temperature, times=times)
+
+
+def main(argv: list[str]) -> int:
+  return errors.command(argv, FLAGS, run, __doc__, 'flags look like --run_dir RUN_DIR.')
 
 
 if __name__ == '__main__':
-  app.run(main)
+  sys.exit(main(sys.argv))
