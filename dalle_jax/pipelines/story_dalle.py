@@ -28,7 +28,8 @@ class StoryDallE(StoryGenerator, TokenGenerator):
       self.tower = clip.of_run(self._add_tower(frozen, 'clip').config)
       fields['sentence_dim'] = self.tower.embed_dim
     self.model = story_dalle.build(**fields)
-    self._prepare_params(self.model.dalle.dtype, 'story')
+    self.additions = ['story'] if 'story' in self.params else []  # a model may add no parameters to its DALL-E
+    self._prepare_params(self.model.dalle.dtype, *self.additions)
 
   def _inputs(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None
@@ -51,7 +52,7 @@ class StoryDallE(StoryGenerator, TokenGenerator):
     b, t, length = text.shape
     if self.tower:
       sentences = story_dalle.embed_sentences(self.tower, params['tower'], sentences)
-    networks = {name: params[name] for name in ('dalle', 'story')}
+    networks = {name: params[name] for name in ('dalle', *self.additions)}
     tokens = decoding.sample(
       story_dalle.sampler(model, networks, text, batch['source'], sentences),
       text.reshape(b * t, length),

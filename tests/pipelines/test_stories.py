@@ -1,5 +1,6 @@
 """A DALL-E retro-fitted to stories at the smallest sizes, by full fine-tuning and by prompt tuning, and continued."""
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -153,6 +154,21 @@ def test_bad_requests_are_one_line(model, kwargs, message):
   with pytest.raises((ValueError, FileNotFoundError), match=message) as e:
     model.continue_story(**{'source': FIRSTS[0], 'captions': CAPTIONS[0], **kwargs})
   assert '\n' not in str(e.value)
+
+
+@pytest.mark.parametrize('captions', [None, [None], [[3]], ['pip moves'], iter(CAPTIONS)])
+def test_captions_that_are_not_lists_of_lists_are_refused(model, captions):
+  with pytest.raises(ValueError, match='captions must be a list of lists of strings'):
+    model.continue_stories(FIRSTS[:1], captions)
+
+
+def test_a_storydalle_without_additions(root):
+  additions = dict(story_encoder='', prompt=0, retro=0)
+  before = checkpoint.load_run(root / 'dalle')
+  config = {**before.config, 'objective': 'story_dalle', 'model': {'variant': 'test', **additions}}
+  checkpoint.export_run(root / 'plain', dataclasses.replace(before, config=config))
+  plain = StoryDallE.load(root / 'plain')
+  assert plain.continue_story(FIRSTS[0], CAPTIONS[0][:1], n=1).frames.shape == (1, 1, 24, 24, 3)
 
 
 def test_a_run_of_another_kind_is_refused(root):
