@@ -39,12 +39,14 @@ class Generator:
   Class attributes:
     OBJECTIVE: the objective of the runs that it takes.
     REQUIRED: the frozen networks that a run must have.
+    OPTIONAL: others that it may be given when it is loaded, whether it has them or not.
     TEXT_FROM: the frozen network whose tokenizer it reads captions with; '' for that of the run itself.
     BATCH: images per call, by default.
   """
 
   OBJECTIVE = ''
   REQUIRED: tuple[str, ...] = ()
+  OPTIONAL: tuple[str, ...] = ()
   TEXT_FROM = ''
   BATCH = 64
 
@@ -86,12 +88,16 @@ class Generator:
         weights, that is a quarter of the bytes of float32; images differ slightly.
       parts: runs to use in place of the frozen ones with these names, '' for none.
 
-    Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when a run is of another kind.
+    Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when a run is of another kind
+    and for unknown names in `parts`.
     """
     run = checkpoint.load_run(path, mesh=mesh, rules=rules, step=step)
     if run.config.get('objective') != cls.OBJECTIVE:
       found = run.config.get('objective')
       raise ValueError(f'{path} is a run of {found!r}; sampling needs one of the objective {cls.OBJECTIVE}.')
+    known = sorted({*cls.REQUIRED, *cls.OPTIONAL, *run.frozen})
+    if unknown := sorted(set(parts or {}) - set(known)):
+      raise ValueError(f'{path} has no parts named {", ".join(unknown)}; expected {", ".join(known)}.')
     paths = {name: p for name, p in {**run.frozen, **(parts or {})}.items() if p}
     missing = [name for name in cls.REQUIRED if name not in paths]
     if not run.tokenizer and not cls.TEXT_FROM:

@@ -28,7 +28,7 @@ UPSAMPLERS = ('upsampler', *(f'upsampler_{i}' for i in range(2, 10)))
 
 @dataclasses.dataclass(frozen=True)
 class SamplingPlan:
-  """How to sample.
+  """How to sample. Raises ValueError for guidance that is not finite, or counts that are not whole.
 
   Attributes:
     guidance, prior_guidance: s in uncond + s (cond - uncond), for the decoder and for the prior; 1.0 for none.
@@ -63,6 +63,7 @@ class UnCLIP(ImageGenerator):
 
   OBJECTIVE = 'unclip'
   REQUIRED = ('clip',)
+  OPTIONAL = ('prior', *UPSAMPLERS)
   TEXT_FROM = 'clip'
   BATCH = 16
 

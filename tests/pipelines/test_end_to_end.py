@@ -185,6 +185,16 @@ def test_a_run_of_another_kind_is_refused(root):
     DallE.load(root / 'vqgan')
   with pytest.raises(ValueError, match="dalle is a run of 'dalle'; reranking needs one of the objective clip"):
     DallE.load(root / 'dalle', clip=root / 'dalle')
+  with pytest.raises(ValueError, match='has no parts named foo; expected vqgan'):
+    DallE.load(root / 'dalle', parts={'foo': root / 'vqgan'})
+
+
+def test_batches_of_nothing_are_refused(model):
+  for size in (0, 1.5):
+    with pytest.raises(ValueError, match=f'batch_size is {size} and there are 1 inputs'):
+      model.vqgan.decode(np.zeros((1, 16), np.int32), batch_size=size)
+  with pytest.raises(ValueError, match='there are no prompts to compare'):
+    model.reranker.scores([], np.zeros((0, 1, 24, 24, 3), np.uint8))
 
 
 def test_sample_script(root, tmp_path, capsys):
