@@ -15,6 +15,7 @@ OUT/storyboard.png; images that an earlier samples.json lists are removed. `--de
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,13 @@ def prompts() -> list[str]:
   """The captions of --prompt and --prompts."""
   found = list(FLAGS.prompt)
   if FLAGS.prompts:
-    lines = Path(FLAGS.prompts).read_text(encoding='utf-8-sig').splitlines()  # with or without a byte order mark
+    path, expected = Path(FLAGS.prompts), 'expected a text file in UTF-8 with one caption per line'
+    if not path.is_file():
+      raise FileNotFoundError(f'there is no file {path}; {expected}.')
+    try:
+      lines = path.read_text(encoding='utf-8-sig').splitlines()  # with or without a byte order mark
+    except UnicodeDecodeError as e:
+      raise ValueError(f'{path} cannot be decoded ({e}); {expected}.') from e
     found += [line.strip() for line in lines if line.strip()]
   if not found:
     raise ValueError('there is no caption; give --prompt "..." or --prompts FILE with one per line.')
@@ -109,6 +116,8 @@ def generate(requests: list[str], where: dict[str, Any]) -> None:
   """Generates and writes images for captions, for those of a story, or for the image to vary."""
   files = [Path(name) for name in (FLAGS.source, FLAGS.init_image, FLAGS.vectors, FLAGS.vary) if name]
   distributed.check_same({'captions': str(requests), 'files': str([f.read_bytes() for f in files if f.is_file()])})
+  if jax.process_index() == 0:
+    make_writable(Path(FLAGS.out))
   model = options.load(FLAGS, where)
   if isinstance(model, StoryGenerator) != bool(FLAGS.story):
     wanted = 'a caption; give --prompt "..."' if FLAGS.story else 'a story; give --story FILE and --source FRAME.png'
@@ -161,9 +170,18 @@ def independent_samples(model: Any, requests: list[str], sampling: dict[str, Any
   return model.sample(requests, **sampling)
 
 
+def make_writable(out: Path) -> None:
+  """Creates the output directory. Raises ValueError when files cannot be written to it."""
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()
+  except OSError as e:
+    raise ValueError(f'--out {out} cannot be written to ({e.strerror}); give another directory.') from e
+
+
 def write(out: Path, results: Sequence[tuple[Any, ...]], board: Image.Image | None, sampling: dict[str, Any]) -> None:
   """Writes images, grid and table of (caption, images, numbers, scores) each, and the storyboard of a story."""
-  out.mkdir(parents=True, exist_ok=True)
+  make_writable(out)
   remove_earlier(out)
   if board:
     board.save(out / 'storyboard.png')

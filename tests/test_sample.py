@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import sample
+from tests import runs
 
 
 @pytest.fixture(autouse=True)
@@ -41,3 +42,27 @@ def test_a_smaller_set_leaves_nothing_of_a_larger_one_but_what_it_was_given(tmp_
   assert files() == {'000_0.png', '002_1.png'} and (tmp_path.parent / 'captions.txt').exists()
   (tmp_path / 'samples.json').write_text('[]')
   sample.write(tmp_path, rows(1), None, {})
+
+
+@pytest.mark.parametrize(
+  ('name', 'message'),
+  [
+    ('latin1.txt', r'latin1.txt cannot be decoded \(.utf-8'),
+    ('none.txt', 'there is no file'),
+    ('', 'there is no file'),
+  ],
+)
+def test_a_file_of_captions_that_cannot_be_read(tmp_path, name, message):
+  (tmp_path / 'latin1.txt').write_bytes('caf\xe9'.encode('latin1'))
+  sample.FLAGS.prompts = str(tmp_path / name)
+  with pytest.raises((ValueError, OSError), match=f'{message}.*expected a text file in UTF-8'):
+    sample.prompts()
+
+
+def test_the_output_directory_is_made_before_anything_is_loaded(tmp_path, monkeypatch, capsys):
+  (tmp_path / 'file').touch()
+  monkeypatch.setattr(sample.options, 'load', lambda *_: pytest.fail('loaded'))
+  for out in (tmp_path / 'file', tmp_path / 'file' / 'x', '/proc/x'):
+    assert runs.call(sample, '--run', 'RUN', '--prompt', 'a red circle', '--out', out) == 2
+    err = capsys.readouterr().err
+    assert f'--out {out} cannot be written to' in err and err.count('\n') == 1, err

@@ -263,7 +263,10 @@ def in_place_of(out: Path) -> Iterator[Path]:
   partial, old = (out.with_name(f'{out.name}.{os.getpid()}.{kind}') for kind in ('partial', 'old'))
   writes = jax.process_index() == 0
   if writes:
-    partial.mkdir(parents=True)
+    try:
+      partial.mkdir(parents=True)
+    except OSError as e:  # whose message has the name of the temporary directory
+      raise ValueError(f'--out {out} cannot be created ({e.strerror}); give another directory.') from e
   try:
     yield partial
     if writes:
