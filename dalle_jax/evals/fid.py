@@ -62,6 +62,8 @@ def reference(path: str | Path, network: 'FeatureExtractor', resize: int = 0) ->
   path = Path(path)
   if not path.is_file():
     raise FileNotFoundError(f'there is no file {path}; give a .npz with mu and sigma, as pytorch-fid saves them.')
+  if not zipfile.is_zipfile(path):
+    raise ValueError(f'{path} is not a whole .npz file; expected one with mu and sigma, as pytorch-fid saves them.')
   try:
     with np.load(path) as file:
       mean, cov = (file[name].astype(np.float64, casting='same_kind') for name in ('mu', 'sigma'))

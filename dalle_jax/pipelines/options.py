@@ -48,6 +48,8 @@ def load(values: flags.FlagValues, where: dict[str, Any]) -> Any:
   parts = {}
   if kind == 'unclip':
     upsamplers = values.upsampler or None  # None: those of the run
+    if 'none' in values.upsampler and len(values.upsampler) > 1:
+      raise ValueError('--upsampler none leaves out all upsamplers; give it without other upsamplers.')
     if upsamplers == ['none']:
       upsamplers = []
     parts = dict(prior=values.prior, upsampler=upsamplers)

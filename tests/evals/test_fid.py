@@ -133,7 +133,7 @@ def test_saved_statistics_are_read_and_others_refused(network, tmp_path):
   torn[60:90] = b'?' * 30
   (tmp_path / 'torn.npz').write_bytes(torn)
   (tmp_path / 'short.npz').write_bytes(bytes(torn[:100]))
-  no, other = 'has no mu and sigma', 'comes from another network or another resize'
+  no, broken, other = 'has no mu and sigma', 'is not a whole .npz file', 'comes from another network or another resize'
   messages = dict(
     lacks=no,
     shapes=r'has mu \[\d+\] and sigma',
@@ -142,12 +142,12 @@ def test_saved_statistics_are_read_and_others_refused(network, tmp_path):
     complex=no,
     small=other,
     torn=no,
-    short=no,
+    short=broken,
   )
   for name, message in messages.items():
     with pytest.raises(ValueError, match=message):
       fid.reference(tmp_path / f'{name}.npz', network)
-  with pytest.raises(ValueError, match=no):
+  with pytest.raises(ValueError, match=broken):
     fid.reference(tmp_path / 'array.npy', network)
   with pytest.raises(ValueError, match=other):
     fid.reference(tmp_path / 'true.npz', network, resize=8)

@@ -194,6 +194,10 @@ def test_scripts(root, tmp_path, capsys):
     (['--run', root / 'clip', '--prompt', 'x', '--steps', '3'], '--steps is for an unCLIP'),
     (['--run', root / 'unclip', '--vary', picture, '--prompt', 'x'], '--vary needs an image only; leave out --prompt.'),
     (['--run', root / 'unclip', '--vary', picture, '--priors', '3'], '--priors is not for --vary'),
+    (
+      ['--run', root / 'unclip', '--prompt', 'x', '--upsampler', 'none', '--upsampler', root / 'upsampler'],
+      '--upsampler none leaves out all upsamplers',
+    ),
     (['--run', root / 'unclip', '--vary', 'none.png'], 'there is no picture'),
     (['--run', root / 'unclip', '--prompt', 'x', '--keep_rows', '2'], 'has no image tokens to keep'),
   ):
