@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -284,6 +285,20 @@ def test_retrieval_by_a_clip(root, run, tmp_path):
   # Six rows of the image of a caption and the five nearest ones
   assert Image.open(tmp_path / 'out' / 'grid.png').width > 6 * SIZE
   assert metrics['settings']['run'] == str(root / 'clip') and metrics['settings']['step'] == 3
+
+
+def test_sigterm_leaves_nothing_behind(root, tmp_path, run, monkeypatch, capsys):
+  monkeypatch.setattr(evaluate.Evaluation, 'records', lambda *_: signal.raise_signal(signal.SIGTERM))
+  assert run('--run', root / 'vqgan', '--split', 'val') == 143
+  assert not list(tmp_path.iterdir())
+  assert capsys.readouterr().err == 'error: stopped; nothing of this evaluation is kept.\n'
+
+
+def test_a_record_with_a_broken_caption_says_why(root, tmp_path, run, capsys):
+  Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
+  (tmp_path / 'a.txt').write_bytes(b'\xff\xfe')
+  assert run('--run', root / 'clip', '--source', 'folder', '--path', tmp_path, '--split', 'all') == 2
+  assert 'a.txt is not UTF-8' in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(root, run, tmp_path, capsys):

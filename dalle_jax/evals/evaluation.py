@@ -96,7 +96,9 @@ class Evaluation:
       try:
         arrays, captions, story = self.examples.read(k, None)
         if story == self.STORY and not self.usable(captions):
-          raise ValueError(f'there is no caption; expected {self.EXPECTED}')
+          record: Any = self.source[k]
+          reason = record.get('caption_error') if isinstance(record, Mapping) else None
+          raise ValueError(f'{reason or "there is no caption"}; expected {self.EXPECTED}')
       except Exception as e:  # what a broken file makes Pillow raise has no common class
         self.skipped.append(' '.join(f'{self.examples.name(k)}: {type(e).__name__}: {e}'.split()))
         if len(self.skipped) <= pipeline.LOGGED:  # metrics.json has all of them
@@ -258,7 +260,7 @@ def check_out(out: Path) -> None:
 def in_place_of(out: Path) -> Iterator[Path]:
   """Yields a directory next to `out` to write an evaluation to.
 
-  It replaces `out` when the block ends, and is removed when the block raises.
+  It replaces `out` when the block ends, and is removed when the block raises. Raises ValueError when it cannot be made.
   """
   partial, old = (out.with_name(f'{out.name}.{os.getpid()}.{kind}') for kind in ('partial', 'old'))
   writes = jax.process_index() == 0
