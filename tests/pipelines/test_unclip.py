@@ -220,7 +220,7 @@ def test_an_imported_karlo_draws_and_varies(tmp_path, capsys):
   assert found.images.shape == (2, 32, 32, 3)
   assert model.variations([found.images[0]], steps=3, upsampler_steps=2)[0].images.shape == (1, 32, 32, 3)
   assert read(tmp_path / 'words') == 0
-  assert 'varies no pictures' in capsys.readouterr().out
+  assert 'makes no variations of images' in capsys.readouterr().out
   for what in (
     lambda: generator.load(tmp_path / 'words').variations([found.images[0]]),
     lambda: UnCLIP.load(out, clip=tmp_path / 'words' / 'frozen' / 'clip'),
