@@ -16,9 +16,9 @@ from dalle_jax.data import ops
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.models import prior, unclip, upsampler
-from dalle_jax.models.clip import normalize
 from dalle_jax.models.clip_reader import Caption
 from dalle_jax.models.decode_params import compute_params
+from dalle_jax.models.pooling import normalize
 from dalle_jax.pipelines.generator import Setup, request_keys
 from dalle_jax.pipelines.images import Call, ImageGenerator, Sample, check_prompts
 from dalle_jax.training import checkpoint
