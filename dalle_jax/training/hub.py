@@ -10,8 +10,10 @@ def local(path: str | Path) -> Path:
   """Returns `path` if it is local, or else downloads the repository OWNER/REPOSITORY and returns where its files are.
 
   OWNER/REPOSITORY/FOLDER is a folder in it, such as the frozen/vqgan of a run. Raises FileNotFoundError if the download
-  fails, or, naming the extra `hf`, if huggingface_hub is not installed.
+  fails, or, naming the extra `hf`, if huggingface_hub is not installed, and ValueError for an empty path.
   """
+  if not path or not isinstance(path, (str, Path)):
+    raise ValueError(f'a run is given by its directory, not {path!r}.')
   name, path = str(path), Path(path).expanduser()
   match = NAME.fullmatch(name)
   if path.exists() or not match or Path(path.parts[0]).is_dir():

@@ -37,6 +37,12 @@ def test_truncated_newest_checkpoint_falls_back_with_a_warning(run_dir, capsys):
   same(checkpoint.load_run(run_dir).params, whole.params)
 
 
+def test_a_run_needs_a_path():
+  for nothing in ('', None, 3):
+    with pytest.raises(ValueError, match='a run is given by its directory'):
+      checkpoint.load_run(nothing)
+
+
 def test_nothing_usable_is_one_line(run_dir, tmp_path):
   for step in (4, 8):
     truncate(run_dir / 'checkpoints' / str(step))
