@@ -76,7 +76,6 @@ text = 'also write the true images, as they are compared (OUT/true/), and their 
 flags.DEFINE_bool('save_true', False, text, flag_values=FLAGS)
 layout.define_flags(FLAGS)
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
-STOPPED = 143  # exit status after SIGTERM or Ctrl-C
 COUNTS = {'records', 'pictures', 'skipped', 'skipped_records'}  # metrics that are not scores
 # Flags of models that generate images
 SAMPLING = ('n', 'seed', *options.SAMPLING, 'int8', *options.PARTS, *options.DIFFUSION)
@@ -243,12 +242,8 @@ def lpips_of(model: ImageTokenizer) -> checkpoint.Run | None:
 
 def main(argv: list[str]) -> int:
   signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
-  try:
-    return errors.command(argv, FLAGS, run, __doc__, 'flags look like --run RUN --split test.')
-  except KeyboardInterrupt:
-    print(f'error: {distributed.who()}stopped; nothing of this evaluation is kept.', file=sys.stderr, flush=True)
-    distributed.end(STOPPED, 'stopped')
-    return STOPPED
+  stopped = 'stopped; nothing of this evaluation is kept.'
+  return errors.command(argv, FLAGS, run, __doc__, 'flags look like --run RUN --split test.', stopped)
 
 
 if __name__ == '__main__':

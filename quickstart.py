@@ -48,7 +48,6 @@ boolean('storyganc', 'also train StoryGANc, with and without contextual attentio
 text = 'argument for train.py, e.g. --override=--config.train.steps=10'
 flags.DEFINE_multi_string('override', [], text, flag_values=FLAGS)
 boolean('debug', 'show tracebacks')
-STOPPED = 143  # exit status of train.py after SIGTERM or Ctrl-C
 STAGES = ('vqgan', 'clip', 'dalle', 'story')
 # XLA on the CPU allocates its memory anew for every step; with pages of 2 MB a step of the story model is 19% faster.
 HUGE_PAGES = {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1'}
@@ -80,7 +79,7 @@ def run() -> None:
     except KeyboardInterrupt:
       code = child.wait()  # it has received Ctrl-C, too, and saves
     add_seconds(root, stage, time.monotonic() - start)
-    if code == STOPPED:
+    if code == errors.STOPPED:
       sys.exit(f'error: stage {stage} was stopped; the same command resumes there.')
     if code:
       sys.exit(f'error: stage {stage} ended with exit code {code}; see its messages above.')

@@ -291,7 +291,7 @@ def test_sigterm_leaves_nothing_behind(root, tmp_path, run, monkeypatch, capsys)
   monkeypatch.setattr(evaluate.Evaluation, 'records', lambda *_: signal.raise_signal(signal.SIGTERM))
   assert run('--run', root / 'vqgan', '--split', 'val') == 143
   assert not list(tmp_path.iterdir())
-  assert capsys.readouterr().err == 'error: stopped; nothing of this evaluation is kept.\n'
+  assert capsys.readouterr().err == 'stopped; nothing of this evaluation is kept.\n'
 
 
 def test_a_record_with_a_broken_caption_says_why(root, tmp_path, run, capsys):

@@ -134,7 +134,9 @@ def test_a_run_may_be_named_by_its_repository(mindalle, tmp_path, monkeypatch):
   for name, objective in (('owner/mindalle', 'dalle'), ('owner/mindalle/frozen/vqgan', 'vqgan')):
     assert checkpoint.load_run(name).config['objective'] == objective and set(asked) == {'owner/mindalle'}
   hub.snapshot_download = lambda name: (_ for _ in ()).throw(RuntimeError('404:\nno such repository'))
-  with pytest.raises(FileNotFoundError, match=r'no directory, and Hugging Face .*404: no such repository'):
+  with pytest.raises(
+    FileNotFoundError, match=r'is not a directory, and cannot be downloaded .*404: no such repository'
+  ):
     checkpoint.load_run('owner/other')
   monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
   with pytest.raises(FileNotFoundError, match=r'pip install -e "\.\[hf\]"'):
