@@ -4,7 +4,7 @@
   python evaluate.py --run runs/quickstart/dalle --clip runs/quickstart/clip --n 8   # a DALL-E; the best of 8 is scored
   python evaluate.py --run runs/mine/vqgan --split val --inception runs/inception    # an image tokenizer
   python evaluate.py --run runs/quickstart/clip --split val                          # a CLIP
-  python evaluate.py --run IMPORTED --source folder --path PICTURES --split all --inception runs/inception
+  python evaluate.py --run IMPORTED --source folder --path IMAGES --split all --inception runs/inception
   python evaluate.py --run RUN --path DATA --classifier RUN --resize 64 --out results/pororo
 Writes OUT/pictures/NUMBER.png, OUT/grid.png (the first ones), OUT/predictions.json (a row for each image) and
 OUT/metrics.json when everything is done, in place of an earlier evaluation. True images are cropped and resized to the

@@ -1,6 +1,6 @@
 """DALL-E as in the paper: 256 text tokens and 1,024 image tokens (Ramesh et al., 2021, section 2 and appendix B).
 
-  python train.py --config configs/dalle_paper.py:12b --config.run_dir=runs/12b --config.data.path=PICTURES \\
+  python train.py --config configs/dalle_paper.py:12b --config.run_dir=runs/12b --config.data.path=IMAGES \\
     --config.frozen.vqgan=runs/f8                                    # a multiple of 128 devices
   python train.py --config configs/dalle_paper.py:12b,tpu ... --distributed           # a TPU pod
   python train.py --config configs/dalle_paper.py:1.3b,tpu,accum=8 ... --distributed  # 16 TPU v5e

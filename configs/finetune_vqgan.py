@@ -1,7 +1,7 @@
 """Fine-tuning of an imported VQGAN with its discriminator and LPIPS on a folder of images.
 
   python -m dalle_jax.convert --from taming --path vqgan_imagenet_f16_1024/ --out runs/f16
-  python train.py --config configs/finetune_vqgan.py --config.data.path=PICTURES --config.run_dir=runs/mine
+  python train.py --config configs/finetune_vqgan.py --config.data.path=IMAGES --config.run_dir=runs/mine
 The checkpoint must have a discriminator and LPIPS, as those of taming-transformers do; without a discriminator give
 `--config.loss.disc_weight=0.0`. The batch statistics of the discriminator stay fixed.
 """

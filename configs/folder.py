@@ -1,7 +1,7 @@
 """Your own images: a folder of NAME.jpg (png, webp) with captions in NAME.txt, including sub-folders.
 
-  python train.py --config configs/folder.py --config.data.path=PICTURES --config.root=runs/mine   # on a CPU
-  python train.py --config configs/folder.py:size=256,batch=32,steps=100000 --config.data.path=PICTURES  # on a GPU
+  python train.py --config configs/folder.py --config.data.path=IMAGES --config.root=runs/mine   # on a CPU
+  python train.py --config configs/folder.py:size=256,batch=32,steps=100000 --config.data.path=IMAGES  # on a GPU
   python sample.py --run runs/mine/dalle --clip runs/mine/clip --prompt "..." --n 8
 WebDataset tars instead: `--config.data.source=tars --config.data.path='DIR/shard-{000..099}.tar'`.
 There are three stages: VQGAN, CLIP (for reranking) and DALL-E; `:vqgan`, `:clip` and `:dalle` run one. From size=256 on

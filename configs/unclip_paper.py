@@ -1,7 +1,7 @@
 """unCLIP at the paper's sizes (Ramesh et al., 2022, appendix C) with a frozen CLIP, one run per stage.
 
   python -m dalle_jax.convert --from clip --path clip-vit-large-patch14/ --out runs/clip
-  python train.py --config configs/unclip_paper.py:unclip --config.root=runs/mine --config.data.path=PICTURES \\
+  python train.py --config configs/unclip_paper.py:unclip --config.root=runs/mine --config.data.path=IMAGES \\
     --config.frozen.clip=runs/clip                                   # `:prior` likewise
   python sample.py --run runs/mine/unclip --prior runs/mine/prior --upsampler runs/mine/upsampler \\
     --upsampler runs/mine/upsampler_2 --prompt "..." --guidance 4 --steps 250 --prior_steps 64

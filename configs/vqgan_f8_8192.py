@@ -1,6 +1,6 @@
 """A VQGAN with DALL-E's layout: 256 x 256 pixels to 32 x 32 tokens from 8,192 codes, Gumbel quantizer.
 
-  python train.py --config configs/vqgan_f8_8192.py --config.run_dir=runs/f8 --config.data.path=PICTURES
+  python train.py --config configs/vqgan_f8_8192.py --config.run_dir=runs/f8 --config.data.path=IMAGES
   python train.py --config configs/vqgan_f8_8192.py:source=tfds:imagenet2012,batch=96 --config.run_dir=runs/f8
 Hyperparameters are those of Esser et al., 2021, and the public vqgan_gumbel_f8. For the perceptual loss give
 --config.frozen.lpips=runs/lpips, after `python -m dalle_jax.convert --from lpips --path FOLDER --out runs/lpips`;

@@ -2,7 +2,7 @@
 
 Prints whether they fit into memory, and how fast they are at best.
 
-  python -m dalle_jax.aot --config configs/dalle_paper.py:12b --topology v5p:8x8x4
+  python -m dalle_jax.aot --config configs/dalle_paper.py:12b,tpu --topology v5p:8x8x4
   python -m dalle_jax.aot --config configs/dalle_paper.py:1.3b --topology v5e:4x4 --batch_per_chip 8 \\
     --config.mesh.tensor=2
   python -m dalle_jax.aot --config configs/dalle_paper.py:1.3b --topology v5e:4x4 --program sampler --pictures 8 \\

@@ -31,7 +31,7 @@ class DALLEObjective:
   "Generating Sentences from a Continuous Space", makes a decoder use its latent). Targets are always the true tokens.
   """
 
-  rows_apart = True  # see training.loop
+  rows_apart = True  # see training.state.Objective
 
   def __init__(self, model: dalle.DALLE, tokenizer: image_tokenizer.ImageTokenizer, c: ConfigDict):
     self.model, self.tokenizer, self.c = model, tokenizer, c

@@ -34,7 +34,7 @@ class StoryDALLEObjective:
   int32[B, T, M], with 'data' vectors float32[B, T, S].
   """
 
-  rows_apart = True  # see training.loop
+  rows_apart = True  # see training.state.Objective
 
   def __init__(
     self,

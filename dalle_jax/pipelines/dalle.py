@@ -58,7 +58,7 @@ class DallE(TokenGenerator, ImageGenerator):
       first: the number of the first image, for all prompts or for each; the others follow it.
       init_image: an image to complete (a path, bytes, PIL image or uint8[H, W, 3]), cropped to the model's size, of
         which the top `keep_rows` rows of image tokens are kept.
-      batch_size: images at once.
+      batch_size: images per call.
 
     Raises ValueError for arguments out of range.
     """
@@ -82,7 +82,7 @@ class DallE(TokenGenerator, ImageGenerator):
     top_p: float = 1.0,
     batch_size: int = 64,
   ) -> list[list[str]]:
-    """Generates `n` captions that begin with each prompt, as the model expects them of the captions it was trained on.
+    """Completes each prompt to `n` captions, in the style of the captions that the model was trained on.
 
     A caption is a function of (prompt, seed, its number); for the arguments see `sample`. Raises ValueError for
     arguments out of range, and for an empty prompt where the model needs a first token.

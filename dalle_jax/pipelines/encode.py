@@ -48,9 +48,9 @@ def encode_dataset(
 
   If the parameters are laid out over a mesh, each batch is split over it. With several processes, which must share
   `out_dir`, each reads its part of the images, with `workers` worker processes (0: with threads). A finished folder of
-  the same network, source and size is left as it is; one of others is encoded anew. A source is identified by its kind,
-  its length, the names of its records and a sample of their content: delete the folder after changing single images. A
-  second command that encodes into the same folder waits for the first.
+  the same network, source and size is left as it is; otherwise the folder is encoded again. A source is
+  identified by its kind, its length, the names of its records and a sample of their content: delete the folder after
+  changing single images. A second command that encodes into the same folder waits for the first.
 
   Raises ValueError for an image size that does not suit the network, or when nothing in the source is usable.
   """

@@ -39,7 +39,7 @@ class Generator:
   Class attributes:
     OBJECTIVE: the objective of the runs that it takes.
     REQUIRED: the frozen networks that a run must have.
-    OPTIONAL: others that it may be given when it is loaded, whether it has them or not.
+    OPTIONAL: further networks that `load` accepts in `parts`, even if the run has none.
     TEXT_FROM: the frozen network whose tokenizer it reads captions with; '' for that of the run itself.
     BATCH: images per call, by default.
   """
@@ -80,12 +80,12 @@ class Generator:
 
     Args:
       path: a run directory, or the name of a Hugging Face repository that holds one (with the extra `hf`).
-      clip: the run of a CLIP that ranks the images, given in the same ways; '' for none.
+      clip: the run of a CLIP that ranks the images, given like `path`; '' for none.
       mesh, rules: parameters and images are split over the mesh by the rules. Where the mesh spans several processes,
         all of them must make the same calls, and all get all results.
-      step: a checkpoint other than the newest.
-      int8: keeps the weights of a transformer over tokens in eight bits. Where the time of a token goes into reading
-        weights, that is a quarter of the bytes of float32; images differ slightly.
+      step: the checkpoint to load, by default the newest.
+      int8: keeps the transformer's weights in eight bits. Where reading weights limits the speed, a token then reads a
+        quarter of the bytes of float32; images differ slightly.
       parts: runs to use in place of the frozen ones with these names, '' for none.
 
     Raises FileNotFoundError when there is no checkpoint (of that `step`), ValueError when a run is of another kind

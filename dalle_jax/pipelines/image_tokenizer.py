@@ -27,10 +27,10 @@ class ImageTokenizer:
     frozen: paths of the frozen runs that it was trained with, by name.
   """
 
-  BATCH = 64  # images at once, by default
+  BATCH = 64  # images per call, by default
 
   def __init__(self, run: checkpoint.Run, image_size: int = 0, mesh: Mesh | None = None, rules: sharding.Rules = ()):
-    """Takes images of the size of training unless `image_size` is given.
+    """`image_size` is by default the size of training.
 
     Raises ValueError for a size that the network does not support.
     """
@@ -64,7 +64,7 @@ class ImageTokenizer:
     return cls(run, image_size, mesh, rules)
 
   def encode(self, images: np.ndarray | Sequence[Any], batch_size: int = BATCH) -> np.ndarray:
-    """Images uint8[B, H, W, 3] of the image size -> image tokens int32[B, I], row by row; `batch_size` images at once.
+    """Images uint8[B, H, W, 3] of the image size -> image tokens int32[B, I], row by row; `batch_size` images per call.
 
     `images` may also be a list of images of any size and kind (paths, bytes, PIL images, arrays), which are cropped.
     """

@@ -1,4 +1,4 @@
-"""Flags of command lines that load a generator and sample from it."""
+"""Command-line flags of the scripts that load a generator and sample from it."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ def define_flags(values: flags.FlagValues) -> None:
   integer('top_k', 0, 'only the k most probable tokens; 0: all')
   number('top_p', 1.0, 'only the most probable tokens with this total probability')
   number('guidance', 1.0, 'classifier-free guidance scale; 1: none')
-  integer('batch_size', None, 'images at once; by default 64, for an unCLIP 16, for a CLIP 256', 1)
-  integer('step', 0, 'a checkpoint other than the newest')
+  integer('batch_size', None, 'images per call; by default 64, for an unCLIP 16, for a CLIP 256', 1)
+  integer('step', 0, 'step of the checkpoint to load; 0: the newest')
   flags.DEFINE_bool('int8', False, 'weights in eight bits: less to read per token', flag_values=values)
   flags.DEFINE_string('prior', '', 'unCLIP: run directory of another prior', flag_values=values)
   text = 'unCLIP: run directory of another upsampler, or none; may be repeated, each enlarges the images of the last'

@@ -1,4 +1,4 @@
-"""How well images fit captions, by a trained CLIP that ranks samples (Ramesh et al., 2021, section 2.6)."""
+"""Scores how well images fit captions with a trained CLIP, to rank samples (Ramesh et al., 2021, section 2.6)."""
 
 import functools
 import numbers

@@ -90,8 +90,8 @@ class StoryGenerator(Generator):
 
     Args:
       vectors: float32[B, T, S], see `continue_story`.
-      temperature, top_k, top_p, guidance: see `functional.decoding.Sampling`, and the class.
-      batch_size: images at once; the frames of a story are never split.
+      temperature, top_k, top_p, guidance: see `functional.decoding.Sampling`, and the docstring of the class.
+      batch_size: images per call; the frames of a story are never split.
 
     Raises ValueError for arguments that do not fit.
     """

@@ -1,4 +1,4 @@
-"""Images by a trained unCLIP (DALL-E 2), from captions or as variations of images: `UnCLIP.load('runs/mine')`."""
+"""Images by a trained unCLIP (DALL-E 2; Ramesh et al., 2022), from captions or as variations of other images."""
 
 import dataclasses
 import functools
@@ -135,11 +135,11 @@ class UnCLIP(ImageGenerator):
     An image is a function of (prompt, seed, its number), whatever else is requested in the same call.
 
     Args:
-      temperature, top_k, top_p: options of models of tokens; they must keep their defaults.
+      temperature, top_k, top_p: options of token models; they must keep their defaults.
       guidance: for the decoder, and for the prior where `prior_guidance` is None.
       prior_guidance, steps, prior_steps, upsampler_steps, priors: see `SamplingPlan`.
       first: the number of the first image, for all prompts or for each; the others follow it.
-      batch_size: images at once.
+      batch_size: images per call.
 
     Raises ValueError for arguments out of range, or without a prior.
     """
