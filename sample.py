@@ -161,7 +161,7 @@ def independent_samples(model: Any, requests: list[str], sampling: dict[str, Any
       raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}; --vary needs one of an unCLIP.')
     if given := options.changed(FLAGS, 'temperature', 'top_k', 'top_p', 'prior_guidance', 'prior_steps', 'priors'):
       raise ValueError(f'--{", --".join(given)} is not for --vary, which uses no tokens and no prior; leave it out.')
-    names = ('n', 'seed', 'batch_size', 'guidance', 'steps', 'upsampler_steps')
+    names = ('n', 'seed', 'batch_size', 'guidance', 'steps', 'upsampler_steps', 'eta')
     return model.variations(requests, **{name: sampling[name] for name in names})
   if hasattr(model, 'encode'):
     return model.sample(requests, init_image=FLAGS.init_image or None, keep_rows=FLAGS.keep_rows, **sampling)

@@ -125,12 +125,13 @@ def sample(
   keys: jax.Array,
   steps: Sequence[int],
   guidance: float,
+  eta: float | None = None,
 ) -> jax.Array:
   """Sample images float32[B, H, W, 3] in [-1, 1] for image embeddings [B, E] and captions, from noise by keys[B].
 
   `apply` is the model's `apply` bound to its parameters; `steps` are those of `Diffusion.timesteps`. A guidance scale s
   other than 1 is classifier-free guidance, uncond + s (cond - uncond), where uncond has the null embedding and `empty`,
-  the caption '', in place of the caption.
+  the caption '', in place of the caption. For `eta` see `functional.diffusion.sample`.
   """
   d, b = model.diffusion, len(embed)
   predict = lambda x, t: apply(x, t, embed, caption)
@@ -139,7 +140,7 @@ def sample(
     both = jax.tree.map(lambda *rows: jnp.concatenate(rows), caption, empty)
     predict = diffusion.guided(d, lambda x, t: apply(x, t, twice, both, known), guidance)
   noise = diffusion.initial_noise(keys, (model.image_size, model.image_size, 3))
-  return jnp.clip(diffusion.sample(d, predict, noise, keys, steps), -1, 1)
+  return jnp.clip(diffusion.sample(d, predict, noise, keys, steps, eta=eta), -1, 1)
 
 
 def build(variant: str, **overrides) -> UnCLIP:

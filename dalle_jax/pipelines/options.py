@@ -8,7 +8,14 @@ from dalle_jax.pipelines import generator
 from dalle_jax.training import checkpoint
 
 SAMPLING = ('temperature', 'top_k', 'top_p', 'guidance')  # what every generator takes
-DIFFUSION = ('prior_guidance', 'steps', 'prior_steps', 'upsampler_steps', 'priors')  # what unCLIP takes in addition
+DIFFUSION = (
+  'prior_guidance',
+  'steps',
+  'prior_steps',
+  'upsampler_steps',
+  'priors',
+  'eta',
+)  # what unCLIP takes in addition
 PARTS = ('prior', 'upsampler')
 
 
@@ -32,6 +39,7 @@ def define_flags(values: flags.FlagValues) -> None:
   integer('prior_steps', 25, 'unCLIP: diffusion steps of the prior', 2)
   integer('upsampler_steps', 7, 'unCLIP: diffusion steps of the upsamplers', 2)
   integer('priors', 2, 'unCLIP: embeddings sampled per image, of which the one nearest to the caption is used', 1)
+  number('eta', None, 'unCLIP: DDIM steps of the decoder with this much noise, 0 to 1; by default ancestral sampling')
 
 
 def changed(values: flags.FlagValues, *names: str) -> list[str]:

@@ -35,6 +35,8 @@ class SamplingPlan:
     steps, prior_steps, upsampler_steps: diffusion steps, a subset of those of training.
     priors: image embeddings sampled per image, of which the one nearest to the caption's embedding is used (section
       2.2).
+    eta: noise of the decoder's steps by DDIM, 0.0 for none (deterministic given the initial noise); None: ancestral
+      sampling.
   """
 
   guidance: float = 1.0
@@ -43,6 +45,7 @@ class SamplingPlan:
   prior_steps: int = 25
   upsampler_steps: int = 7
   priors: int = 2
+  eta: float | None = None
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -50,8 +53,12 @@ class SamplingPlan:
       if isinstance(field.default, int):
         if not isinstance(value, numbers.Integral):
           raise ValueError(f'{field.name} is {value!r}; expected a whole number.')
+      elif field.name == 'eta' and value is None:
+        continue
       elif not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise ValueError(f'{field.name} is {value!r}; expected a finite number.')
+    if self.eta is not None and not 0 <= self.eta <= 1:
+      raise ValueError(f'eta is {self.eta}; expected 0 to 1, or None for ancestral sampling.')
 
 
 class UnCLIP(ImageGenerator):
@@ -91,7 +98,7 @@ class UnCLIP(ImageGenerator):
         )
       self.image_size = self.upsamplers[name].image_size
     self._sample_embeds = self._jit(self._prior_embeds, static_argnames=('steps', 'guidance', 'priors'))
-    self._decode = self._jit(self._decode_embeds, static_argnames=('steps', 'guidance'))
+    self._decode = self._jit(self._decode_embeds, static_argnames=('steps', 'guidance', 'eta'))
     self._upsample = self._jit(self._upsample_images, static_argnames=('name', 'steps'))
     self._encode = self._jit(lambda params, images: self.reader.encode_image(params['clip'], to_float(images)))
 
@@ -127,6 +134,7 @@ class UnCLIP(ImageGenerator):
     prior_steps: int = 25,
     upsampler_steps: int = 7,
     priors: int = 2,
+    eta: float | None = None,
     first: int | Sequence[int] = 0,
     batch_size: int = 16,
   ) -> list[Sample]:
@@ -137,7 +145,7 @@ class UnCLIP(ImageGenerator):
     Args:
       temperature, top_k, top_p: options of token models; they must keep their defaults.
       guidance: for the decoder, and for the prior where `prior_guidance` is None.
-      prior_guidance, steps, prior_steps, upsampler_steps, priors: see `SamplingPlan`.
+      prior_guidance, steps, prior_steps, upsampler_steps, priors, eta: see `SamplingPlan`.
       first: the number of the first image, for all prompts or for each; the others follow it.
       batch_size: images per call.
 
@@ -152,7 +160,7 @@ class UnCLIP(ImageGenerator):
       raise ValueError('this unCLIP has no prior, so it cannot read captions; give one, or an image to vary.')
     if prior_guidance is None:
       prior_guidance = guidance
-    plan = SamplingPlan(guidance, prior_guidance, steps, prior_steps, upsampler_steps, priors)
+    plan = SamplingPlan(guidance, prior_guidance, steps, prior_steps, upsampler_steps, priors, eta)
     rows = {'text': np.stack([self._text(p) for p in prompts])}
     request = dict(n=n, seed=seed, first=first, batch_size=batch_size)
     return self._ranked(prompts, self._generate([p.encode() for p in prompts], rows, self._call(plan), **request))
@@ -166,6 +174,7 @@ class UnCLIP(ImageGenerator):
     guidance: float = 1.0,
     steps: int = 25,
     upsampler_steps: int = 7,
+    eta: float | None = None,
     first: int | Sequence[int] = 0,
     batch_size: int = 16,
   ) -> list[Sample]:
@@ -179,7 +188,7 @@ class UnCLIP(ImageGenerator):
       raise ValueError('images must be a list of one or more images.')
     given = np.stack([ops.open_image(x, size, f'image {i}') for i, x in enumerate(images)])
     embeds = np.asarray(self._encode(self.params, given))
-    plan = SamplingPlan(guidance, steps=steps, upsampler_steps=upsampler_steps)
+    plan = SamplingPlan(guidance, steps=steps, upsampler_steps=upsampler_steps, eta=eta)
     rows = {'text': np.tile(self.reader.empty_ids, (len(given), 1)), 'embed': embeds}
     request = dict(n=n, seed=seed, first=first, batch_size=batch_size)
     results = self._generate([x.tobytes() for x in given], rows, self._call(plan), **request)
@@ -204,7 +213,9 @@ class UnCLIP(ImageGenerator):
         embeds = self._sample_embeds(params('clip', 'prior'), batch, seed, **options)
       else:
         embeds = jnp.repeat(embeds, batch['number'].shape[1], axis=0)
-      images = self._decode(params('clip', 'unclip'), batch, seed, embeds, steps=plan.steps, guidance=plan.guidance)
+      images = self._decode(
+        params('clip', 'unclip'), batch, seed, embeds, steps=plan.steps, guidance=plan.guidance, eta=plan.eta
+      )
       for name in self.upsamplers:
         images = self._upsample(self.params[name], batch, seed, images, name=name, steps=plan.upsampler_steps)
       return to_uint8(images).reshape(*batch['number'].shape, *images.shape[1:]), None
@@ -229,13 +240,21 @@ class UnCLIP(ImageGenerator):
     return jnp.take_along_axis(embeds, best[None, :, None], 0)[0]
 
   def _decode_embeds(
-    self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, embeds: jax.Array, *, steps: int, guidance: float
+    self,
+    params: Any,
+    batch: dict[str, jax.Array],
+    seed: jax.Array,
+    embeds: jax.Array,
+    *,
+    steps: int,
+    guidance: float,
+    eta: float | None,
   ) -> jax.Array:
     """Image embeddings [B * n, E] -> images float32[B * n, H, W, 3]."""
     caption, empty = self._captions(params['clip'], batch)
     apply = functools.partial(self.model.apply, {'params': params['unclip']})
     keys, timesteps = stage_keys(batch, seed, 0), self.model.diffusion.timesteps(steps)
-    return unclip.sample(self.model, apply, embeds, caption, empty, keys, timesteps, guidance)
+    return unclip.sample(self.model, apply, embeds, caption, empty, keys, timesteps, guidance, eta)
 
   def _upsample_images(
     self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, images: jax.Array, *, name: str, steps: int

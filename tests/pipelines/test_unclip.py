@@ -93,9 +93,9 @@ def test_a_mesh_draws_the_same_pictures(root, model):
 def test_each_argument_of_drawing_changes_the_pictures(model):
   draw = lambda **more: model.sample(PROMPTS[:1], n=1, **{**QUICK, **more})[0].images
   base = draw()
-  for more in (dict(guidance=3.0, prior_guidance=1.0), dict(prior_guidance=3.0), dict(steps=5), dict(prior_steps=4)):
+  for more in (dict(guidance=3.0, prior_guidance=1.0), dict(prior_guidance=3.0), dict(steps=5), dict(eta=0.0)):
     assert (draw(**more) != base).any(), more
-  assert (draw(upsampler_steps=3) != base).any()
+  assert (draw(prior_steps=4) != base).any() and (draw(upsampler_steps=3) != base).any()
   assert (draw(priors=1) != draw(priors=4)).any()  # the nearest of several is not always the first
 
 
@@ -160,6 +160,7 @@ def test_what_is_refused(root, model, tmp_path):
     (dict(steps=1), 'steps is 1; expected 2 to 1000'),
     (dict(prior_steps=1001), 'prior_steps is 1001; expected 2 to 1000'),
     (dict(priors=0), 'priors is 0; expected one embedding per image or more'),
+    (dict(eta=1.5), 'eta is 1.5; expected 0 to 1, or None for ancestral sampling'),
     (dict(n=0), 'n is 0'),
     (dict(guidance=float('nan')), 'guidance is nan; expected a finite number'),
     (dict(prior_guidance=float('inf')), 'prior_guidance is inf; expected a finite number'),
