@@ -149,8 +149,9 @@ def complete(model: Any, requests: list[str]) -> list[str]:
     raise ValueError(f'{FLAGS.run} is a run of {model.OBJECTIVE!r}; --complete needs one of a DALL-E.')
   how = {name: getattr(FLAGS, name) for name in ('seed', 'temperature', 'top_k', 'top_p')}
   completed = [captions[0] for captions in model.complete_captions(requests, **how)]
-  for before, after in zip(requests, completed, strict=True):
-    print(f'{before!r} is completed to {after!r}', flush=True)
+  if jax.process_index() == 0:
+    for before, after in zip(requests, completed, strict=True):
+      print(f'{before!r} is completed to {after!r}', flush=True)
   return completed
 
 

@@ -306,9 +306,8 @@ def make_loader(
   if not workers:
     options = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=AHEAD)
     return Loader(iter(dataset.to_iter_dataset(options)), batch_size, left)
-  if (
-    not flags.FLAGS.is_parsed()
-  ):  # grain's workers read the flags, which notebooks and scripts without absl never parse
+  # Grain's workers read the flags of absl, which notebooks and scripts without absl never parse.
+  if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()
   dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
   options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-AHEAD // workers))

@@ -55,10 +55,7 @@ class Generator:
     self.config, self.step, self.params = run.config, run.step, dict(run.params)
     self.reranker, self.mesh, self.rules, self.int8 = setup.reranker, setup.mesh, setup.rules, setup.int8
     text_run = frozen[self.TEXT_FROM] if self.TEXT_FROM else run
-    tokenizer = text_run.config['tokenizer']
-    self.encode_text = text_encoder(text_run.tokenizer, tokenizer)
-    special = [name for name in ('start', 'end') if tokenizer.get(name, -1) >= 0]
-    self.text_capacity = self.encode_text.length - len(special)  # tokens of a caption that the model reads
+    self.encode_text = text_encoder(text_run.tokenizer, text_run.config['tokenizer'])
     self.image_size = self.config['data']['image_size']
     self._jit = functools.partial(jax.jit, out_shardings=sharding.whole(self.mesh))
 
@@ -112,9 +109,9 @@ class Generator:
 
   def _text(self, prompt: str) -> np.ndarray:
     """The ids of a caption, int32[T]; logs a warning when it has more tokens than the model reads."""
-    count = len(self.encode_text.bpe.encode(prompt))
-    if count > self.text_capacity:
-      logger.warning('the prompt %r has %d tokens; the model reads the first %d.', prompt, count, self.text_capacity)
+    count, capacity = len(self.encode_text.bpe.encode(prompt)), self.encode_text.capacity
+    if count > capacity:
+      logger.warning('the prompt %r has %d tokens; the model reads the first %d.', prompt, count, capacity)
     return self.encode_text(prompt)
 
   def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
