@@ -206,8 +206,11 @@ def embedding_lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
   """Rows [..., D] of table[vocab, D] for ids[...], which must lie in [0, vocab).
 
   The embedding axis is gathered first: rows looked up in shards would have to be exchanged between devices afterwards.
+  The rows are not split over the sequence: where its shards do not divide them and the vocabulary is sharded as well,
+  XLA (jaxlib 0.10) computes a wrong gradient of the table.
   """
-  return jnp.take(constrain(table, ('vocab', None)), ids, axis=0)
+  rows = jnp.take(constrain(table, ('vocab', None)), ids, axis=0)
+  return constrain(rows, ('batch', *(None,) * (rows.ndim - 1)))
 
 
 class LayerNorm(nn.Module):

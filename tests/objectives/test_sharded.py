@@ -24,6 +24,7 @@ MESHES = [
   dict(data=4, tensor=2),
   dict(data=4, sequence=2),
   dict(data=2, tensor=2, sequence=2),
+  dict(tensor=2, sequence=4),  # shards of the sequence that do not divide the text
   dict(data=2, fsdp=2, tensor=2),
 ]
 
