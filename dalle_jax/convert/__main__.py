@@ -28,7 +28,8 @@ string('cross', 'storydalle: a file with the cross-attention layers')
 string('version', 'rudalle: v3 or v2')
 flags.DEFINE_integer('heads', 0, 'rudalle: number of attention heads, if no config gives it', 0, flag_values=FLAGS)
 string('image_encoder', 'karlo: the image_encoder folder of karlo-v1-alpha-image-variations')
-string('vqgan', 'rudalle: run directory of its image tokenizer')
+string('vqgan', 'rudalle, dalle_pytorch: run directory of its image tokenizer')
+string('tokenizer', 'dalle_pytorch: tokenizer of captions (.json, .model, or a folder with that of CLIP)')
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
 
@@ -47,7 +48,7 @@ def run() -> None:
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise ValueError(f'{out} already exists; give another --out.')
   host.give_back_memory()
-  names = ('config', 'cross', 'version', 'heads', 'image_encoder')
+  names = ('config', 'cross', 'version', 'heads', 'image_encoder', 'tokenizer')
   options = {name: getattr(FLAGS, name) for name in names}
   imported = read(source, path, **options)
   if FLAGS.vqgan:

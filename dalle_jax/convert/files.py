@@ -9,6 +9,7 @@ from typing import Any
 import safetensors
 import safetensors.numpy
 import yaml
+from tokenizers import Tokenizer
 
 from dalle_jax.convert import torch_file
 
@@ -106,6 +107,16 @@ def merges(path: Path) -> list[tuple[str, str]]:
   if bad := [p for p in pairs if len(p) != 2]:
     raise ValueError(f'{path} has the line {" ".join(bad[0])[:50]!r}; expected two pieces separated by a space.')
   return pairs  # type: ignore[return-value]
+
+
+def tokenizer(path: Path) -> Tokenizer:
+  """Reads a JSON file of Hugging Face's tokenizers. Raises ValueError with a one-line message for any other file."""
+  try:
+    return Tokenizer.from_file(str(path))
+  except Exception as e:  # the library raises bare Exception
+    raise ValueError(
+      f"{path} cannot be read ({' '.join(str(e).split())[:100]}); expected a JSON file of Hugging Face's tokenizers."
+    ) from e
 
 
 def layers(theirs: Mapping[str, Any], pattern: str) -> int:

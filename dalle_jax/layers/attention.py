@@ -13,6 +13,7 @@ from flax import struct
 from dalle_jax.layers import kernels
 from dalle_jax.layers.basic import Einsum, Init, constrain, normal_init, num_shards, platform
 from dalle_jax.layers.patterns import Pattern
+from dalle_jax.layers.rotary import Rotary, rotate
 
 CACHE_AXES = ('batch', 'heads', None, None)
 Pair = tuple[jax.Array, jax.Array]
@@ -24,10 +25,12 @@ class Stream(struct.PyTreeNode):
   Attributes:
     index: int32[], the number of the single image token that x is, when the others are in the cache; None when x is the
       stream from its first position on.
+    rotary: the positions by which queries, keys and values are rotated; None for no rotation.
   """
 
   patterns: tuple[Pattern, ...] = struct.field(pytree_node=False)
   index: jax.Array | None = None
+  rotary: Rotary | None = struct.field(pytree_node=False, default=None)
 
 
 class KVCache(struct.PyTreeNode):
@@ -38,10 +41,13 @@ class KVCache(struct.PyTreeNode):
   Attributes:
     text: keys and values of the prefix of the stream, which never change.
     image: those of image tokens, with room for more.
+    shifted: what the next image tokens take over from these (`layers.token_shift`), for every layer two arrays
+      [B, 1, S, D / 2], before attention and before the MLP; () without token shift.
   """
 
   text: tuple[Pair, ...] = ()
   image: tuple[Pair, ...] = ()
+  shifted: tuple[jax.Array, ...] = ()
 
   @property
   def prefix(self) -> int:
@@ -52,7 +58,7 @@ class KVCache(struct.PyTreeNode):
     k, v = (x.swapaxes(1, 2) for x in (k, v))
     part = lambda x, where: constrain(x[:, :, where], CACHE_AXES)
     text, image = (tuple(part(x, where) for x in (k, v)) for where in (slice(prefix), slice(prefix, None)))
-    return KVCache((*self.text, text), (*self.image, image))
+    return self.replace(text=(*self.text, text), image=(*self.image, image))
 
   def write(self, layer: int, index: jax.Array, k: jax.Array, v: jax.Array) -> 'KVCache':
     """Writes k and v [B, 1, H, K] of image token `index` into a layer; in place under jit."""
@@ -65,7 +71,7 @@ class KVCache(struct.PyTreeNode):
   def extend(self, n: int) -> 'KVCache':
     """Makes room for n more image tokens."""
     pad = lambda x: constrain(jnp.pad(x, ((0, 0), (0, 0), (0, n), (0, 0))), CACHE_AXES)
-    return self.replace(image=jax.tree.map(pad, self.image))
+    return self.replace(**jax.tree.map(pad, {'image': self.image, 'shifted': self.shifted}))
 
   @property
   def copies(self) -> int:
@@ -88,6 +94,7 @@ class Attention(nn.Module):
   out_init: Init = normal_init(0.02)
   value_init: Init | None = None  # kernel_init
   kernel: str = 'auto'
+  head_dim: int = 0  # D // heads
 
   @nn.compact
   def __call__(
@@ -108,12 +115,15 @@ class Attention(nn.Module):
       layer: index of this layer in the cache.
     """
     d = x.shape[-1]
-    shape, axes = (d, self.heads, d // self.heads), ('embed', 'heads', 'head_dim')
+    shape, axes = (d, self.heads, self.head_dim or d // self.heads), ('embed', 'heads', 'head_dim')
     inits = {'query': self.kernel_init, 'key': self.kernel_init, 'value': self.value_init or self.kernel_init}
     q, k, v = (
       Einsum(shape, axes, bias_axes=(1, 2), dtype=self.dtype, kernel_init=init, name=name)('BSD,DHK->BSHK', x)
       for name, init in inits.items()
     )
+    if stream is not None and stream.rotary:
+      angles = stream.rotary.angles(shape[-1], q.shape[1], stream.index)
+      q, k, v = (rotate(x, angles) for x in (q, k, v))
     q = constrain(q, ('batch', 'seq', 'heads', None))
     k, v = (
       constrain(x, ('batch', None, 'heads', None)) for x in (k, v)

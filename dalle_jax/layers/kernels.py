@@ -286,10 +286,11 @@ def _block_mask(pattern: Pattern, rows: int, reach: int) -> np.ndarray:
 
 
 def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern) -> jax.Array:
-  """Patterns 'row', 'column' and 'conv' by XLA: each row (column) of the image over the text and the rows it sees."""
+  """Sparse patterns but 'wrapped' by XLA: each row (column) of the image over the text and the rows it sees."""
   n, prefix, w = q.shape[1], pattern.prefix, pattern.grid[1]
   rows = -(-(n - prefix) // w)
-  reach = min({'row': 1, 'column': 0, 'conv': pattern.conv_kernel // 2}[pattern.kind], rows - 1)
+  window = {'conv': pattern.conv_kernel // 2, 'causal_conv': pattern.conv_kernel - 1}
+  reach = min({'row': 1, 'own_row': 0, 'column': 0, **window}[pattern.kind], rows - 1)
   text, k, v = q[:, :prefix], k.swapaxes(1, 2), v.swapaxes(1, 2)
   text_keys = (k[:, :, :prefix], v[:, :, :prefix])
 

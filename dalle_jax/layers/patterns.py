@@ -17,7 +17,7 @@ import functools
 
 import numpy as np
 
-KINDS = ('full', 'row', 'column', 'conv', 'wrapped')
+KINDS = ('full', 'row', 'column', 'conv', 'wrapped', 'own_row', 'causal_conv')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,9 @@ class Pattern:
 
   Attention is causal and every query sees all text before it. Among the image tokens it sees itself and, with 'full',
   all earlier ones; with 'row', the w before it in raster order; with 'column', those above it; with 'conv', the earlier
-  ones in the conv_kernel x conv_kernel window around it; with 'wrapped' (ru-DALLE), that window wraps around the edges
-  of the image.
+  ones in the conv_kernel x conv_kernel window around it. Public models differ: with 'wrapped' (ru-DALLE), that window
+  wraps around the edges of the image; with 'own_row' (DALLE-pytorch), only earlier tokens of its row are seen; with
+  'causal_conv' (DALLE-pytorch), those in the window of which the token is the lower right corner.
   """
 
   kind: str
@@ -56,10 +57,14 @@ def _mask(pattern: Pattern, n: int) -> np.ndarray:
       seen = np.ones((n, n), bool)
     case 'row':
       seen = q - k <= w
+    case 'own_row':
+      seen = rows == 0
     case 'column':
       seen = columns == 0
     case 'conv':
       seen = (np.abs(rows) <= reach) & (np.abs(columns) <= reach)
+    case 'causal_conv':
+      seen = (rows < pattern.conv_kernel) & (columns >= 0) & (columns < pattern.conv_kernel)
     case 'wrapped':
       near = lambda distance, size: np.minimum(distance % size, -distance % size) <= reach
       seen = near(rows, h) & near(columns, w)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.layers import kernels
+from dalle_jax.layers import kernels, token_shift
 from dalle_jax.layers.attention import Attention, KVCache, Stream
 from dalle_jax.layers.basic import Dense, LayerNorm, constrain, normal_init, num_shards, recomputed
 from dalle_jax.layers.cross import Context, cross_attend, layers_per_step
@@ -29,29 +29,30 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
   'quick_gelu': lambda x: x * jax.nn.sigmoid(1.702 * x),  # OpenAI's CLIP
   'relu': jax.nn.relu,
+  'geglu': gelu,
 }
+GATED = ('geglu',)  # the activation of a second linear map is multiplied with the first (Shazeer, 2020)
 REMATS = ('none', 'full', 'dots')
 NORMS = ('pre', 'post', 'sandwich')
 
 
-def residual(
-  norms: str, eps: float, dtype: jnp.dtype
-) -> Callable[[jax.Array, str, Callable[[jax.Array], jax.Array]], jax.Array]:
+def residual(norms: str, eps: float, dtype: jnp.dtype) -> Callable[..., jax.Array]:
   """A residual connection with LayerNorms at the places that `norms` names; they belong to the calling module.
 
-  'pre': x + f(norm(x)); 'post': norm(x + f(x)), as in BERT; 'sandwich': x + norm_after(f(norm(x))) (CogView, Ding et
-  al., 2021, section 2.4). The norms are called `name` and NAME_after.
+  It is called with (x, y, name, f), where y is x itself but in a reversible block. 'pre': x + f(norm(y)); 'post':
+  norm(x + f(y)), as in BERT; 'sandwich': x + norm_after(f(norm(y))) (CogView, Ding et al., 2021, section 2.4). Norms
+  are called `name` and NAME_after.
   """
   norm = lambda name: LayerNorm(eps, dtype, name=name)
 
-  def pre(x, name, f):
-    return x + f(norm(name)(x))
+  def pre(x, y, name, f):
+    return x + f(norm(name)(y))
 
-  def post(x, name, f):
-    return norm(name)(x + f(x))
+  def post(x, y, name, f):
+    return norm(name)(x + f(y))
 
-  def sandwich(x, name, f):
-    return x + norm(f'{name}_after')(f(norm(name)(x)))
+  def sandwich(x, y, name, f):
+    return x + norm(f'{name}_after')(f(norm(name)(y)))
 
   return {'pre': pre, 'post': post, 'sandwich': sandwich}[norms]
 
@@ -67,6 +68,9 @@ class Block(nn.Module):
   mlp: int = 0
   eps: float = 1e-5
   kernel: str = 'auto'
+  head_dim: int = 0
+  shift_tokens: bool = False
+  reversible: bool = False
 
   @nn.compact
   def __call__(
@@ -81,27 +85,49 @@ class Block(nn.Module):
     attending: jax.Array | None = None,
   ) -> tuple[jax.Array, KVCache | None]:
     x = constrain(x, ('batch', 'seq', 'embed'))
-    d = x.shape[-1]
+    first, second = jnp.split(x, 2, -1) if self.reversible else (x, x)
+    d = first.shape[-1]
     inner, outer = normal_init(d**-0.5), normal_init((2 * self.depth * d) ** -0.5)  # keeps the residual stream's scale
     around = residual(self.norms, self.eps, self.dtype)
-    caches = []
+
+    def shift(y: jax.Array, number: int) -> jax.Array:
+      nonlocal cache
+      if self.shift_tokens:
+        y, cache = _shift(y, stream, cache, number)
+      return y
 
     def attend(y: jax.Array) -> jax.Array:
-      attention = Attention(self.heads, self.dtype, inner, outer, kernel=self.kernel, name='attention')
-      y, new = attention(y, mask, stream, kind, cache, layer)
-      caches.append(new)
+      nonlocal cache
+      attention = Attention(
+        self.heads, self.dtype, inner, outer, kernel=self.kernel, head_dim=self.head_dim, name='attention'
+      )
+      y, cache = attention(shift(y, 2 * layer), mask, stream, kind, cache, layer)
       return y
 
     def mlp(y: jax.Array) -> jax.Array:
+      y = shift(y, 2 * layer + 1)
       wide = normal_init((2 * d) ** -0.5)
-      y = Dense(self.mlp or 4 * d, ('embed', 'mlp'), dtype=self.dtype, kernel_init=wide, name='mlp_in')(y)
-      y = recomputed(ACTIVATIONS[self.activation])(y)
-      return Dense(d, ('mlp', 'embed'), dtype=self.dtype, kernel_init=outer, name='mlp_out')(y)
+      dense = lambda name: Dense(self.mlp or 4 * d, ('embed', 'mlp'), dtype=self.dtype, kernel_init=wide, name=name)
+      z, activation = dense('mlp_in')(y), recomputed(ACTIVATIONS[self.activation])
+      z = z * activation(dense('mlp_gate')(y)) if self.activation in GATED else activation(z)
+      return Dense(d, ('mlp', 'embed'), dtype=self.dtype, kernel_init=outer, name='mlp_out')(z)
 
-    x = around(x, 'norm_1', attend)
+    first = around(first, second, 'norm_1', attend)
     if context is not None:
-      x = cross_attend(x, context, attending)
-    return around(x, 'norm_2', mlp), caches[0]
+      first = cross_attend(first, context, attending)
+    second = around(second if self.reversible else first, first, 'norm_2', mlp)
+    return (jnp.concatenate([first, second], -1) if self.reversible else second), cache
+
+
+def _shift(x: jax.Array, stream: Stream, cache: KVCache | None, number: int) -> tuple[jax.Array, KVCache | None]:
+  """Token shift of x[B, T, D], the shift `number` of all layers, and the cache with what it takes over."""
+  pattern = stream.patterns[0]
+  if stream.index is None:
+    if cache is not None:
+      cache = cache.replace(shifted=(*cache.shifted, token_shift.taken_over(x, pattern)))
+    return token_shift.shift(x, pattern), cache
+  x, past = token_shift.shift_one(x, cache.shifted[number], stream.index, pattern.grid[1])
+  return x, cache.replace(shifted=(*cache.shifted[:number], past, *cache.shifted[number + 1 :]))
 
 
 class Period(nn.Module):
@@ -153,6 +179,10 @@ class Stack(nn.Module):
     mlp: the width of the MLP; 0: four times that of x.
     eps: of the LayerNorms.
     kernel: of attention, see `layers.kernels.stream_attention`.
+    head_dim: features of a head; 0: the width of x is split among the heads.
+    shift_tokens: shifts the inputs of attention and MLP, see `layers.token_shift`; needs a `stream`.
+    reversible: two residual streams that begin as x, y1 = x1 + attention(x2) and y2 = x2 + MLP(y1), whose mean is the
+      result (RevNet, Gomez et al., 2017). Only the architecture: memory is saved by `remat`.
   """
 
   depth: int
@@ -166,6 +196,9 @@ class Stack(nn.Module):
   mlp: int = 0
   eps: float = 1e-5
   kernel: str = 'auto'
+  head_dim: int = 0
+  shift_tokens: bool = False
+  reversible: bool = False
 
   @nn.compact
   def __call__(
@@ -193,20 +226,29 @@ class Stack(nn.Module):
     Raises ValueError when heads, period, activation, remat or norms do not fit.
     """
     self._check(x)
+    if self.reversible:
+      x = jnp.concatenate([x, x], -1)
     by_layer = np.zeros(self.depth, np.int32) if kinds is None else np.asarray(kinds, np.int32)
     by_step = by_layer.reshape(-1, self.period)
     mask, attending = (None if a is None else jnp.asarray(a) for a in (mask, attending))
     if cache is not None:
-      return self._decode(x, mask, stream, by_step, cache, cast(tuple, context or ()), attending)
-    return self._train(x, mask, stream, by_step, cast(Context, context), attending), None
+      x, cache = self._decode(x, mask, stream, by_step, cache, cast(tuple, context or ()), attending)
+    else:
+      x = self._train(x, mask, stream, by_step, cast(Context, context), attending)
+    if self.reversible:
+      x = sum(jnp.split(x, 2, -1)) / 2
+    return x, cache
 
   @property
   def _block(self) -> tuple[Any, ...]:
     """The fields of a `Block`."""
-    return self.depth, self.heads, self.activation, self.dtype, self.norms, self.mlp, self.eps, self.kernel
+    return (
+      self.depth, self.heads, self.activation, self.dtype, self.norms, self.mlp, self.eps, self.kernel, self.head_dim,
+      self.shift_tokens, self.reversible,
+    )  # fmt: skip
 
   def _check(self, x: jax.Array) -> None:
-    if x.shape[-1] % self.heads:
+    if x.shape[-1] % self.heads and not self.head_dim:
       raise ValueError(f'a width of {x.shape[-1]} is not divisible by {self.heads} heads; change either.')
     if self.depth % self.period:
       raise ValueError(f'{self.depth} layers are not divisible by the period {self.period}; change either.')
@@ -216,6 +258,10 @@ class Stack(nn.Module):
       raise ValueError(f'remat {self.remat!r} is unknown; there are {", ".join(REMATS)}.')
     if self.norms not in NORMS:
       raise ValueError(f'norms {self.norms!r} is unknown; there are {", ".join(NORMS)}.')
+    if self.shift_tokens and x.shape[-1] % 4:
+      raise ValueError(f'token shift needs a width divisible by 4, not {x.shape[-1]}; change either.')
+    if self.reversible and self.norms == 'post':
+      raise ValueError('a reversible stack cannot have norms="post"; use pre or sandwich.')
 
   def _train(
     self,

@@ -20,7 +20,8 @@ from dalle_jax.layers.attention import KVCache, Stream
 from dalle_jax.layers.basic import LayerNorm, boxed, constrain, embedding_lookup, normal_init, product
 from dalle_jax.layers.cross import Context
 from dalle_jax.layers.patterns import Pattern, layer_kinds
-from dalle_jax.layers.transformer import Stack
+from dalle_jax.layers.rotary import Rotary
+from dalle_jax.layers.transformer import GATED, Stack
 from dalle_jax.models import variants
 from dalle_jax.models.image_tokenizer import ImageTokenizer
 from dalle_jax.models.pooling import masked_mean
@@ -53,6 +54,9 @@ VARIANTS = {
     attention=','.join(['row', 'column', 'row', 'row'] * 5 + ['row', 'column', 'row', 'conv']), norms='sandwich',
     head='norm', activation='gelu_tanh', remat='dots',
   ),
+  'dalle_pytorch': dict(
+    d_model=512, depth=2, heads=8, attention='full', conv_kernel=5, activation='geglu', head='bias',
+  ),
 }  # fmt: skip
 
 
@@ -76,6 +80,30 @@ LAYOUTS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Head:
+  """How features become logits.
+
+  Attributes:
+    tied: whether the heads are the embeddings of text and image.
+    bias: whether they have biases.
+    norm: whether an additional LayerNorm comes first.
+  """
+
+  tied: bool = False
+  bias: bool = False
+  norm: bool = False
+
+
+HEADS = {
+  'linear': Head(),
+  'tied': Head(tied=True),
+  'bias': Head(bias=True),  # DALLE-pytorch
+  'tied_bias': Head(tied=True, bias=True),  # DALLE-pytorch, share_input_output_emb
+  'norm': Head(bias=True, norm=True),  # ru-DALLE
+}
+
+
 class DALLE(nn.Module):
   """The transformer with its embeddings and heads.
 
@@ -85,10 +113,12 @@ class DALLE(nn.Module):
     layout: what precedes the image tokens, see `LAYOUTS`.
     grid: rows and columns of image tokens.
     attention: attention kind of each layer, see `layers.patterns.layer_kinds`.
-    image_positions: 'axial', the sum of a row and a column embedding, or 'learned', one embedding per position.
-    head: 'linear'; 'tied' to the embeddings of text and image; or 'norm', linear with an additional LayerNorm and
-      biases.
-    norms, period, remat, unroll, kernel: see `layers.transformer.Stack`.
+    image_positions: 'axial', the sum of a row and a column embedding; 'learned', one embedding per position; or
+      'rotary', no embeddings, of text neither, but `layers.rotary`.
+    head: how features become logits, see `HEADS`.
+    divide_max: divides the features by their maximum before the last LayerNorm (DALLE-pytorch, stable=True), which so
+      has a smaller or larger epsilon in effect.
+    norms, period, remat, unroll, kernel, head_dim, shift_tokens, reversible: see `layers.transformer.Stack`.
   """
 
   text_vocab: int = 16_384 + 256
@@ -110,6 +140,10 @@ class DALLE(nn.Module):
   remat: str = 'none'
   unroll: int = 1
   kernel: str = 'auto'
+  head_dim: int = 0
+  shift_tokens: bool = False
+  reversible: bool = False
+  divide_max: bool = False
   dtype: jnp.dtype = jnp.bfloat16
 
   @property
@@ -137,38 +171,45 @@ class DALLE(nn.Module):
       return np.arange(self.words, self.text_vocab, dtype=np.int32)
     return np.full(self.text_length, self.pad, np.int32)
 
+  def rotary_angles(self) -> jax.Array:
+    """Angles of rotary positions, float32[P + I, R] in radians."""
+    head_dim = self.head_dim or self.d_model // self.heads
+    return Rotary(0, self.prefix, self.grid).angles(head_dim, self.length + 1)
+
   def setup(self):
     if self.layout not in LAYOUTS:
       raise ValueError(f'layout {self.layout!r} is unknown; expected one of {", ".join(LAYOUTS)}.')
+    if self.head not in HEADS:
+      raise ValueError(f'head {self.head!r} is unknown; expected one of {", ".join(HEADS)}.')
     d, init = self.d_model, normal_init(0.02)
     table = lambda name, size, axes: self.param(name, boxed(init, axes), (*size, d), jnp.float32)
     if LAYOUTS[self.layout].start:
       self.start = table('start', (), ('embed',))
     self.text_embed = table('text_embed', (self.text_vocab,), ('vocab', 'embed'))
     self.image_embed = table('image_embed', (self.image_vocab,), ('vocab', 'embed'))
-    self.text_positions = table('text_positions', (self.prefix,), (None, 'embed'))
+    if self.image_positions != 'rotary':
+      self.text_positions = table('text_positions', (self.prefix,), (None, 'embed'))
     if self.image_positions == 'axial':
       self.row_positions = table('row_positions', (self.grid[0],), (None, 'embed'))
       self.column_positions = table('column_positions', (self.grid[1],), (None, 'embed'))
     elif self.image_positions == 'learned':
       self.image_position = table('image_position', (self.image_length,), (None, 'embed'))
-    else:
-      raise ValueError(f'image_positions {self.image_positions!r} is unknown; expected axial or learned.')
+    elif self.image_positions != 'rotary':
+      raise ValueError(f'image_positions {self.image_positions!r} is unknown; expected axial, learned or rotary.')
     self.blocks = Stack(
       self.depth, self.heads, self.activation, self.dtype, self.period, self.remat, self.unroll, self.norms,
-      kernel=self.kernel,
+      kernel=self.kernel, head_dim=self.head_dim, shift_tokens=self.shift_tokens, reversible=self.reversible,
     )  # fmt: skip
     self.norm_out = LayerNorm(dtype=self.dtype)
-    if self.head == 'tied':
+    if HEADS[self.head].tied:
       self.text_head, self.image_head = self.text_embed, self.image_embed
-    elif self.head in ('linear', 'norm'):
+    else:
       self.text_head = table('text_head', (self.text_vocab,), ('vocab', 'embed'))
       self.image_head = table('image_head', (self.image_vocab,), ('vocab', 'embed'))
-    else:
-      raise ValueError(f'head {self.head!r} is unknown; expected linear, tied or norm.')
-    self.text_bias = self.image_bias = None
-    if self.head == 'norm':
+    if HEADS[self.head].norm:
       self.norm_head = LayerNorm(dtype=self.dtype)
+    self.text_bias = self.image_bias = None
+    if HEADS[self.head].bias:
       bias = lambda name, size: self.param(name, boxed(nn.initializers.zeros, ('vocab',)), (size,), jnp.float32)
       self.text_bias, self.image_bias = bias('text_bias', self.text_vocab), bias('image_bias', self.image_vocab)
 
@@ -238,7 +279,7 @@ class DALLE(nn.Module):
     x = self._embed_image(token[:, None], index)
     shift = LAYOUTS[self.layout].shift
     patterns, kinds = self._patterns(cache.prefix - self.prefix - shift)
-    stream = Stream(patterns, index - shift)
+    stream = Stream(patterns, index - shift, self._rotary(cache.prefix - self.prefix))
     x, cache = self.blocks(x, None, stream, kinds, cache, context, np.ones(1, bool))
     return self.image_logits(self._read(x[:, 0])), cache
 
@@ -272,14 +313,16 @@ class DALLE(nn.Module):
     """Run the blocks on the first n positions of the sequence, x[B, n, D], of which `first` are extra vectors."""
     patterns, kinds = self._patterns(first)
     attending = np.arange(x.shape[1]) >= first + self.prefix - 1  # the positions that predict image tokens
-    return self.blocks(x, None, Stream(patterns), kinds, cache, context, attending)
+    stream = Stream(patterns, rotary=self._rotary(first))
+    return self.blocks(x, None, stream, kinds, cache, context, attending)
 
   def _embed_text(self, text: jax.Array) -> jax.Array:
     """int32[B, T] -> [B, P, D]."""
     x = embedding_lookup(self.text_embed, text)
     if LAYOUTS[self.layout].start:
       x = jnp.concatenate([jnp.broadcast_to(self.start, (len(x), 1, self.d_model)), x], 1)
-    return (x + self.text_positions).astype(self.dtype)
+    x = x if self.image_positions == 'rotary' else x + self.text_positions
+    return x.astype(self.dtype)
 
   def _embed_image(self, tokens: jax.Array, first: jax.Array | int) -> jax.Array:
     """Image tokens number first, first + 1, ..., int32[B, n] -> [B, n, D]."""
@@ -288,8 +331,10 @@ class DALLE(nn.Module):
     if self.image_positions == 'axial':
       position = jnp.take(self.row_positions, i // self.grid[1], axis=0)
       position += jnp.take(self.column_positions, i % self.grid[1], axis=0)
-    else:
+    elif self.image_positions == 'learned':
       position = jnp.take(self.image_position, i, axis=0)
+    else:
+      position = 0.0
     return (x + position).astype(self.dtype)
 
   def _patterns(self, first: int) -> tuple[tuple[Pattern, ...], list[int]]:
@@ -300,9 +345,14 @@ class DALLE(nn.Module):
     patterns = tuple(Pattern(kind, before, self.grid, self.conv_kernel) for kind in present)
     return patterns, [present.index(kind) for kind in kinds]
 
+  def _rotary(self, first: int) -> Rotary | None:
+    return Rotary(first, first + self.prefix, self.grid) if self.image_positions == 'rotary' else None
+
   def _read(self, x: jax.Array) -> jax.Array:
+    if self.divide_max:
+      x = x / jax.lax.stop_gradient(x.max(-1, keepdims=True))
     x = self.norm_out(x)
-    return self.norm_head(x) if self.head == 'norm' else x
+    return self.norm_head(x) if HEADS[self.head].norm else x
 
   def _logits(self, x: jax.Array, head: jax.Array, bias: jax.Array | None) -> jax.Array:
     """[..., D] -> float32[..., vocab]."""
@@ -357,7 +407,9 @@ def adopt(model: DALLE, players: Mapping[str, Any], config: Mapping[str, Any], r
 def flops(model: DALLE, batch: int) -> float:
   """Model FLOPs of one update of `batch` sequences (forward and backward, no causal discount, no rematerialisation)."""
   n, d = model.length, model.d_model
-  layer = 24 * n * d * d + 4 * n * n * d  # forward: products with 12 d^2 parameters; scores and weighted sums of values
+  inner = model.heads * (model.head_dim or d // model.heads)
+  mlp = 4 * (3 if model.activation in GATED else 2)
+  layer = 2 * n * d * (4 * inner + mlp * d) + 4 * n * n * inner  # forward: products with parameters; scores and values
   heads = 2 * d * (model.text_length * model.text_vocab + model.image_length * model.image_vocab)
   return 3.0 * batch * (model.depth * layer + heads)
 

@@ -1,17 +1,18 @@
-"""Image tokenizers, which turn images into codes and codes into images: a VQGAN or a dVAE, depending on the run."""
+"""Image tokenizers, which turn images into codes and codes into images: a VQGAN, the dVAE of OpenAI, or the
+DiscreteVAE of DALLE-pytorch, depending on the run."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
 
-from dalle_jax.models import dvae, vqgan
+from dalle_jax.models import discrete_vae, dvae, vqgan
 
-TOKENIZERS = {'vqgan': vqgan, 'dvae': dvae}
+TOKENIZERS = {'vqgan': vqgan, 'dvae': dvae, 'discrete_vae': discrete_vae}
 
 
 class ImageTokenizer(Protocol):
-  """The common interface of VQGAN and dVAE; call `encode` and `decode_codes` through `apply`."""
+  """The common interface of all of them; call `encode` and `decode_codes` through `apply`."""
 
   num_codes: int
   apply: Any

@@ -227,7 +227,7 @@ class StoryDALLE(nn.Module):
     if sentences is None:
       sentences = self.dalle.embed_caption(text.reshape(b * t, n)).reshape(b, t, -1)
     extra, context = self.story(sentences, self.dalle.embed_source(source), rng)
-    if self.story_encoder == 'released':
+    if self.story_encoder == 'released' and self.dalle.image_positions != 'rotary':
       extra = extra + self.dalle.text_positions[: extra.shape[1]].astype(extra.dtype)
     return extra, context
 

@@ -20,7 +20,7 @@ class ImageTokenizer:
   """A trained image tokenizer for images of one size.
 
   Attributes:
-    network: a network of `models.vqgan` or `models.dvae`.
+    network: a network of `models.image_tokenizer.TOKENIZERS`.
     image_size: side of the images in pixels.
     grid: rows and columns of image tokens.
     num_codes: tokens are in [0, num_codes).

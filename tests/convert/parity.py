@@ -22,6 +22,7 @@ from dalle_jax.layers.patterns import Pattern
 from dalle_jax.models import (
   clip,
   dalle,
+  discrete_vae,
   dvae,
   inception,
   lpips,
@@ -36,14 +37,22 @@ from dalle_jax.models import (
 )  # fmt: skip
 
 LEFT_OUT = {  # kind -> arrays that are not compared -> reason
+  'dalle_pytorch': {
+    **dict.fromkeys(
+      ['out_s2_sparse_greedy_cached', 'out_s4_shared_greedy_cached'], 'their sparse layers share one entry of the cache'
+    ),
+    **dict.fromkeys(
+      [f'out_{name}_cond3_{how}' for name in ('s1_full', 's3_stable') for how in ('cache', 'nocache')],
+      'their guidance acts on the first code only',
+    ),
+  },
   'storydalle': {
     'out_np_nocond_greedy_cached': 'their cache reads the first code at another position than in training',
     'out_np_cond_greedy_cached': 'the same, and ignores the source from the second code on',
     'out_p_nocond_greedy_cached': 'the same, and forgets the prompt',
     'out_p_cond_greedy_cached': 'all of these',
-  }
+  },
 }
-GREEDY = decoding.Sampling(temperature=0.0)
 nhwc = lambda x: jnp.asarray(x).transpose(0, 2, 3, 1)
 nchw = lambda x: np.asarray(x).transpose(0, 3, 1, 2)
 
@@ -118,11 +127,12 @@ def of_dalle(config, words, codes, grid):
   return dalle.build(**config['model'], **sizes, image_vocab=codes, grid=grid, dtype='float32')
 
 
-def greedy(apply, text, length):
+def greedy(apply, text, length, empty=None, guidance=1.0):
   """Samples codes with our KV cache."""
   none = jnp.zeros((len(text), 0), jnp.int32)
   keys = jax.random.split(jax.random.key(0), len(text))
-  options = dict(empty=text[0], length=length, n=1, sampling=GREEDY)
+  sampling = decoding.Sampling(temperature=0.0, guidance=guidance)
+  options = dict(empty=text[0] if empty is None else empty, length=length, n=1, sampling=sampling)
   return decoding.sample(apply, jnp.asarray(text), none, keys, **options)
 
 
@@ -262,6 +272,59 @@ def rudalle(folder, arrays):
     drawn = jax.jit(lambda p, t: greedy(apply(p), t, codes.shape[1]))(params, text)  # noqa: B023
     found |= {f'out_{version}_greedy': drawn, f'out_{version}_greedy_cached': drawn}
   return found
+
+
+def dalle_pytorch(folder, arrays):
+  found = {}
+  for place in sorted(p.parent for p in folder.glob('*/dalle.pt')):
+    run = read('dalle_pytorch', place)
+    frozen = run.frozen['vqgan']
+    images, params = discrete_vae.build(**frozen.config['model']), frozen.network('discrete_vae')
+    if not found:
+      logits = applied(images, params, nhwc(arrays['in_image']) * 2 - 1, method='logits')
+      found['out_vae_logits'], found['out_vae_codes'] = nchw(logits), logits.argmax(-1).reshape(len(logits), -1)
+      found['out_vae_decoded'] = decoded(images, params, arrays['in_codes'])
+    grid = images.grid(arrays['in_image'].shape[-1])
+    model = of_dalle(run.config, None, images.num_codes, grid)
+    of_one = dalle_pytorch_outputs(model, run.network('dalle'), arrays)
+    of_one['greedy_image'] = decoded(images, params, of_one['greedy'])
+    found |= {f'out_{place.name}_{name}': value for name, value in of_one.items()}
+  return found
+
+
+def decoded(images, params, codes):
+  side = int(codes.shape[1] ** 0.5)
+  return nchw(applied(images, params, np.asarray(codes).reshape(-1, side, side), method='decode_codes'))
+
+
+def dalle_pytorch_outputs(model, params, arrays):
+  text, codes = np.where(arrays['in_text'] == 0, model.padding, arrays['in_text']), arrays['in_codes']
+  t, words = model.text_length, model.text_vocab
+
+  @jax.jit
+  def joint(codes):
+    """Logits of all ids at all positions; 0 for image at the positions of text, and the other way round."""
+    run = lambda *x, method: model.apply({'params': params}, *x, method=method)
+    x = run(text, codes, method='features')
+    of_text, of_image = run(x[:, :t], method='text_logits'), run(x[:, t:], method='image_logits')
+    pad = lambda x, left, right: jnp.pad(x, ((0, 0), (0, 0), (left, right)))
+    return jnp.concatenate([pad(of_text, 0, model.image_vocab), pad(of_image, words, 0)], 1)
+
+  def draw(guidance):
+    apply = lambda *args, method: model.apply({'params': params}, *args, method=method)
+    return jax.jit(lambda text: greedy(apply, text, codes.shape[1], model.padding, guidance))(text)
+
+  logits, given, drawn = joint(codes[:, :-1]), codes.shape[1] // 2 + 1, draw(1.0)
+  text_loss, _ = losses.token_loss(logits[:, :t, :words], text)
+  image_loss, _ = losses.token_loss(logits[:, t:, words:], codes)
+  return {
+    'logits': logits,
+    'loss': (text_loss + 7 * image_loss) / 8,
+    'logits_prefix': joint(codes[:, :given])[:, -3:],
+    'greedy': drawn,
+    'greedy_cached': drawn,
+    'cond3_intended': draw(3.0),
+  }
 
 
 def openai_dvae(folder, arrays):
@@ -472,6 +535,7 @@ KINDS = {
   'storydalle': storydalle,
   'rudalle': rudalle,
   'openai_dvae': openai_dvae,
+  'dalle_pytorch': dalle_pytorch,
   'clip_hf': clip_hf,
   'roberta_hf': roberta_hf,
   'lpips': of_lpips,

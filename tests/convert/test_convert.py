@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 import sample
 import train
 from dalle_jax.convert import __main__ as command
 from dalle_jax.convert import engine, torch_file
-from dalle_jax.convert.sources import rudalle
+from dalle_jax.convert.sources import dalle_pytorch, rudalle
 from dalle_jax.pipelines.dalle import DallE
 from dalle_jax.pipelines.image_tokenizer import ImageTokenizer
 from dalle_jax.training import checkpoint
@@ -63,6 +64,89 @@ def test_an_imported_run_draws_and_is_fine_tuned_into_a_storyteller(mindalle, tm
   out = ['--source', tmp_path / 'frame.png', '--n', 1, '--out', tmp_path / 'drawn']
   assert runs.call(sample, '--run', tmp_path / 'story', '--story', story, *out) == 0
   assert (tmp_path / 'drawn' / 'storyboard.png').is_file()
+
+
+@pytest.fixture
+def words(tmp_path):
+  """A tokenizer of 60 ids, as those of the small DALLE-pytorch models have."""
+  file = tmp_path / 'words.json'
+  vocabulary = {'[UNK]': 0, 'a': 1, 'red': 2, 'circle': 3, **{f'word{i}': i for i in range(4, 60)}}
+  bpe = Tokenizer(models.WordLevel(vocabulary, '[UNK]'))
+  bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+  bpe.save(str(file))
+  return file
+
+
+def test_a_dalle_of_dalle_pytorch_draws_and_is_fine_tuned(words, tmp_path, capsys):
+  source, out = FIXTURES / 'dalle_pytorch' / 's4_shared', tmp_path / 'run'
+  status, said = convert(
+    '--from=dalle_pytorch', f'--path={source}', f'--tokenizer={words}', f'--out={out}', capsys=capsys
+  )
+  assert status == 0 and 'dalle, vqgan' in said.out and 'note' not in said.out
+  model = DallE.load(out)
+  drawn = model.sample(['a red circle'], n=2, guidance=2.0)[0]
+  assert drawn.images.shape == (2, 32, 32, 3) and len(np.unique(drawn.tokens)) > 8
+  again = model.sample(['a red circle'], n=1, first=1, guidance=2.0)[0]
+  np.testing.assert_array_equal(again.tokens[0], drawn.tokens[1])
+  arguments = [
+    f'--config=configs/finetune_mindalle.py:base={out},size=32,batch=2,steps=2', '--config.data.source=shapes',
+    '--config.data.workers=0', '--config.train.eval_every=0', f'--config.run_dir={tmp_path}/tuned',
+  ]  # fmt: skip
+  with runs.one_device():
+    assert train.main(['train.py', *arguments]) == 0
+  tuned, before = (checkpoint.load_run(path).params['dalle'] for path in (tmp_path / 'tuned', out))
+  assert np.abs(np.subtract(tuned['text_embed'], before['text_embed'])).max() > 0
+  assert DallE.load(tmp_path / 'tuned').sample(['a circle'])[0].images.shape == (1, 32, 32, 3)
+
+
+def test_a_dalle_of_dalle_pytorch_says_what_it_lacks(words, tmp_path, capsys):
+  source = f'--path={FIXTURES}/dalle_pytorch/s1_full/dalle.pt'
+  assert convert('--from=dalle_pytorch', source, f'--out={tmp_path}/run', capsys=capsys)[1].out.count('note:') == 1
+  with pytest.raises(ValueError, match='has no tokenizer, which sampling needs'):
+    DallE.load(tmp_path / 'run')
+  bad = json.loads(words.read_text())
+  del bad['model']['vocab']['word59']
+  (tmp_path / 'few.json').write_text(json.dumps(bad))
+  (tmp_path / 'broken.json').write_text('{')
+  for name, message in (
+    ('few.json', 'has 59 tokens, the model 60; expected its own tokenizer'),
+    ('broken.json', "expected a JSON file of Hugging Face's tokenizers"),
+    ('none.json', 'does not exist; expected a JSON file, a .model, or a folder'),
+  ):
+    arguments = ['--from=dalle_pytorch', source, f'--tokenizer={tmp_path}/{name}', f'--out={tmp_path}/other']
+    status, said = convert(*arguments, capsys=capsys)
+    assert status == 2 and message in said.err and not (tmp_path / 'other').exists()
+
+
+def test_a_dalle_of_dalle_pytorch_with_other_parts_is_refused(monkeypatch, tmp_path):
+  whole = torch_file.load(FIXTURES / 'dalle_pytorch' / 's2_sparse' / 'dalle.pt')
+  (tmp_path / 'dalle.pt').touch()
+
+  def refused(message, **changed):
+    monkeypatch.setattr(torch_file, 'load', lambda path: {**whole, **changed})
+    with pytest.raises(ValueError, match=message):
+      dalle_pytorch.read(tmp_path)
+
+  hparams = whole['hparams']
+  refused("attention of type 'mlp'; expected full, axial_row", hparams={**hparams, 'attn_types': ('mlp',)})
+  refused('other rotary positions', hparams={**hparams, 'dim_head': 24})
+  refused('has no field dim; is it', hparams={k: v for k, v in hparams.items() if k != 'dim'})
+  refused('has no hparams and weights', weights='see the wiki of DeepSpeed')
+  refused('another normalization', vae_params={**whole['vae_params'], 'normalization': None})
+  monkeypatch.setattr(torch_file, 'load', lambda path: {**whole, 'vae_params': None, 'vae_class_name': 'VQGanVAE'})
+  imported = dalle_pytorch.read(tmp_path)
+  assert imported.config['data'] == {'image_size': 256} and 'VQGanVAE' in imported.notes[0] and not imported.frozen
+
+
+def test_a_discrete_vae_alone_is_an_image_tokenizer(monkeypatch, tmp_path):
+  whole = torch_file.load(FIXTURES / 'dalle_pytorch' / 's1_full' / 'dalle.pt')
+  alone = {k.removeprefix('vae.'): v for k, v in whole['weights'].items() if k.startswith('vae.')}
+  (tmp_path / 'vae.pt').touch()
+  monkeypatch.setattr(torch_file, 'load', lambda path: {'hparams': whole['vae_params'], 'weights': alone})
+  assert convert('--from=dalle_pytorch', f'--path={tmp_path}', f'--out={tmp_path}/vae')[0] == 0
+  images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+  tokens = ImageTokenizer.load(tmp_path / 'vae').encode(images)
+  assert tokens.shape == (2, 64) and len(np.unique(tokens)) > 8
 
 
 def test_an_imported_dvae_encodes_and_decodes(tmp_path):

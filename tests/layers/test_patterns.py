@@ -11,6 +11,8 @@ MASKS = {  # a prefix of 2, then 2 x 3 image tokens; queries down, keys across
   'column': 'x....... xx...... xxx..... xx.x.... xx..x... xxx..x.. xx.x..x. xx..x..x',
   'conv': 'x....... xx...... xxx..... xxxx.... xx.xx... xxxx.x.. xxxxxxx. xx.xx.xx',
   'wrapped': 'x....... xx...... xxx..... xxxx.... xxxxx... xxxxxx.. xxxxxxx. xxxxxxxx',  # around both edges: all
+  'own_row': 'x....... xx...... xxx..... xxxx.... xxxxx... xx...x.. xx...xx. xx...xxx',
+  'causal_conv': 'x....... xx...... xxx..... xxxx.... xxxxx... xxx..x.. xxxx.xx. xxxxxxxx',
 }
 
 

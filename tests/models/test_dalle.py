@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
 from dalle_jax.functional import decoding
 from dalle_jax.layers import attention
 from dalle_jax.layers.patterns import KINDS
 from dalle_jax.models import dalle, decode_params
+from dalle_jax.training import sharding
 from tests import runs
 
 TEXT = jax.random.randint(jax.random.key(0), (2, 6), 0, 40)
@@ -30,7 +32,11 @@ def bind(model, params):
 LAYOUTS = (  # of public models, with attention masks that depend on where the image begins
   dict(layout='no_start', pad=0, attention='row', head='norm', norms='sandwich'),
   dict(layout='shifted', attention='row', head='norm'),
-)
+  dict(
+    attention='own_row,causal_conv', image_positions='rotary', shift_tokens=True, activation='geglu', head='tied_bias',
+    norms='sandwich', reversible=True, divide_max=True, head_dim=12,
+  ),
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -117,7 +123,7 @@ def test_one_layer_attends_to_what_its_mask_allows():
   assert np.flatnonzero(moved).tolist() == [2, 6, 10, 14]  # logits of t come from position t - 1: 1, 5, 9, 13
 
 
-@pytest.mark.parametrize('fields', [{}, dict(head='tied', image_positions='learned', remat='full')])
+@pytest.mark.parametrize('fields', [{}, dict(head='tied', image_positions='learned', remat='full'), LAYOUTS[2]])
 def test_every_parameter_gets_a_gradient(fields):
   model = dalle.build('test', **fields)
   every_text = jnp.arange(42).reshape(7, 6) % 40
@@ -131,6 +137,22 @@ def test_every_parameter_gets_a_gradient(fields):
   dead = [jax.tree_util.keystr(k) for k, g in jax.tree_util.tree_leaves_with_path(grads) if not jnp.abs(g).max() > 0]
   # A bias of the keys shifts all scores of a query alike, which softmax forgets.
   assert [k for k in dead if "['key']['bias']" not in k] == []
+
+
+@pytest.mark.parametrize('fields', [{}, LAYOUTS[2]])
+def test_shards_of_the_sequence_change_no_gradient(fields):
+  """Where they divide neither text nor image, and the vocabulary is sharded, too."""
+  model = dalle.build('test', depth=2, **fields)
+  params = init(model)
+
+  def loss(params):
+    text, image = bind(model, params)(TEXT, IMAGE)
+    return jnp.square(text).mean() + jnp.square(image).mean()
+
+  grads = lambda: jax.jit(jax.grad(loss))(params)
+  with sharding.use(dict(tensor=2, sequence=4), common.RULES):
+    sharded = grads()
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4), sharded, grads())
 
 
 def test_half_precision_is_close_and_its_logits_are_float32():
@@ -170,5 +192,5 @@ def test_errors():
     apply(TEXT, IMAGE, method='prefill')
   with pytest.raises(ValueError, match=r'DALLE.heads is 0; expected 1 or more'):
     dalle.build('test', heads=0)
-  with pytest.raises(ValueError, match="image_positions 'rotary' is unknown; expected axial or learned"):
-    init(dalle.build('test', image_positions='rotary'))
+  with pytest.raises(ValueError, match="image_positions 'sinus' is unknown; expected axial, learned or rotary"):
+    init(dalle.build('test', image_positions='sinus'))
