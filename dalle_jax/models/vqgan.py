@@ -129,6 +129,9 @@ class VQGAN(nn.Module):
     norm_groups: of every GroupNorm. A tile of one code has no pixels to average over: use groups of many channels.
     quantizer: 'nearest' or 'gumbel'.
     normalize_codes: whether nearest neighbours are taken on the unit sphere.
+    pixels: the range in which the network itself has pixel values: 'signed', [-1, 1], or 'unit', [0, 1]. Images are
+      in [-1, 1] in either case.
+    decoder_only: whether there is no encoder, as in weights that are published for generation only.
   """
 
   image_size: int = 256
@@ -144,16 +147,21 @@ class VQGAN(nn.Module):
   num_codes: int = 8192
   quantizer: str = 'nearest'
   normalize_codes: bool = False
+  pixels: str = 'signed'
+  decoder_only: bool = False
   dtype: jnp.dtype = jnp.float32
 
   def setup(self):
+    if self.pixels not in ('signed', 'unit'):
+      raise ValueError(f'VQGAN pixels {self.pixels!r} is unknown; expected signed or unit.')
     resolutions = [self.image_size // self.patch // 2**level for level in range(len(self.ch_mult))]
     levels = tuple(r in self.attn_resolutions for r in resolutions)
     shared = (self.ch, self.ch_mult, self.num_res_blocks, levels, self.norm_groups)
-    self.encoder = Encoder(*shared, self.z_channels, self.dtype)
+    if not self.decoder_only:
+      self.encoder = Encoder(*shared, self.z_channels, self.dtype)
+      self.quant_conv = Conv(self.code_dim, 1, dtype=self.dtype)
     self.decoder = Decoder(*shared, self.dtype)
     self.conv_out = Conv(3 * self.patch**2, dtype=self.dtype)
-    self.quant_conv = Conv(self.code_dim, 1, dtype=self.dtype)
     self.post_quant_conv = Conv(self.z_channels, 1, dtype=self.dtype)
     if self.quantizer == 'nearest':
       self.quantize = NearestQuantizer(self.num_codes, self.code_dim, self.normalize_codes)
@@ -181,7 +189,8 @@ class VQGAN(nn.Module):
     """Reconstruct images float32[B, H, W, 3] in [-1, 1].
 
     `rng` and `temperature` are for the Gumbel quantizer, which samples codes in training; without `rng` it takes the
-    most probable ones. Raises ValueError for sizes that the downsampling factor does not divide.
+    most probable ones. Raises ValueError for sizes that the downsampling factor does not divide, and for a network
+    without an encoder.
     """
     quantized = self.quantize(self._encode(images), rng, temperature)
     features = self.decoder(self.post_quant_conv(quantized.vectors))
@@ -197,9 +206,16 @@ class VQGAN(nn.Module):
 
   def to_pixels(self, features: jax.Array) -> jax.Array:
     """The last convolution; gradients at its kernel set the adaptive weight of the GAN loss."""
-    return depth_to_space(self.conv_out(features).astype(jnp.float32), self.patch)
+    pixels = depth_to_space(self.conv_out(features).astype(jnp.float32), self.patch)
+    return 2 * pixels - 1 if self.pixels == 'unit' else pixels
 
   def _encode(self, images: jax.Array) -> jax.Array:
+    if self.decoder_only:
+      raise ValueError(
+        'this VQGAN has only a decoder, so it cannot encode images; convert the model again with --vqgan RUN, the run '
+        'of a whole VQGAN with the same codes.'
+      )
+    images = (images + 1) / 2 if self.pixels == 'unit' else images
     for size in images.shape[1:3]:
       self.grid(size)
       if self.tile and (size % self.tile or self.tile % self.factor):
