@@ -454,7 +454,7 @@ def test_plans_that_cannot_be_made():
   with sharding.use(config.mesh, config.rules) as mesh:
     with pytest.raises(ValueError, match='a batch of 8 is not divisible by 16'):
       Plan(config, mesh, vqgan='test', batch_per_chip=1)
-    with pytest.raises(ValueError, match='the sampler is compiled only for the objective dalle, not for vqgan'):
+    with pytest.raises(ValueError, match='only for the objectives dalle and dalle_mini, not for vqgan'):
       command.check(ConfigDict(dict(objective='vqgan')), [], vqgan='test', programs=['sampler'])
     config.frozen.roberta = ''
     with pytest.raises(ValueError, match='frozen has roberta; only a VQGAN and a CLIP can be replaced'):

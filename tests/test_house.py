@@ -76,7 +76,7 @@ def test_shipped_configs_build_their_objective(name):
   networks['clip'] = {'model': {'variant': 'quickstart'}, 'tokenizer': words, 'data': {'image_size': 36}}
   networks['roberta'] = {'model': {'variant': 'base'}, 'tokenizer': roberta}
   if runs[0].model.get('variant') == 'init':  # fine-tuning of what `convert` made
-    kind = 'f16_1024' if runs[0].objective == 'vqgan' else 'mindalle'
+    kind = {'vqgan': 'f16_1024', 'dalle_mini': 'mini'}.get(runs[0].objective, 'mindalle')
     networks['vqgan']['model']['variant'] = 'f16_16384'
     train.inherit(runs[0], {'model': {'variant': kind}, 'tokenizer': {'length': 64, 'pad': 0}})
   for c in runs:
@@ -88,7 +88,7 @@ def test_shipped_configs_build_their_objective(name):
     batch = {'image': jax.ShapeDtypeStruct((2, *(5,) * story, size, size, 3), jnp.uint8)}
     batch['text'] = jax.ShapeDtypeStruct((2, *(4,) * story, text), jnp.int32)
     params, _ = jax.eval_shape(objective.init, jax.random.key(0), batch)
-    assert set(params) & {c.objective, 'story', 'generator'} and sharding.logical_axes(params)
+    assert set(params) & {c.objective, 'dalle', 'story', 'generator'} and sharding.logical_axes(params)
     assert config_lib.to_json(c) == config_lib.to_json(config_lib.to_json(c))
     networks[c.objective] = {**networks.get(c.objective, {}), 'model': config_lib.to_json(c.model)}
     for evaluator in c.train.evals:

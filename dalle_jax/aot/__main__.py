@@ -26,6 +26,7 @@ from dalle_jax.training import config as config_lib
 from dalle_jax.training import errors, metrics, sharding
 
 GB = 1e9
+SAMPLED = ('dalle', 'dalle_mini')  # objectives with a pipeline whose sampler is one program
 PROGRAMS = ('step', 'sampler')
 
 
@@ -52,9 +53,10 @@ def check(
   pictures: int = 1,
 ) -> bool:
   """Compiles the programs, prints a report and returns whether all fit. Raises ValueError for an impossible request."""
-  if 'step' not in programs and config.objective != 'dalle':
+  if 'step' not in programs and config.objective not in SAMPLED:
     raise ValueError(
-      f'the sampler is compiled only for the objective dalle, not for {config.objective}; use --program step.'
+      f'the sampler is compiled only for the objectives {" and ".join(SAMPLED)}, not for {config.objective}; use '
+      '--program step.'
     )
   with sharding.use(config.mesh, config.rules, devices) as mesh:
     plan = Plan(config, mesh, vqgan=vqgan, clip_variant=clip, batch_per_chip=batch_per_chip)
@@ -69,7 +71,7 @@ def check(
     note = ', tokens encoded in advance, so the step does not run the VQGAN' if 'tokens' in plan.batch else ''
     print(f'batch {size:,}, {size / mesh.size:g} per chip{note}', flush=True)
     fits = report(plan, plan.step(), mesh) if 'step' in programs else True
-    if 'sampler' in programs and config.objective == 'dalle':
+    if 'sampler' in programs and config.objective in SAMPLED:
       fits &= report(plan, plan.sampler(pictures), mesh)
   return fits
 

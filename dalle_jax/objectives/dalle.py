@@ -33,7 +33,7 @@ class DALLEObjective:
 
   rows_apart = True  # see training.state.Objective
 
-  def __init__(self, model: dalle.DALLE, tokenizer: image_tokenizer.ImageTokenizer, c: ConfigDict):
+  def __init__(self, model: Any, tokenizer: image_tokenizer.ImageTokenizer, c: ConfigDict):
     self.model, self.tokenizer, self.c = model, tokenizer, c
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
@@ -47,14 +47,8 @@ class DALLEObjective:
   def loss(
     self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]
   ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
-    text, image = batch['text'], self._tokens(ctx, batch)
-    kept, inputs = None, image
-    if ctx.train and self.c.caption_dropout:
-      # Dropped captions are left out of the text loss: a model of text learns nothing from padding.
-      text, kept = corruption.drop_captions(ctx.rng, text, self.c.caption_dropout, self.model.padding)
-    if ctx.train and self.c.token_noise:
-      rng = jax.random.fold_in(ctx.rng, 1)
-      inputs = corruption.replace_tokens(rng, image, self.c.token_noise, self.model.image_vocab, self.c.noise_spread)
+    image = self._tokens(ctx, batch)
+    text, kept, inputs = self._inputs(ctx, batch['text'], image)
     text_logits, image_logits = self.model.apply({'params': params['dalle']}, text, inputs)
     text_loss = caption_loss(text_logits, text, kept, self.c.caption_dropout)
     image_loss, accuracy = losses.token_loss(image_logits, image)
@@ -79,6 +73,20 @@ class DALLEObjective:
 
   def flops(self, batch: Mapping[str, Any]) -> float:
     return dalle.flops(self.model, batch['text'].shape[0])
+
+  def _inputs(self, ctx: Any, text: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """What the model reads: text int32[B, T] and image int32[B, I], in training with dropped captions and token noise.
+
+    Between them float32[B], 0 for dropped captions, or None if none are: they are left out of the loss of text, as a
+    model of text learns nothing from padding.
+    """
+    kept = None
+    if ctx.train and self.c.caption_dropout:
+      text, kept = corruption.drop_captions(ctx.rng, text, self.c.caption_dropout, self.model.padding)
+    if ctx.train and self.c.token_noise:
+      rng = jax.random.fold_in(ctx.rng, 1)
+      image = corruption.replace_tokens(rng, image, self.c.token_noise, self.model.image_vocab, self.c.noise_spread)
+    return text, kept, image
 
   def _tokens(self, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     if 'tokens' in batch:

@@ -27,7 +27,7 @@ class DallE(TokenGenerator, ImageGenerator):
 
   def __init__(self, run: checkpoint.Run, frozen: Mapping[str, checkpoint.Run], setup: Setup | None = None):
     super().__init__(run, frozen, setup)
-    self.model = dalle.build(**{**self.config['model'], **self.sizes})
+    self.model = self._network()
     self._prepare_params(self.model.dtype)
     self._draw = self._jit(functools.partial(draw, self.model, self.vqgan.network), static_argnames='sampling')
     end = self.config['tokenizer'].get('end', -1)
@@ -114,6 +114,10 @@ class DallE(TokenGenerator, ImageGenerator):
 
   # --- On the host
 
+  def _network(self) -> Any:
+    """The transformer of the run."""
+    return dalle.build(**{**self.config['model'], **self.sizes})
+
   def _prefix(self, init_image: Any, keep_rows: int) -> np.ndarray:
     """The image tokens that are given, int32[1, k]."""
     h, w = self.model.grid
@@ -125,7 +129,7 @@ class DallE(TokenGenerator, ImageGenerator):
 
 
 def draw(
-  model: dalle.DALLE,
+  model: Any,
   vqgan: image_tokenizer.ImageTokenizer,
   params: Any,
   batch: dict[str, jax.Array],
@@ -133,7 +137,7 @@ def draw(
   *,
   sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
-  """Images uint8[B, n, H, W, 3] and their tokens int32[B, n, I]; under jit.
+  """Images uint8[B, n, H, W, 3] and their tokens int32[B, n, I] by a `DALLE` or `DALLEMini`; under jit.
 
   `params` has 'dalle' and 'vqgan', `batch` text int32[B, T], image int32[B, k], name uint32[B] and number int32[B, n].
   """
