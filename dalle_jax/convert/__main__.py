@@ -3,14 +3,17 @@
   python -m dalle_jax.convert --from mindalle --path 1.3B/ --out runs/mindalle
   python -m dalle_jax.convert --from storydalle --path pororo/Model/49.pth --config 1.3B/config.yaml --out runs/pororo
   python -m dalle_jax.convert --from rudalle --path pytorch_model.bin --vqgan runs/sber_vqgan --out runs/malevich
+  python -m dalle_jax.convert --from min_dalle --path pretrained/ --version mega --out runs/dalle_mega
 No code in a checkpoint is executed, and PyTorch is not needed. `--debug` shows tracebacks.
 """
 
+import dataclasses
 import importlib
 import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
 from dalle_jax.convert import engine
@@ -25,10 +28,11 @@ string('path', 'the checkpoint: a folder or a file')
 string('out', 'the run directory to write')
 string('config', 'storydalle: the config.yaml of minDALL-E, if it is not next to the checkpoint')
 string('cross', 'storydalle: a file with the cross-attention layers')
-string('version', 'rudalle: v3 or v2')
-flags.DEFINE_integer('heads', 0, 'rudalle: number of attention heads, if no config gives it', 0, flag_values=FLAGS)
+string('version', 'rudalle: v3 or v2; min_dalle: mini or mega, where a folder has both')
+text = 'rudalle, min_dalle: number of attention heads, if nothing else gives it'
+flags.DEFINE_integer('heads', 0, text, 0, flag_values=FLAGS)
 string('image_encoder', 'karlo: the image_encoder folder of karlo-v1-alpha-image-variations')
-string('vqgan', 'rudalle, dalle_pytorch: run directory of its image tokenizer')
+string('vqgan', 'rudalle, min_dalle, dalle_pytorch: run directory of its image tokenizer')
 string('tokenizer', 'dalle_pytorch: tokenizer of captions (.json, .model, or a folder with that of CLIP)')
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
@@ -52,7 +56,7 @@ def run() -> None:
   options = {name: getattr(FLAGS, name) for name in names}
   imported = read(source, path, **options)
   if FLAGS.vqgan:
-    imported.frozen['vqgan'] = _of_run(FLAGS.vqgan)
+    imported = _with_vqgan(imported, FLAGS.vqgan)
   partial = out.with_name(f'{out.name}.partial')  # renamed at the end, so that an interrupted write leaves no run
   shutil.rmtree(partial, ignore_errors=True)
   engine.write(imported, partial, f'{source} {path}')
@@ -62,6 +66,24 @@ def run() -> None:
   count = sum(x.size for x in imported.params.values())
   parts = ', '.join([imported.config['objective'], *imported.frozen])
   print(f'wrote {out}: {parts}, {count:,} parameters{", tokenizer" if imported.tokenizer else ""}')
+
+
+def _with_vqgan(imported: engine.Imported, path: str) -> engine.Imported:
+  """The import with the run `path` as its image tokenizer, in place of the one that it may have.
+
+  Raises ValueError if the number of codes is another.
+  """
+  given, own, notes = _of_run(path), imported.frozen.get('vqgan'), imported.notes
+  if own:
+    ours, theirs = (x.params.get('vqgan/quantize/embedding') for x in (given, own))
+    if ours is None or ours.shape != theirs.shape:
+      found = 'another kind of tokenizer' if ours is None else f'{len(ours)} codes of {ours.shape[1]} numbers'
+      raise ValueError(f'{path} has {found}; the model needs {len(theirs)} codes of {theirs.shape[1]} numbers.')
+    if not np.allclose(ours, theirs, atol=1e-3):  # published in half precision
+      notes = (*notes, f'the codes of {path} are not those of the model; were both trained with the same VQGAN?')
+    # The range of pixel values in which the model's codes were made
+    given.config['model'] = {**given.config['model'], 'pixels': own.config['model'].get('pixels', 'signed')}
+  return dataclasses.replace(imported, frozen={**imported.frozen, 'vqgan': given}, notes=notes)
 
 
 def _of_run(path: str) -> engine.Imported:

@@ -23,6 +23,8 @@ from dalle_jax.models import (
   clip,
   dalle,
   discrete_vae,
+  dalle_mini,
+  decode_params,
   dvae,
   inception,
   lpips,
@@ -327,6 +329,44 @@ def dalle_pytorch_outputs(model, params, arrays):
   }
 
 
+def min_dalle(folder, arrays):
+  run = read('min_dalle', folder)
+  config, params, frozen = run.config, run.network('dalle'), run.frozen['vqgan']
+  image, codes = vqgan.build(**frozen.config['model']), frozen.config['model']['num_codes']
+  grid = image.grid(config['data']['image_size'])
+  sizes = variants.text_sizes(config['tokenizer']) | dalle_mini.caption_ids(config['tokenizer'])
+  model = dalle_mini.build(**config['model'], **sizes, image_vocab=codes, grid=grid, dtype='float32')
+  text, inputs = arrays['in_text_tokens'], arrays['in_prev_tokens']
+  assert (model.padding == text[0]).all() and inputs[0, 0] == model.start_token
+  features = applied(model, params, text, np.tile(inputs[:, 1:], (2, 1)), method='features')
+  apply = lambda p: lambda *args, method: model.apply({'params': p}, *args, method=method)
+  draw = jax.jit(lambda p, s: greedy(apply(p), text[1:], inputs.shape[1], model.padding, s), static_argnums=1)
+  drawn = {s: draw(decode_params.by_layer(params), float(s)) for s in (1, 16)}
+  decode = jax.jit(lambda c: image.apply({'params': frozen.network('vqgan')}, c, method='decode_codes'))
+  pictures = lambda c: 255 * pixels(decode(c))
+  rows, most = [], arrays['out_token_ids'].shape[1]
+  spell = {'\U0001f600': 'grinning_face', '\U0001f680': 'rocket'}  # theirs reads the names of emoji, ours drops them
+  encode = text_encoder(run.tokenizer, {**config['tokenizer'], 'length': most})
+  for caption in json.loads((folder / 'captions.json').read_text()):
+    ids = encode(caption.translate(str.maketrans(spell)))
+    rows.append(np.where(np.arange(most) < (ids != model.pad).sum(), ids, -1))
+  found = {
+    'out_token_ids': np.stack(rows),
+    'out_encoder_state': applied(model, params, text, method='encode'),
+    'out_decoder_logits': features @ params['image_head'].T,
+    'out_greedy_tokens_f1': drawn[1],
+    'out_greedy_tokens_f16': drawn[16],
+    'out_image_sub': pictures(np.reshape(drawn[16], (1, *grid)))[0, ::4, ::4],
+  }
+  if 'out_grid_sub' in arrays:  # not in the fixture: these take long
+    # Of 2 x 2 pictures, those in a column are consecutive.
+    board = lambda x: np.concatenate([np.concatenate([*column]) for column in x.reshape(2, 2, *x.shape[1:])], 1)
+    several = arrays['in_image_tokens'].reshape(-1, *grid)
+    found['out_grid_sub'] = board(np.concatenate([pictures(x[None]) for x in several]))[::8, ::8]
+    found['out_grid_seamless_sub'] = pictures(board(several)[None])[0, ::8, ::8]
+  return found
+
+
 def openai_dvae(folder, arrays):
   run = read('openai_dvae', folder)
   model, params = dvae.build(**run.config['model']), run.network('dvae')
@@ -534,6 +574,7 @@ KINDS = {
   'mindalle': mindalle,
   'storydalle': storydalle,
   'rudalle': rudalle,
+  'min_dalle': min_dalle,
   'openai_dvae': openai_dvae,
   'dalle_pytorch': dalle_pytorch,
   'clip_hf': clip_hf,

@@ -1,0 +1,189 @@
+"""DALL-E mini and mega (Dayma et al., 2021) in the layout of kuprel/min-dalle.
+
+Files: a folder with dalle_bart_mini/ or dalle_bart_mega/, which have encoder.pt, decoder.pt, vocab.json and merges.txt,
+and vqgan/detoker.pt, the decoder of the VQGAN, whose pixel values are in [0, 1].
+
+The sizes follow from the tensors, but for the number of heads. The norms before matrix products have no scale in the
+JAX weights that these files were made from. As in min-dalle, the decoder starts with the last code (2 ** 14 - 1), not
+with the row after the codes, as in the original. GroupNorms have the eps of the VQGAN, 1e-6, where min-dalle has 1e-5.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from dalle_jax.convert import files
+from dalle_jax.convert.engine import Imported, ModuleSpec, Row, convert, linear, named, row, stacked
+from dalle_jax.convert.sources import taming
+from dalle_jax.models import dalle_mini, vqgan
+
+EXPECTED = 'a folder of min-dalle with dalle_bart_mini/ or dalle_bart_mega/, and vqgan/detoker.pt'
+HEADS = {1024: 16, 2048: 32}  # width -> attention heads of the published models, mini and mega
+START, PADDING, END, UNKNOWN = '<s>', '<pad>', '</s>', '<unk>'
+SPACE = '\u0120'  # in front of every word
+
+
+def norm(ours: str, theirs: str) -> list[Row]:
+  """Scale and bias of a LayerNorm, either of which may be absent."""
+  return [row(f'{ours}/scale', f'{theirs}.weight', None, 1.0), row(f'{ours}/bias', f'{theirs}.bias', None, 0.0)]
+
+
+def block(ours: str, theirs: str, cross: bool) -> list[Row]:
+  """Rows of a block of the encoder, or of the decoder, which has cross-attention."""
+  names = {'query': 'q_proj', 'key': 'k_proj', 'value': 'v_proj', 'out': 'out_proj'}
+  rows = []
+  for our, their, place in (('attention', 'self_attn', 'norm_1'), ('cross', 'encoder_attn', 'norm_cross'))[: 1 + cross]:
+    rows += [row(f'{ours}/{our}/{a}/kernel', f'{theirs}.{their}.{b}.weight', linear) for a, b in names.items()]
+    rows += norm(f'{ours}/{place}', f'{theirs}.pre_{their}_layer_norm')
+    rows += norm(f'{ours}/{place}_after', f'{theirs}.{their}_layer_norm')
+  # Self-attention of the original has no biases.
+  rows += [row(f'{ours}/attention/{a}/bias', f'{theirs}.self_attn.{b}.bias', None, 0.0) for a, b in names.items()]
+  for a, b in (('mlp_gate', 'fc0'), ('mlp_in', 'fc1'), ('mlp_out', 'fc2')):
+    rows.append(row(f'{ours}/{a}/kernel', f'{theirs}.glu.{b}.weight', linear))
+  return [*rows, *norm(f'{ours}/norm_2', f'{theirs}.glu.ln0'), *norm(f'{ours}/norm_mlp', f'{theirs}.glu.ln1')]
+
+
+def rows(depth: int) -> list[Row]:
+  """Rows of the transformer, where the names of tensors begin with that of their file."""
+  table = [row('image_head', 'decoder.lm_head.weight')]
+  for kind, stack, file in (('text', 'encoder', 'encoder'), ('image', 'blocks', 'decoder')):
+    table.append(row(f'{kind}_embed', f'{file}.embed_tokens.weight'))
+    table.append(row(f'{kind}_positions', f'{file}.embed_positions.weight'))
+    table += norm(f'norm_{kind}_in', f'{file}.layernorm_embedding')
+    table += norm(f'norm_{kind}_out', f'{file}.final_ln')
+    table += stacked(block(f'{stack}/blocks', f'{file}.layers.{{i}}', file == 'decoder'), depth)
+  return table
+
+
+def tokenizer(folder: Path) -> Tokenizer:
+  """Reads the BPE, which lowercases, drops what is not ASCII and splits at spaces only; it knows no special tokens.
+
+  Raises ValueError or OSError with a one-line message.
+  """
+  expected = 'the tokenizer of min-dalle, vocab.json and merges.txt'
+  vocab_file, merges = (files.find(folder, name, expected=expected) for name in ('vocab.json', 'merges.txt'))
+  vocab, pairs = files.vocabulary(vocab_file), files.merges(merges)
+  if missing := [w for w in (START, PADDING, END, UNKNOWN) if w not in vocab]:
+    raise ValueError(f'{vocab_file} has no {missing[0]}; expected the vocabulary of a DALL-E mini.')
+  try:
+    bpe = Tokenizer(models.BPE(vocab, pairs, unk_token=UNKNOWN))
+  except Exception as e:  # the library raises bare Exception for merges that the vocabulary lacks
+    raise ValueError(
+      f'{vocab_file} and {merges.name} do not belong together ({" ".join(str(e).split())[:200]}).'
+    ) from e
+  replace = lambda pattern, text: normalizers.Replace(Regex(pattern), text)
+  bpe.normalizer = normalizers.Sequence(
+    [normalizers.Lowercase(), replace(r'[^\x00-\x7F]', ''), replace(' +', ' '), replace(r'\A | \z', '')]
+  )
+  bpe.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme='always')
+  bpe.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme='always')
+  return bpe
+
+
+def detokenizer(path: Path, side: int) -> Imported:
+  """The run of a VQGAN without an encoder, for side x side codes. Raises ValueError with a one-line message."""
+  theirs = files.state_dict(path)
+  levels = files.layers(theirs, r'decoder\.up\.(\d+)\.')
+  outputs = [f'decoder.up.{i}.block.0.conv1.weight' for i in range(levels)]
+  needed = ['embedding.weight', 'decoder.conv_in.weight', *outputs]
+  if missing := [name for name in needed if name not in theirs]:
+    raise ValueError(f'{path} has no {missing[0]}; expected the detokenizer of min-dalle, detoker.pt.')
+  (codes, code_dim), (_, z_channels, *_) = (theirs[name].shape for name in needed[:2])
+  channels = [theirs[name].shape[0] for name in outputs]
+  size = side * 2 ** (levels - 1)
+  model = dict(
+    variant='f16_16384',
+    image_size=size,
+    ch=channels[0],
+    ch_mult=tuple(n // channels[0] for n in channels),
+    num_res_blocks=files.layers(theirs, r'decoder\.up\.0\.block\.(\d+)\.') - 1,
+    attn_resolutions=tuple(size // 2**i for i in range(levels) if f'decoder.up.{i}.attn.0.q.weight' in theirs),
+    z_channels=z_channels,
+    code_dim=code_dim,
+    num_codes=codes,
+    pixels='unit',
+    decoder_only=True,
+  )
+  grid = jax.ShapeDtypeStruct((1, side, side), jnp.int32)
+  ours = ModuleSpec.of(vqgan.build(**model), grid, method='decode_codes')
+  table = [r for r in taming.rows(list(ours.shapes), gumbel=False) if r.ours != 'quantize/embedding']
+  params = convert(str(path), [row('quantize/embedding', 'embedding.weight'), *table], theirs, ours.shapes)
+  config = {'objective': 'vqgan', 'model': model, 'data': {'image_size': size}}
+  return Imported(config, named('vqgan', params), named('vqgan', ours.axes))
+
+
+def folders(path: Path, version: str) -> tuple[Path, Path]:
+  """The folder of the transformer and that of all files. Raises ValueError or OSError with a one-line message."""
+  if path.name.startswith('dalle_bart_'):
+    return path, path.parent
+  wanted = [f'dalle_bart_{name}' for name in ((version,) if version else ('mini', 'mega'))]
+  found = [path / name for name in wanted if (path / name).is_dir()]
+  if not found:
+    there = ', '.join(sorted(p.name for p in path.iterdir())[:12]) if path.is_dir() else ''
+    raise FileNotFoundError(f'{path} has no {" or ".join(wanted)}; expected {EXPECTED}, found {there or "nothing"}.')
+  if len(found) > 1:
+    raise ValueError(f'{path} has {" and ".join(p.name for p in found)}; choose one with --version mini or mega.')
+  return found[0], path
+
+
+def head_count(root: Path, width: int, heads: int) -> int:
+  """The number of attention heads: `heads`, or that in sizes.json, or that of the published model of this width."""
+  sizes = root / 'sizes.json'
+  if not heads and sizes.is_file():
+    heads = files.fields(sizes, files.config(sizes), 'attention_head_count')['attention_head_count']
+  heads = heads or HEADS.get(width, 0)
+  if not heads:
+    raise ValueError(f'nothing gives the number of attention heads for a width of {width}; give it with --heads.')
+  if width % heads:
+    raise ValueError(f'a width of {width} is not divisible by {heads} attention heads; give their number with --heads.')
+  return heads
+
+
+def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Imported:
+  """Reads transformer, tokenizer and detokenizer. Raises ValueError or OSError with a one-line message."""
+  folder, root = folders(path, version)
+  theirs: dict[str, Any] = {}
+  for name in ('encoder', 'decoder'):
+    file = files.find(folder, f'{name}.pt', expected=EXPECTED)
+    theirs |= {f'{name}.{k}': v for k, v in files.state_dict(file).items()}
+  tables = [f'{name}.embed_{kind}.weight' for name in ('encoder', 'decoder') for kind in ('tokens', 'positions')]
+  if missing := [name for name in (*tables, 'encoder.layers.0.glu.fc0.weight') if name not in theirs]:
+    raise ValueError(f'{folder} has no tensor {missing[0]}; expected {EXPECTED}.')
+  (words, width), (length, _), (rows_of_codes, _), (positions, _) = (theirs[name].shape for name in tables)
+  side = math.isqrt(positions)
+  if side**2 != positions:
+    raise ValueError(f'{folder} has {positions} image positions; expected a square number.')
+  bpe = tokenizer(folder)
+  images = detokenizer(files.find(root / 'vqgan', 'detoker.pt', expected=EXPECTED), side)
+  codes = images.config['model']['num_codes']
+  spare, image_spare = words - bpe.get_vocab_size(), rows_of_codes - codes
+  if min(spare, image_spare) < 0:
+    raise ValueError(
+      f'{folder} has embeddings of {words} text and {rows_of_codes} image tokens, fewer than its tokenizer has '
+      f'({bpe.get_vocab_size()}) or its detokenizer ({codes}); do the files belong together?'
+    )
+  model = dict(
+    variant='mega' if width == 2048 else 'mini',
+    d_model=width,
+    depth=files.layers(theirs, r'encoder\.layers\.(\d+)\.'),
+    heads=head_count(root, width, heads),
+    mlp=theirs['encoder.layers.0.glu.fc0.weight'].shape[0],
+    text_spare=spare,
+    image_spare=image_spare,
+    start_token=codes - 1,
+  )
+  special = {name: bpe.token_to_id(w) for name, w in (('pad', PADDING), ('start', START), ('end', END))}
+  text = {'vocab_size': bpe.get_vocab_size(), 'length': length, **special}
+  ids = dict(pad=special['pad'], bos=special['start'], eos=special['end'])
+  module = dalle_mini.build(
+    **model, **ids, text_vocab=bpe.get_vocab_size(), text_length=length, image_vocab=codes, grid=(side, side)
+  )
+  ours = ModuleSpec.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (length, positions)))
+  params = convert(str(folder), rows(model['depth']), theirs, ours.shapes)
+  size = images.config['data']['image_size']
+  config = {'objective': 'dalle_mini', 'model': model, 'data': {'image_size': size}, 'tokenizer': text}
+  return Imported(config, named('dalle', params), named('dalle', ours.axes), bpe.to_str(), {'vqgan': images})
