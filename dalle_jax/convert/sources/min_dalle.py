@@ -1,7 +1,8 @@
 """DALL-E mini and mega (Dayma et al., 2021) in the layout of kuprel/min-dalle.
 
-Files: a folder with dalle_bart_mini/ or dalle_bart_mega/, which have encoder.pt, decoder.pt, vocab.json and merges.txt,
-and vqgan/detoker.pt, the decoder of the VQGAN, whose pixel values are in [0, 1].
+Files, as min-dalle stores them: a folder with dalle_bart_mini/ or dalle_bart_mega/, which have encoder.pt, decoder.pt,
+vocab.json and merges.txt, and vqgan/detoker.pt, the decoder of the VQGAN, whose pixel values are in [0, 1]. As they are
+published: all in one folder, those of mini with names like encoder_mini.pt.
 
 The sizes follow from the tensors, but for the number of heads. The norms before matrix products have no scale in the
 JAX weights that these files were made from. As in min-dalle, the decoder starts with the last code (2 ** 14 - 1), not
@@ -21,7 +22,8 @@ from dalle_jax.convert.engine import Imported, ModuleSpec, Row, convert, linear,
 from dalle_jax.convert.sources import taming
 from dalle_jax.models import dalle_mini, vqgan
 
-EXPECTED = 'a folder of min-dalle with dalle_bart_mini/ or dalle_bart_mega/, and vqgan/detoker.pt'
+EXPECTED = 'the files of min-dalle: dalle_bart_mini/ or dalle_bart_mega/, and vqgan/detoker.pt'
+SUFFIXES = {'mini': '_mini', 'mega': ''}  # of the published files
 HEADS = {1024: 16, 2048: 32}  # width -> attention heads of the published models, mini and mega
 START, PADDING, END, UNKNOWN = '<s>', '<pad>', '</s>', '<unk>'
 SPACE = '\u0120'  # in front of every word
@@ -59,14 +61,17 @@ def rows(depth: int) -> list[Row]:
   return table
 
 
-def tokenizer(folder: Path) -> Tokenizer:
-  """Reads the BPE, which lowercases, drops what is not ASCII and splits at spaces only; it knows no special tokens.
+def tokenizer(folder: Path, rows: int, suffix: str = '') -> Tokenizer:
+  """Reads the BPE, without the ids that an embedding of this many rows lacks, such as that of <mask>.
 
-  Raises ValueError or OSError with a one-line message.
+  It lowercases, drops what is not ASCII and splits at spaces only; it recognises no special tokens in a text. min-dalle
+  spells out emoji first, for which it needs another package; here they are dropped. Raises ValueError or OSError with a
+  one-line message.
   """
   expected = 'the tokenizer of min-dalle, vocab.json and merges.txt'
-  vocab_file, merges = (files.find(folder, name, expected=expected) for name in ('vocab.json', 'merges.txt'))
-  vocab, pairs = files.vocabulary(vocab_file), files.merges(merges)
+  names = f'vocab{suffix}.json', f'merges{suffix}.txt'
+  vocab_file, merges = (files.find(folder, name, expected=expected) for name in names)
+  vocab, pairs = {w: i for w, i in files.vocabulary(vocab_file).items() if i < rows}, files.merges(merges)
   if missing := [w for w in (START, PADDING, END, UNKNOWN) if w not in vocab]:
     raise ValueError(f'{vocab_file} has no {missing[0]}; expected the vocabulary of a DALL-E mini.')
   try:
@@ -116,23 +121,33 @@ def detokenizer(path: Path, side: int) -> Imported:
   return Imported(config, named('vqgan', params), named('vqgan', ours.axes))
 
 
-def folders(path: Path, version: str) -> tuple[Path, Path]:
-  """The folder of the transformer and that of all files. Raises ValueError or OSError with a one-line message."""
+def places(path: Path, version: str) -> tuple[Path, str, Path]:
+  """The folder of the transformer, what its file names end with, and the folder of the detokenizer.
+
+  Raises ValueError or OSError with a one-line message.
+  """
   if path.name.startswith('dalle_bart_'):
-    return path, path.parent
-  wanted = [f'dalle_bart_{name}' for name in ((version,) if version else ('mini', 'mega'))]
-  found = [path / name for name in wanted if (path / name).is_dir()]
+    path, version = path.parent, path.name.removeprefix('dalle_bart_')
+  found = {}
+  for name, suffix in SUFFIXES.items():
+    if (path / f'dalle_bart_{name}').is_dir():
+      found[name] = path / f'dalle_bart_{name}', '', path / 'vqgan'
+    elif (path / f'encoder{suffix}.pt').is_file():
+      found[name] = path, suffix, path
+  if version:
+    found = {name: place for name, place in found.items() if name == version}
   if not found:
     there = ', '.join(sorted(p.name for p in path.iterdir())[:12]) if path.is_dir() else ''
-    raise FileNotFoundError(f'{path} has no {" or ".join(wanted)}; expected {EXPECTED}, found {there or "nothing"}.')
+    wanted = f'a DALL-E {version or "mini or mega"}'
+    raise FileNotFoundError(f'{path} does not have {wanted}; expected {EXPECTED}, found {there or "nothing"}.')
   if len(found) > 1:
-    raise ValueError(f'{path} has {" and ".join(p.name for p in found)}; choose one with --version mini or mega.')
-  return found[0], path
+    raise ValueError(f'{path} has {" and ".join(found)}; choose one with --version.')
+  return next(iter(found.values()))
 
 
-def head_count(root: Path, width: int, heads: int) -> int:
-  """The number of attention heads: `heads`, or that in sizes.json, or that of the published model of this width."""
-  sizes = root / 'sizes.json'
+def head_count(folder: Path, width: int, heads: int) -> int:
+  """The number of attention heads: `heads`, that of a sizes.json next to `folder`, or that published for this width."""
+  sizes = folder.parent / 'sizes.json'
   if not heads and sizes.is_file():
     heads = files.fields(sizes, files.config(sizes), 'attention_head_count')['attention_head_count']
   heads = heads or HEADS.get(width, 0)
@@ -145,10 +160,10 @@ def head_count(root: Path, width: int, heads: int) -> int:
 
 def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Imported:
   """Reads transformer, tokenizer and detokenizer. Raises ValueError or OSError with a one-line message."""
-  folder, root = folders(path, version)
+  folder, suffix, of_images = places(path, version)
   theirs: dict[str, Any] = {}
   for name in ('encoder', 'decoder'):
-    file = files.find(folder, f'{name}.pt', expected=EXPECTED)
+    file = files.find(folder, f'{name}{suffix}.pt', expected=EXPECTED)
     theirs |= {f'{name}.{k}': v for k, v in files.state_dict(file).items()}
   tables = [f'{name}.embed_{kind}.weight' for name in ('encoder', 'decoder') for kind in ('tokens', 'positions')]
   if missing := [name for name in (*tables, 'encoder.layers.0.glu.fc0.weight') if name not in theirs]:
@@ -157,23 +172,21 @@ def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Im
   side = math.isqrt(positions)
   if side**2 != positions:
     raise ValueError(f'{folder} has {positions} image positions; expected a square number.')
-  bpe = tokenizer(folder)
-  images = detokenizer(files.find(root / 'vqgan', 'detoker.pt', expected=EXPECTED), side)
+  heads, bpe = head_count(folder, width, heads), tokenizer(folder, words, suffix)
+  images = detokenizer(files.find(of_images, 'detoker.pt', expected=EXPECTED), side)
   codes = images.config['model']['num_codes']
-  spare, image_spare = words - bpe.get_vocab_size(), rows_of_codes - codes
-  if min(spare, image_spare) < 0:
+  if rows_of_codes < codes:
     raise ValueError(
-      f'{folder} has embeddings of {words} text and {rows_of_codes} image tokens, fewer than its tokenizer has '
-      f'({bpe.get_vocab_size()}) or its detokenizer ({codes}); do the files belong together?'
+      f'{folder} has embeddings of {rows_of_codes} image tokens, the detokenizer {codes}; do the files belong together?'
     )
   model = dict(
     variant='mega' if width == 2048 else 'mini',
     d_model=width,
     depth=files.layers(theirs, r'encoder\.layers\.(\d+)\.'),
-    heads=head_count(root, width, heads),
+    heads=heads,
     mlp=theirs['encoder.layers.0.glu.fc0.weight'].shape[0],
-    text_spare=spare,
-    image_spare=image_spare,
+    text_spare=words - bpe.get_vocab_size(),
+    image_spare=rows_of_codes - codes,
     start_token=codes - 1,
   )
   special = {name: bpe.token_to_id(w) for name, w in (('pad', PADDING), ('start', START), ('end', END))}

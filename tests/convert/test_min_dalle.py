@@ -1,0 +1,150 @@
+"""The import of a DALL-E mini: what may be absent or laid out in another way, and messages for what is wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dalle_jax.convert import __main__ as command
+from dalle_jax.convert import files
+from dalle_jax.convert.sources import min_dalle
+from dalle_jax.models import vqgan
+from dalle_jax.pipelines import generator
+from tests import runs
+
+FOLDER = Path(__file__).parent / 'fixtures' / 'min_dalle'
+
+
+@pytest.fixture(scope='module')
+def imported():
+  return min_dalle.read(FOLDER)
+
+
+def test_an_imported_run_draws(imported, tmp_path, monkeypatch):
+  assert runs.call(command, '--from=min_dalle', f'--path={FOLDER}', f'--out={tmp_path}/run') == 0
+  model = generator.load(tmp_path / 'run')
+  monkeypatch.setattr(model.vqgan.network.__class__, 'decode_codes', lambda self, codes: codes[..., None] / 32.0 - 1)
+  (drawn,) = model.sample(['a small dog'], seed=3, top_k=8, guidance=4.0)
+  assert drawn.tokens.shape == (1, 256) and len(np.unique(drawn.tokens)) > 8
+  with pytest.raises(ValueError, match='has only a decoder, so it cannot encode images'):
+    model.encode(np.zeros((1, 256, 256, 3), np.uint8))
+
+
+def test_other_layouts_of_the_same_weights(imported, monkeypatch):
+  """As they may be published: norms without scales, half precision, projections as 1 x 1 convolutions."""
+  whole = files.state_dict
+
+  def published(path):
+    tensors = {k: v.numpy().astype(np.float16) for k, v in whole(path).items()}
+    if path.name == 'detoker.pt':
+      return tensors
+    tensors = {k: v[..., None, None] if '_proj' in k else v for k, v in tensors.items()}
+    return {k: v for k, v in tensors.items() if not k.endswith(('glu.ln0.weight', 'glu.ln1.weight', 'final_ln.weight'))}
+
+  monkeypatch.setattr(files, 'state_dict', published)
+  other = min_dalle.read(FOLDER)
+  assert set(other.params) == set(imported.params)
+  for name, value in other.params.items():
+    if name.endswith(('norm_2/scale', 'norm_mlp/scale', 'norm_text_out/scale', 'norm_image_out/scale')):
+      assert (value == 1).all(), name
+    else:
+      np.testing.assert_allclose(value, imported.params[name], atol=2e-3, err_msg=name)
+
+
+def test_the_files_as_they_are_published(imported, tmp_path):
+  shutil.copy(FOLDER / 'vqgan' / 'detoker.pt', tmp_path)
+  for path in (FOLDER / 'dalle_bart_mini').iterdir():
+    shutil.copy(path, tmp_path / f'{path.stem}_mini{path.suffix}')
+  found = [min_dalle.read(tmp_path, heads=4), min_dalle.read(FOLDER / 'dalle_bart_mini')]
+  assert found[0].config == found[1].config == imported.config and found[0].tokenizer == imported.tokenizer
+  shutil.copy(FOLDER / 'dalle_bart_mini' / 'encoder.pt', tmp_path)  # that of mega
+  with pytest.raises(ValueError, match='has mini and mega; choose one with --version'):
+    min_dalle.read(tmp_path)
+
+
+def test_an_embedding_may_have_more_or_fewer_rows_than_there_are_ids(monkeypatch):
+  whole, merges = files.vocabulary, files.merges
+  for change, spare in ((lambda v: {k: i for k, i in v.items() if i < 417}, 3), (lambda v: v | {'<more>': 420}, 0)):
+    monkeypatch.setattr(files, 'vocabulary', lambda path, change=change: change(whole(path)))
+    monkeypatch.setattr(files, 'merges', lambda path, spare=spare: merges(path)[: -spare or None])
+    found = min_dalle.read(FOLDER)
+    assert found.config['model']['text_spare'] == spare
+    assert found.config['tokenizer']['vocab_size'] == 420 - spare
+
+
+def test_a_detokenizer_with_more_codes_is_refused(monkeypatch):
+  whole = files.state_dict
+
+  def larger(path):
+    tensors = whole(path)
+    return tensors | {'embedding.weight': np.zeros((66, 16))} if path.name == 'detoker.pt' else tensors
+
+  monkeypatch.setattr(files, 'state_dict', larger)
+  with pytest.raises(ValueError, match='has embeddings of 65 image tokens, the detokenizer 66; do the files belong'):
+    min_dalle.read(FOLDER)
+
+
+def test_a_whole_vqgan_replaces_the_decoder(imported, tmp_path):
+  """It is used with the pixel range of the decoder, and other codes are noticed."""
+  own = json.loads(json.dumps(imported.frozen['vqgan'].config['model']))  # with lists for tuples, as in a run
+  fields = {**own, 'pixels': 'signed', 'decoder_only': False}
+  for name, change in (('other', {}), ('fewer', {'num_codes': 32})):
+    model = {**fields, **change}
+    config = {'model': model, 'data': {'image_size': 256}}
+    runs.write(tmp_path / name, 'vqgan', vqgan.build(**model), config, np.zeros((1, 256, 256, 3), np.float32))
+  read = lambda name: command._with_vqgan(imported, str(tmp_path / name))
+  found = read('other')
+  assert found.frozen['vqgan'].config['model'] == {**fields, 'pixels': 'unit'}
+  assert (
+    'vqgan/encoder/conv_in/kernel' in found.frozen['vqgan'].params and 'are not those of the model' in found.notes[0]
+  )
+  with pytest.raises(ValueError, match='fewer has 32 codes of 16 numbers; the model needs 64 codes of 16 numbers'):
+    read('fewer')
+
+
+def cut(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+  'change, arguments, message',
+  [
+    (lambda at: (at / 'vqgan' / 'detoker.pt').unlink(), [], 'vqgan has no detoker.pt; expected the files of min-dalle'),
+    (
+      lambda at: shutil.rmtree(at / 'dalle_bart_mini'),
+      [],
+      'does not have a DALL-E mini or mega; expected',
+    ),
+    (lambda at: (at / 'dalle_bart_mini' / 'merges.txt').unlink(), [], 'has no merges.txt; expected the tokenizer'),
+    (
+      lambda at: shutil.copytree(at / 'dalle_bart_mini', at / 'dalle_bart_mega'),
+      [],
+      'has mini and mega; choose one with --version',
+    ),
+    (lambda at: (at / 'sizes.json').unlink(), [], 'nothing gives the number of attention heads for a width of 32'),
+    (lambda at: None, ['--heads=5'], 'a width of 32 is not divisible by 5 attention heads'),
+    (lambda at: None, ['--version=mega'], 'does not have a DALL-E mega; expected'),
+    (lambda at: cut(at / 'dalle_bart_mini' / 'decoder.pt'), [], 'decoder.pt cannot be read'),
+    (lambda at: cut(at / 'vqgan' / 'detoker.pt'), [], 'detoker.pt cannot be read'),
+    (
+      lambda at: shutil.copy(at / 'dalle_bart_mini' / 'encoder.pt', at / 'vqgan' / 'detoker.pt'),
+      [],
+      'detoker.pt has no embedding.weight; expected the detokenizer',
+    ),
+    (
+      lambda at: shutil.copy(at / 'dalle_bart_mini' / 'encoder.pt', at / 'dalle_bart_mini' / 'decoder.pt'),
+      [],
+      'missing decoder.layers.0.encoder_attn.k_proj.weight',
+    ),
+  ],
+)
+def test_wrong_files_are_one_line(change, arguments, message, tmp_path, capsys):
+  folder = tmp_path / 'pretrained'
+  shutil.copytree(FOLDER, folder)
+  change(folder)
+  found = runs.call(command, '--from=min_dalle', f'--path={folder}', f'--out={tmp_path}/run', *arguments)
+  err = capsys.readouterr().err
+  assert found == 2 and message in err and len(err.splitlines()) == 1, err
+  assert not (tmp_path / 'run').exists()
