@@ -1,5 +1,5 @@
-"""Meshes train as one device does: by default one that splits all there is; with --all-meshes all, and unCLIP, its
-parts and StoryGANc, too."""
+"""Meshes train as one device does: by default one that splits all there is; with --all-meshes all, and DALL-E
+mini, unCLIP, its parts and StoryGANc, too."""
 
 import functools
 import math
@@ -12,7 +12,15 @@ import pytest
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import vqgan
 from tests import runs
-from tests.objectives import steps, test_dalle, test_story_dalle, test_storyganc, test_unclip, test_vqgan
+from tests.objectives import (
+  steps,
+  test_dalle,
+  test_dalle_mini,
+  test_story_dalle,
+  test_storyganc,
+  test_unclip,
+  test_vqgan,
+)
 
 LOSS = dict(caption_dropout=0.5, token_noise=0.5)
 MESHES = [
@@ -39,6 +47,11 @@ def story_dalle(loss=LOSS, prompt=2):
   return test_story_dalle.build(loss, **fields), test_story_dalle.config(loss, **fields), test_story_dalle.BATCH, {}
 
 
+def dalle_mini():
+  batch = {'text': jnp.tile(test_dalle_mini.BATCH['text'], (2, 1)), 'tokens': jnp.tile(test_dalle_mini.CODES, (2, 1))}
+  return test_dalle_mini.build(**LOSS), test_dalle_mini.config(**LOSS), batch, {}
+
+
 def vqgan_():
   batch = {'image': jnp.concatenate([test_vqgan.BATCH['image'], 255 - test_vqgan.BATCH['image']])}
   return test_vqgan.build(disc_weight=0.8), test_vqgan.config(disc_weight=0.8), batch, {}
@@ -61,7 +74,7 @@ unclip, prior, upsampler = (of_unclip(name) for name in ('unclip', 'prior', 'ups
 
 # objective, steps, how close; batch normalisation of few numbers makes more of rounding, from step to step
 LAWS = [(dalle, 5, 1e-5), (story_dalle, 5, 1e-5), (vqgan_, 5, 1e-5), (unclip, 3, 1e-5)]
-LAWS += [(prior, 5, 1e-5), (upsampler, 3, 1e-5), (storyganc, 2, 2e-4)]
+LAWS += [(dalle_mini, 5, 1e-5), (prior, 5, 1e-5), (upsampler, 3, 1e-5), (storyganc, 2, 2e-4)]
 
 
 def pytest_generate_tests(metafunc):
