@@ -209,7 +209,7 @@ class DALLEMini(nn.Module):
     bos, eos: the ids before and after every caption; -1 for none.
     image_vocab: number of image codes, which the logits are for.
     image_spare: rows of the image embedding and of the head in addition to these.
-    start_token: the row of the image embedding that the decoder starts with; -1: the first that is not a code.
+    start_token: the row of the image embedding that the decoder starts with; -1: the last one.
     grid: rows and columns of image tokens.
     depth: blocks of the encoder, and of the decoder.
     mlp, remat, kernel: see `Stack`.
@@ -261,20 +261,15 @@ class DALLEMini(nn.Module):
     if self.remat not in REMATS:
       raise ValueError(f'remat {self.remat!r} is unknown; there are {", ".join(REMATS)}.')
     words, codes = self.text_vocab + self.text_spare, self.image_vocab + self.image_spare
-    self.start = self.image_vocab if self.start_token < 0 else self.start_token
-    if self.start >= codes:
-      raise ValueError(f'start_token is {self.start}; the image embedding has {codes} rows: change image_spare or it.')
+    if self.start_token >= codes:
+      raise ValueError(f'start_token is {self.start_token}; the image embedding has only {codes} rows.')
+    self.start = self.start_token if self.start_token >= 0 else codes - 1
     table = lambda name, rows, axis: self.param(
       name, boxed(normal_init(0.02), (axis, 'embed')), (rows, self.d_model), jnp.float32
     )
-    self.text_embed, self.text_positions = (
-      table('text_embed', words, 'vocab'),
-      table('text_positions', self.text_length, None),
-    )
-    self.image_embed, self.image_positions = (
-      table('image_embed', codes, 'vocab'),
-      table('image_positions', self.image_length, None),
-    )
+    self.text_embed, self.image_embed = table('text_embed', words, 'vocab'), table('image_embed', codes, 'vocab')
+    self.text_positions = table('text_positions', self.text_length, None)
+    self.image_positions = table('image_positions', self.image_length, None)
     self.image_head = table('image_head', codes, 'vocab')
     norm = lambda: LayerNorm(EPS, self.dtype)
     self.norm_text_in, self.norm_text_out, self.norm_image_in, self.norm_image_out = (norm() for _ in range(4))

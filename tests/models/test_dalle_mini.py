@@ -141,7 +141,7 @@ def test_errors():
   for fields, message in (
     (dict(heads=3), 'a width of 16 is not divisible by 3 heads'),
     (dict(remat='dots'), "remat 'dots' is unknown; there are none, full"),
-    (dict(image_spare=0), 'start_token is 16; the image embedding has 16 rows'),
+    (dict(start_token=17), 'start_token is 17; the image embedding has only 17 rows'),
   ):
     with pytest.raises(ValueError, match=message):
       dalle_mini.build('test', **fields).init(jax.random.key(0), TEXT, IMAGE)

@@ -5,8 +5,9 @@ vocab.json and merges.txt, and vqgan/detoker.pt, the decoder of the VQGAN, whose
 published: all in one folder, those of mini with names like encoder_mini.pt.
 
 The sizes follow from the tensors, but for the number of heads. The norms before matrix products have no scale in the
-JAX weights that these files were made from. As in min-dalle, the decoder starts with the last code (2 ** 14 - 1), not
-with the row after the codes, as in the original. GroupNorms have the eps of the VQGAN, 1e-6, where min-dalle has 1e-5.
+JAX weights that these files were made from. As in min-dalle, the decoder starts with the last code (2 ** 14 - 1); the
+original starts with the last row of the embedding, which is no code. GroupNorms have the eps of the VQGAN, 1e-6, where
+min-dalle has 1e-5.
 """
 
 import math
