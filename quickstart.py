@@ -8,6 +8,7 @@ parts, with --storyganc (`make storyganc`) StoryGANc.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -74,10 +75,12 @@ def run() -> None:
     command = [sys.executable, str(ROOT / 'train.py'), f'--config={config}', f'--config.root={root}']
     start = time.monotonic()
     child = subprocess.Popen([*command, *FLAGS.override], env={**HUGE_PAGES, **os.environ})
+    before = signal.signal(signal.SIGTERM, lambda *_, child=child: child.terminate())  # which then saves
     try:
       code = child.wait()
     except KeyboardInterrupt:
       code = child.wait()  # it has received Ctrl-C, too, and saves
+    signal.signal(signal.SIGTERM, before)
     add_seconds(root, stage, time.monotonic() - start)
     if code == errors.STOPPED:
       sys.exit(f'error: stage {stage} was stopped; the same command resumes there.')
