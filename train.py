@@ -10,7 +10,7 @@
 import importlib
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -74,8 +74,15 @@ def captions(source: pipeline.Source, count: int) -> Iterator[str]:
     yield from texts
 
 
+def check_frozen(config: ConfigDict, known: Sequence[str], before: Collection[str] = ()) -> None:
+  """Raises ValueError for a name in config.frozen that is not `known`; a run that had it `before` keeps it."""
+  if unknown := [name for name in config.frozen if name not in known and name not in before]:
+    expected = f'expected {", ".join(known)}' if known else 'it uses no frozen networks'
+    raise ValueError(f'config.frozen has {", ".join(unknown)}; for the objective {config.objective!r} {expected}.')
+
+
 def frozen_runs(
-  config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh, started: bool, reads: Sequence[str] | None = None
+  config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh, started: bool, reads: Sequence[str]
 ) -> dict[str, checkpoint.Run]:
   """Loads the runs of config.frozen, first copying each to RUN_DIR/frozen, so that a run needs nothing outside itself.
 
@@ -89,7 +96,7 @@ def frozen_runs(
     given = checkpoint.origin(path) if path else ''
     if not copied and not path:
       raise ValueError(f'config.frozen.{name} is empty; pass --config.frozen.{name}=RUN_DIR of a trained {name}.')
-    needed = reads is None or name in reads
+    needed = name in reads
     changed = copied and given and given != copied
     if changed and needed and started:
       print(f'config.frozen.{name} is not what this run was trained with; it keeps its copy, {copy}', flush=True)
@@ -180,6 +187,7 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
     check_resumable(run_dir, before['config'], config)
   elif checkpoint.steps(run_dir):
     raise checkpoint.nothing_to_load(run_dir, run_dir)
+  check_frozen(config, module.FROZEN, before['config'].get('frozen', {}) if before else ())
 
   # Records, tokenizer, frozen networks
   data = config.data
@@ -198,7 +206,7 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
   tokenizer = make_tokenizer(config, before, initial, records[data.split])
   if tokenizer:
     config.tokenizer.vocab_size = tokenizer.vocab_size
-  frozen = frozen_runs(config, run_dir, mesh, before is not None, getattr(module, 'READS', None))
+  frozen = frozen_runs(config, run_dir, mesh, before is not None, getattr(module, 'READS', module.FROZEN))
   if config.encode.enabled or data.source == 'tokens':
     records = encoded(config, records, frozen, run_dir)
 

@@ -12,6 +12,10 @@ from absl import flags
 import train
 from configs import common
 from dalle_jax.models import vqgan
+from dalle_jax.pipelines.dalle import DallE
+from dalle_jax.pipelines.story_dalle import StoryDallE
+from dalle_jax.pipelines.storyganc import StoryGANc
+from dalle_jax.pipelines.unclip import UnCLIP
 from dalle_jax.training import config as config_lib
 from dalle_jax.training import sharding
 
@@ -81,6 +85,7 @@ def test_shipped_configs_build_their_objective(name):
     train.inherit(runs[0], {'model': {'variant': kind}, 'tokenizer': {'length': 64, 'pad': 0}})
   for c in runs:
     room = config_lib.module_named('objectives', c.objective, 'objective')
+    train.check_frozen(c, room.FROZEN)
     frozen = {k: networks[k] for k in c.frozen}
     objective = room.from_config(c, frozen)
     size, text = c.data.image_size, c.tokenizer.length
@@ -100,6 +105,13 @@ def test_every_objective_has_a_model_with_a_test_variant(name):
   model = importlib.import_module(f'dalle_jax.models.{name}')
   assert 'test' in model.VARIANTS and callable(model.build)
   assert callable(importlib.import_module(f'dalle_jax.objectives.{name}').from_config)
+
+
+@pytest.mark.parametrize('pipeline', [DallE, StoryDallE, StoryGANc, UnCLIP])
+def test_training_accepts_every_frozen_network_that_sampling_knows(pipeline):
+  objective = config_lib.module_named('objectives', pipeline.OBJECTIVE, '')
+  assert {*pipeline.REQUIRED, *pipeline.OPTIONAL} <= set(objective.FROZEN)
+  assert set(getattr(objective, 'READS', ())) <= set(objective.FROZEN)
 
 
 def test_the_paper_config_has_the_papers_numbers():

@@ -74,6 +74,22 @@ def test_a_run_of_another_kind_is_left_untouched(tmp_path, objective, size, mess
   assert files == {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file()}
 
 
+def test_a_frozen_network_that_the_objective_does_not_know_is_refused(tmp_path):
+  c = common.base()
+  c.run_dir, c.data.source, c.data.source_args = str(tmp_path), 'shapes', dict(count=4)
+  for objective, expected in (('unclip', 'expected clip, prior, upsampler, '), ('clip', 'it uses no frozen networks.')):
+    c.objective, c.frozen = objective, dict(clip='', vqgna='runs/vqgan')
+    if objective == 'clip':
+      del c.frozen.clip
+    with pytest.raises(ValueError, match=f"^config.frozen has vqgna; for the objective '{objective}' {expected}"):
+      train.run(c)
+  before = {'objective': 'clip', 'frozen': {'vqgna': ''}}
+  c.frozen.vqgna = str(tmp_path / 'vqgan')
+  checkpoint.export_run(tmp_path, checkpoint.Run(before, {'clip': {'x': np.zeros(1)}}, None, 3, str(tmp_path)))
+  with pytest.raises(FileNotFoundError, match='vqgan has no checkpoints'):  # it is kept, so it is copied
+    train.run(c)
+
+
 def test_damage_is_one_line_that_says_what_to_do(tmp_path):
   c = common.base()
   c.run_dir, c.objective, c.frozen = str(tmp_path), 'vqgan', dict(lpips='runs/lpips')
@@ -83,7 +99,7 @@ def test_damage_is_one_line_that_says_what_to_do(tmp_path):
     for file in path.glob('checkpoints/3/state/_METADATA'):
       file.write_text('')
   with sharding.use(c.mesh, c.rules) as mesh, pytest.raises(OSError) as e:
-    train.frozen_runs(c, tmp_path, mesh, started=True)
+    train.frozen_runs(c, tmp_path, mesh, started=True, reads=('lpips',))
   assert str(e.value) == f'{tmp_path}/frozen/lpips is damaged; delete it and it is copied again from runs/lpips.'
   (tmp_path / 'checkpoints' / '3' / 'meta' / 'metadata').write_text('{"conf')
   with pytest.raises(FileNotFoundError, match='has no checkpoint that can be read: all of them are damaged'):

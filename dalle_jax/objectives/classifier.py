@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import classifier
 
+FROZEN = ()  # it uses no frozen network
+
 
 class ClassifierObjective:
   """The player is 'classifier'. Batches: image uint8[B, H, W, 3], labels bool[B, C]."""

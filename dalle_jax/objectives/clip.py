@@ -12,6 +12,8 @@ from dalle_jax.functional.contrastive import contrastive
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import clip
 
+FROZEN = ()  # it uses no frozen network
+
 
 class CLIPObjective:
   """The player is 'clip'. Batches: image uint8[B, H, W, 3], text int32[B, N]."""

@@ -20,6 +20,7 @@ DEFAULTS = dict(
   noise_spread=0.0,  # the fraction differs by up to this from image to image
   guidance=1.0,  # guidance scale of the logged samples
 )
+FROZEN = ('vqgan',)  # the frozen networks that it can use
 
 
 class DALLEObjective:

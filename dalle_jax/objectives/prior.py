@@ -16,9 +16,7 @@ from dalle_jax.models.pooling import normalize
 DEFAULTS = dict(
   caption_dropout=0.1,  # fraction of captions replaced by the empty one, for classifier-free guidance in sampling
 )
-
-
-READS = ('clip',)  # the frozen networks that a step needs
+FROZEN = ('clip',)  # the frozen networks that it can use
 
 
 class PriorObjective:

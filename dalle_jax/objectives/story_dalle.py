@@ -25,6 +25,7 @@ DEFAULTS = dict(
   first=1.0,  # weight of the first image token, relative to the others, which only have to continue what it decides
   guidance=1.0,  # guidance scale of the logged samples
 )
+FROZEN = ('vqgan', 'clip')  # the frozen networks that it can use
 
 
 class StoryDALLEObjective:

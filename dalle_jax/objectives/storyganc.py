@@ -26,6 +26,7 @@ DEFAULTS = dict(
   l2_weight=0.0,  # of the squared error to the true frames, which is not in the paper
   norm_decay=0.9,  # decay of the running statistics of batch normalisation
 )
+FROZEN = ('clip', 'roberta')  # the frozen networks that it can use
 stop = jax.lax.stop_gradient
 
 

@@ -19,9 +19,9 @@ DEFAULTS = dict(
   guidance=1.0,  # guidance scale of the logged samples
   sampling_steps=25,  # of the logged samples
 )
-
-
-READS = ('clip',)  # the frozen networks that a step needs; others are only for sampling from the run
+READS = ('clip',)  # the frozen networks that a step needs
+# All that it can use: the others are only for sampling from the run.
+FROZEN = (*READS, 'prior', 'upsampler', *(f'upsampler_{i}' for i in range(2, 10)))
 
 
 class UnCLIPObjective:

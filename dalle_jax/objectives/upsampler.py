@@ -17,9 +17,7 @@ DEFAULTS = dict(
   crop=0,  # side of the crops of large images to train on, in pixels; 0: whole images
   sampling_steps=7,  # of the logged samples
 )
-
-
-READS = ()  # it needs no frozen network
+FROZEN = ()  # it uses no frozen network
 
 
 class UpsamplerObjective:

@@ -33,6 +33,7 @@ DEFAULTS = dict(
   disc=ConfigDict(),  # other fields of models/patchgan.py
   adaptive_limit=1e4,  # upper bound of the adaptive weight of the GAN loss
 )
+FROZEN = ('lpips',)  # the frozen networks that it can use
 
 
 class VQGANObjective:

@@ -46,8 +46,9 @@ class Objective(Protocol):
     rows_apart = True: the loss is a mean over independent rows and there is no mutable state, so that gradient
       accumulation may sum per replica and reduce once.
 
-  The module of an objective has `from_config(config, frozen_configs)` and may have READS, the names of the frozen
-  networks that a step needs (by default all of them; the others are copied into the run for sampling only).
+  The module of an objective has `from_config(config, frozen_configs)` and FROZEN, the names of the frozen networks that
+  it can use. It may have READS, those of them that a step needs (by default all; the others are copied into the run for
+  sampling only).
   """
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Params, Any]: ...

@@ -89,11 +89,11 @@ def test_a_run_that_has_started_keeps_its_frozen_networks_and_a_new_one_renews_t
     copy = tmp_path / 'run' / 'frozen' / 'vqgan'
     for path, started, expected in (('vqgan', False, 'vqgan'), ('other', True, 'vqgan'), ('other', False, 'other')):
       c.frozen.vqgan = str(tmp_path / path if path == 'other' else root / path)
-      runs = train.frozen_runs(c, tmp_path / 'run', mesh, started)
+      runs = train.frozen_runs(c, tmp_path / 'run', mesh, started, ('vqgan',))
       assert checkpoint.origin(copy).split(',')[0].endswith(expected) and runs['vqgan'].step == 2
       assert ('keeps its copy' in capsys.readouterr().out) == started
     shutil.rmtree(tmp_path / 'other')  # the copy is all that a run needs
-    train.frozen_runs(c, tmp_path / 'run', mesh, False)
+    train.frozen_runs(c, tmp_path / 'run', mesh, False, ('vqgan',))
 
 
 def test_codes_of_another_vqgan_are_refused(root):
