@@ -4,7 +4,9 @@
   python train.py --config configs/NAME.py:ARGUMENT --config.run_dir=runs/mine --config.optim.lr=3e-4
   python train.py --config configs/NAME.py --distributed     # in every process of a Slurm job or a TPU pod
   python train.py --config configs/NAME.py --coordinator=HOST:PORT --processes=2 --process=0     # and --process=1
-`--debug` shows the traceback of an error that is otherwise one line.
+`--print_config` prints the resolved config as YAML, one document per stage, and does nothing else (tokenizer.vocab_size
+is what is asked for: few captions may give fewer tokens). `--debug` shows the traceback of an error that is otherwise
+one line.
 """
 
 import importlib
@@ -265,8 +267,24 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
   return stopped
 
 
+def print_config(config: ConfigDict, stage: str) -> None:
+  """Prints as YAML what `run` would train, as far as it is known without reading data; writes no file."""
+  config = config.copy_and_resolve_references()
+  if stage:
+    print(f'--- # {stage}')
+  if config.init.path:
+    before = checkpoint.read_meta(config.run_dir) if config.run_dir else None
+    try:
+      inherit(config, before['config'] if before else checkpoint.read_config(config.init.path))
+    except OSError as e:  # e.g. an earlier stage that has not been trained
+      print(f'# without what it inherits from the run init.path: {" ".join(str(e).split())}')
+  print(config_lib.to_yaml(config), end='', flush=True)
+
+
 def own_flags() -> flags.FlagValues:
   options = flags.FlagValues()
+  text = 'print the resolved config as YAML and exit'
+  flags.DEFINE_bool('print_config', False, text, flag_values=options)
   flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=options)
   distributed.define_flags(options)
   return options
@@ -279,15 +297,20 @@ def main(argv: list[str]) -> int:
   options = own_flags()
   try:
     config = config_lib.parse(argv, options)
-    distributed.join(options)
+    if not options.print_config:
+      distributed.join(options)
     if config.stages and config.run_dir:
       raise ValueError(
         f'config.run_dir is for a single run, not for {", ".join(config.stages)}; pass --config.root=DIRECTORY.'
       )
     for stage in config.stages or ['']:
       if stage:
-        print(f'--- {stage}', flush=True)
         config = config_lib.parse(config_lib.with_stage(argv, stage), own_flags())
+      if options.print_config:
+        print_config(config, stage)
+        continue
+      if stage:
+        print(f'--- {stage}', flush=True)
       if run(config):
         return errors.STOPPED  # the run is saved, and the same command resumes it
   except errors.EXPECTED as e:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import yaml
 from absl import flags
 
 import train
@@ -9,6 +10,7 @@ from configs import common
 from dalle_jax.data import sources
 from dalle_jax.pipelines import encode
 from dalle_jax.training import checkpoint, errors, sharding
+from dalle_jax.training import config as config_lib
 
 RECIPE = """
 from configs import common
@@ -40,6 +42,26 @@ def test_no_stage_begins_after_a_stop(tmp_path, recipe, monkeypatch, stopped, st
   monkeypatch.setattr(train, 'run', run)
   assert train.main(['train.py', '--config', recipe]) == status
   assert begun == [f'{tmp_path}/{name}' for name in runs]
+
+
+def test_print_config_prints_every_stage_and_writes_nothing(tmp_path, recipe, capsys):
+  command = ['train.py', '--config', recipe, '--print_config', '--config.optim.lr=0.5']
+  assert train.main(command) == 0
+  one, two = yaml.safe_load_all(capsys.readouterr().out)
+  assert (one['run_dir'], two['run_dir'], two['optim']['lr']) == (f'{tmp_path}/one', f'{tmp_path}/two', 0.5)
+  assert one['rules'] == config_lib.to_json(common.RULES) and one['train']['evals'] == ['loss', 'pictures']
+  assert [p.name for p in tmp_path.iterdir()] == ['recipe.py']
+
+  command += ['--config.model.variant=init', f'--config.init.path={tmp_path}/start', '--config.tokenizer.vocab_size=9']
+  assert train.main(command) == 0
+  out = capsys.readouterr().out
+  assert out.count(f'# without what it inherits from the run init.path: {tmp_path}/start has no checkpoints') == 2
+  start = {'model': {'variant': 'mini', 'depth': 3}, 'tokenizer': {'length': 7, 'pad': 1}}
+  checkpoint.export_run(tmp_path / 'start', checkpoint.Run(start, {'x': {'x': np.zeros(1)}}, None, 3, 'elsewhere'))
+  assert train.main([*command, '--config.model.depth=5']) == 0
+  one, _ = yaml.safe_load_all(capsys.readouterr().out)
+  assert one['model'] == {'variant': 'mini', 'depth': 5} and one['tokenizer']['length'] == 7
+  assert {p.name for p in tmp_path.iterdir()} == {'recipe.py', 'start'}
 
 
 def test_ctrl_c_outside_the_loop_is_one_line(recipe, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import yaml
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -167,6 +168,18 @@ def to_json(config: Any) -> Any:
   if isinstance(config, (tuple, list)):
     return [to_json(v) for v in config]
   return config
+
+
+class _Yaml(yaml.SafeDumper):
+  """Writes lists on one line: those of a config are short."""
+
+
+_Yaml.add_representer(list, lambda dumper, x: dumper.represent_sequence('tag:yaml.org,2002:seq', x, flow_style=True))
+
+
+def to_yaml(config: Any) -> str:
+  """The fields of a config as YAML, which gives `to_json(config)` when it is read."""
+  return yaml.dump(to_json(config), Dumper=_Yaml, width=120, allow_unicode=True)
 
 
 def flat(config: Any, prefix: str = '', parents: bool = False) -> dict[str, Any]:
