@@ -11,6 +11,7 @@ from PIL import Image
 import evaluate
 from dalle_jax.data import bpe
 from dalle_jax.data.sources import pororo, shapes, story_shapes
+from dalle_jax.data.sources.folder import Folder
 from dalle_jax.evals import fid
 from dalle_jax.evals.oracle import ATTRIBUTES, COLUMNS, Oracle, score_moments
 from dalle_jax.models import classifier, clip, dalle, inception, lpips, story_dalle, vqgan
@@ -294,11 +295,13 @@ def test_sigterm_leaves_nothing_behind(root, tmp_path, run, monkeypatch, capsys)
   assert capsys.readouterr().err == 'stopped; nothing of this evaluation is kept.\n'
 
 
-def test_a_record_with_a_broken_caption_says_why(root, tmp_path, run, capsys):
+def test_a_record_with_a_broken_caption_says_why_and_is_read_once(root, tmp_path, run, monkeypatch, capsys):
+  indices, read_record = [], Folder.__getitem__
+  monkeypatch.setattr(Folder, '__getitem__', lambda self, k: indices.append(k) or read_record(self, k))
   Image.new('RGB', (8, 8)).save(tmp_path / 'a.png')
   (tmp_path / 'a.txt').write_bytes(b'\xff\xfe')
   assert run('--run', root / 'clip', '--source', 'folder', '--path', tmp_path, '--split', 'all') == 2
-  assert 'a.txt is not UTF-8' in capsys.readouterr().err
+  assert 'a.txt is not UTF-8' in capsys.readouterr().err and indices == [0]
 
 
 def test_mistakes_are_one_line(root, run, tmp_path, capsys):

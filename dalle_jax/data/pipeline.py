@@ -63,11 +63,15 @@ class Row:
 
 
 class Decoded(NamedTuple):
-  """A record as arrays, with its captions: one per frame of a story, else alternatives."""
+  """A record as arrays, with its captions: one per frame of a story, else alternatives.
+
+  `problem` says why it cannot be used with text, '' if it can.
+  """
 
   arrays: Batch
   captions: list[str]
   is_story: bool
+  problem: str
 
 
 class Examples:
@@ -94,7 +98,7 @@ class Examples:
     for i in ((index + offset) % count for offset in range(count)):
       if i not in self.broken:
         try:
-          arrays, captions, is_story = self.read(i, rng)
+          arrays, captions, is_story, _ = self.read(i, rng)
           break
         except Exception as e:  # the exceptions that Pillow raises for broken files have no common class
           self.broken[i] = ' '.join(f'{type(e).__name__}: {e}'.split())
@@ -131,7 +135,9 @@ class Examples:
     else:
       captions = [c for c in captions if c.strip()]
       described = bool(captions)
-    if self.encoders and not described:
+    if described:
+      problem = ''
+    elif self.encoders:
       raise ValueError(problem)
     arrays: dict[str, np.ndarray] = {}
     if 'tokens' in record:
@@ -146,7 +152,7 @@ class Examples:
       arrays['vectors'] = np.asarray(record['vectors'], np.float32)[1:]
     if record.get('labels') is not None:
       arrays['labels'] = np.asarray(record['labels'], bool)
-    return Decoded(arrays, captions, is_story)
+    return Decoded(arrays, captions, is_story, problem)
 
   def image(self, stored: Any, rng: np.random.Generator | None) -> np.ndarray:
     image = ops.to_rgb(stored, least=2 * self.image_size)  # twice, so that the resize still antialiases

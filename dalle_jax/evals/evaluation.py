@@ -63,6 +63,7 @@ class Evaluation:
 
   EXPECTED = ''  # what a record should be, for messages
   STORY = False  # whether records must be stories, or must not be
+  CAPTIONS = True  # whether they must have captions
 
   def __init__(self, model: Any, source: Any, settings: Settings):
     self.model, self.source, self.settings = model, source, settings
@@ -94,11 +95,9 @@ class Evaluation:
     """The usable ones of the first `count` records; the others are named, counted and left out."""
     for k in range(count):
       try:
-        arrays, captions, story = self.examples.read(k, None)
-        if story == self.STORY and not self.usable(captions):
-          record: Any = self.source[k]
-          reason = record.get('caption_error') if isinstance(record, Mapping) else None
-          raise ValueError(f'{reason or "there is no caption"}; expected {self.EXPECTED}')
+        arrays, captions, story, problem = self.examples.read(k, None)
+        if story == self.STORY and problem and self.CAPTIONS:
+          raise ValueError(f'{problem}; expected {self.EXPECTED}')
       except Exception as e:  # what a broken file makes Pillow raise has no common class
         self.skipped.append(' '.join(f'{self.examples.name(k)}: {type(e).__name__}: {e}'.split()))
         if len(self.skipped) <= pipeline.LOGGED:  # metrics.json has all of them
@@ -124,10 +123,6 @@ class Evaluation:
     return result
 
   # --- What depends on the kind of model
-
-  def usable(self, captions: Sequence[str]) -> bool:
-    """Whether a record has the captions that it needs; by default one or more."""
-    return bool(captions)
 
   def records_per_call(self) -> int:
     """How many records are evaluated in one call."""

@@ -28,6 +28,7 @@ class Reconstructions(ImageEvaluation):
   """
 
   EXPECTED = 'an image'
+  CAPTIONS = False
 
   def __init__(self, model: Any, source: Any, settings: Settings):
     super().__init__(model, source, settings)
@@ -41,9 +42,6 @@ class Reconstructions(ImageEvaluation):
       every = lambda params, *pairs: jax.lax.map(functools.partial(one, params), pairs, batch_size=LPIPS_BATCH)
       jitted = jax.jit(every, out_shardings=sharding.whole(model.mesh))
       self.distance = functools.partial(jitted, run.network('lpips'))
-
-  def usable(self, captions: Sequence[str]) -> bool:
-    return True
 
   def records_per_call(self) -> int:
     return self.settings.batch_size

@@ -21,9 +21,6 @@ class Stories(ImageEvaluation):
     super().__init__(model, source, settings)
     self.oracle = Oracle(model.image_size, accessories=True) if hasattr(source, 'moments') else None
 
-  def usable(self, captions: Sequence[str]) -> bool:
-    return all(c.strip() for c in captions[1:])
-
   def records_per_call(self) -> int:
     return max(1, self.settings.batch_size // (self.settings.n * self.model.model.frames))
 

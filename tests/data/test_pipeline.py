@@ -292,7 +292,9 @@ def test_captions_that_are_not_valid_unicode_are_none(caplog):
   stream.close()
   assert r"a caption has a lone surrogate, so it is not valid Unicode: ['number 2 \ud83d']" in caplog.text
   assert take(loader(Torn(4), shuffle=False, batch_size=4, text=None), 1)[0]['image'][2, 0, 0, 0] == 2
-  assert pipeline.Examples(Torn(4), 8, '', None).read(2, None).captions == []  # as in evaluation
+  as_in_evaluation = [pipeline.Examples(Torn(4), 8, '', None).read(k, None) for k in (1, 2, 3)]
+  assert [r.captions for r in as_in_evaluation] == [['number 1'], [], ['number 33']]
+  assert [r.problem[:9] for r in as_in_evaluation] == ['', 'a caption', '']
 
   class Story(Numbered):
     def __getitem__(self, index):
