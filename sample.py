@@ -200,7 +200,7 @@ def write(out: Path, results: Sequence[tuple[Any, ...]], board: Image.Image | No
   settings = {k: getattr(FLAGS, k) for k in ('run', 'clip', 'seed', 'n')} | sampling
   (out / 'samples.json').write_text(json.dumps({**settings, 'samples': table}, indent=2) + '\n')
   more = 'storyboard.png, ' if FLAGS.story else ''
-  print(f'wrote {sum(len(t["files"]) for t in table)} pictures, {more}grid.png and samples.json to {out}')
+  print(f'wrote {sum(len(t["files"]) for t in table)} images, {more}grid.png and samples.json to {out}')
 
 
 def remove_earlier(out: Path) -> None:

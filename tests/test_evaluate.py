@@ -247,7 +247,7 @@ def test_reconstructions_of_frames(root, run, tmp_path):
     model.decode(np.arange(1, 17)[None])
   files = [tmp_path / 'out' / row['file'] for row in rows]
   np.testing.assert_array_equal(model.encode(files), model.encode([Image.open(f) for f in files]))
-  with pytest.raises(ValueError, match='pictures are a str; expected uint8'):
+  with pytest.raises(ValueError, match='images are a str; expected uint8'):
     model.encode('a.png')
   with pytest.raises(ValueError, match=r'image tokens are float64\[1, 16\]; expected int32'):
     model.decode(np.zeros((1, 16)))

@@ -126,18 +126,18 @@ def open_image(image: Any, size: int, name: str) -> np.ndarray:
   """
   if isinstance(image, (str, Path)):
     if not Path(image).is_file():
-      raise FileNotFoundError(f'there is no picture {image}.')
+      raise FileNotFoundError(f'there is no image {image}.')
     name, image = str(image), Path(image).read_bytes()
   try:
     image = to_rgb(image)
   except Exception as e:  # the exceptions that Pillow raises for broken files have no common class
-    raise ValueError(f'{name} is no picture that can be read: {" ".join(str(e).split())}') from e
+    raise ValueError(f'{name} is not an image that can be read: {" ".join(str(e).split())}') from e
   return crop(image, size, (), None)
 
 
 def check_images(images: np.ndarray, size: int) -> None:
   """Raises ValueError unless the images are uint8[B, size, size, 3]."""
   if not isinstance(images, np.ndarray):
-    raise ValueError(f'pictures are a {type(images).__name__}; expected uint8[B, {size}, {size}, 3].')
+    raise ValueError(f'images are a {type(images).__name__}; expected uint8[B, {size}, {size}, 3].')
   if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3) or not len(images):
-    raise ValueError(f'pictures are {images.dtype}{list(images.shape)}; expected uint8[B, {size}, {size}, 3].')
+    raise ValueError(f'images are {images.dtype}{list(images.shape)}; expected uint8[B, {size}, {size}, 3].')

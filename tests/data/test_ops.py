@@ -115,7 +115,7 @@ def test_a_picture_that_cannot_be_opened_is_named(tmp_path):
   for image, name in ((tmp_path / 'a.png', f'{tmp_path}/a.png'), (b'no picture', 'init_image')):
     with pytest.raises(ValueError) as e:
       ops.open_image(image, 8, 'init_image')
-    assert str(e.value) == f'{name} is no picture that can be read: cannot identify the image format'
+    assert str(e.value) == f'{name} is not an image that can be read: cannot identify the image format'
 
 
 def test_a_huge_picture_is_refused_before_it_is_decoded(recwarn):

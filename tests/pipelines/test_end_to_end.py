@@ -171,7 +171,7 @@ def test_the_top_of_a_picture_is_kept(model):
     (dict(keep_rows=2), 'keep_rows is 2; expected 1 to 3 of 4 rows with an init_image'),
     (dict(init_image=np.zeros((8, 8, 3), np.uint8), keep_rows=4), 'keep_rows is 4; expected 1 to 3 of 4 rows'),
     (dict(init_image=np.zeros((8, 8, 3), np.uint8), keep_rows=1.5), 'keep_rows is 1.5; expected 1 to 3 of 4 rows'),
-    (dict(init_image=b'no picture', keep_rows=1), 'init_image is no picture that can be read'),
+    (dict(init_image=b'no picture', keep_rows=1), 'init_image is not an image that can be read'),
   ],
 )
 def test_bad_requests_are_one_line(model, kwargs, message):
@@ -207,7 +207,7 @@ def test_sample_script(root, tmp_path, capsys):
   for arguments, message in (
     (['--run', tmp_path / 'nowhere'], 'has no checkpoints'),
     ([], 'give --run RUN_DIR'),
-    (['--run', root / 'dalle', '--init_image', 'none.png', '--keep_rows', '2'], 'there is no picture none.png'),
+    (['--run', root / 'dalle', '--init_image', 'none.png', '--keep_rows', '2'], 'there is no image none.png'),
     (['--run', root / 'dalle', '--prompt', 'a \udcff'], 'has a lone surrogate'),
     (['--run', root / 'dalle', '--nn=3'], "Unknown command line flag 'nn'"),
     (['--run', root / 'dalle', '--mesh', 'data=3,model=2'], 'has no axis model'),

@@ -138,8 +138,8 @@ def test_sentences_by_clip_and_a_prompt(root):
   ('kwargs', 'message'),
   [
     (dict(source=None), 'there is no source frame'),
-    (dict(source='nowhere.png'), 'there is no picture nowhere.png'),
-    (dict(source=b'no picture'), 'the source frame is no picture that can be read'),
+    (dict(source='nowhere.png'), 'there is no image nowhere.png'),
+    (dict(source=b'no picture'), 'the source frame is not an image that can be read'),
     (dict(captions='pip moves'), 'captions must be a list of strings, one per frame'),
     (dict(captions=None), 'captions must be a list of strings, one per frame'),
     (dict(captions=[None]), 'captions must be a list of strings, one per frame'),

@@ -199,7 +199,7 @@ def test_scripts(root, tmp_path, capsys):
       ['--run', root / 'unclip', '--prompt', 'x', '--upsampler', 'none', '--upsampler', root / 'upsampler'],
       '--upsampler none leaves out all upsamplers',
     ),
-    (['--run', root / 'unclip', '--vary', 'none.png'], 'there is no picture'),
+    (['--run', root / 'unclip', '--vary', 'none.png'], 'there is no image'),
     (['--run', root / 'unclip', '--prompt', 'x', '--keep_rows', '2'], 'has no image tokens to keep'),
   ):
     assert draw(*arguments) == 2

@@ -96,7 +96,7 @@ def test_two_processes_draw_what_one_does(tmp_path):
   over = [*asked, '--mesh=data=2,tensor=2', f'--out={tmp_path}/two']
   first, second = ends(start('sample.py', *over))
   assert (first[0], second[0]) == (0, 0), first[3] + second[3]
-  assert 'devices: 4 x cpu' in first[1] and 'wrote 6 pictures' in first[1] and 'devices' not in second[1]
+  assert 'devices: 4 x cpu' in first[1] and 'wrote 6 images' in first[1] and 'devices' not in second[1]
   assert runs.call(sample, *asked, '--out', tmp_path / 'one') == 0
   for name in ('000_0.png', '000_2.png', '001_1.png'):
     two, one = (np.asarray(Image.open(tmp_path / k / name), int) for k in ('two', 'one'))
