@@ -11,7 +11,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,16 @@ from dalle_jax.training import distributed, hub, sharding
 Params = Any
 # Orbax logs every step it takes; whatever goes wrong reaches us as an exception.
 logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
+logging.getLogger('asyncio').addFilter(lambda record: 'orbax' not in record.getMessage())
+
+
+def _show_unraisable(args: Any, show: Callable[[Any], object] = sys.unraisablehook) -> None:
+  """When a save fails, each of its other writes still reports to an event loop that has ended: that says nothing."""
+  if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == 'Event loop is closed'):
+    show(args)
+
+
+sys.unraisablehook = _show_unraisable
 # Replicas share the writing of large arrays only: slicing an array for that takes a compiled program for each shape.
 _TYPES = ocp.type_handlers.create_type_handler_registry(
   (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)),
@@ -89,11 +100,32 @@ def finish(target: ocp.CheckpointManager) -> None:
     _raise_save_error(target, e)
 
 
+def check(target: ocp.CheckpointManager) -> None:
+  """Raises OSError like `save` if a save has failed by now; does not wait for one in progress."""
+  if not target.is_saving_in_progress():
+    finish(target)
+
+
+def close(target: ocp.CheckpointManager) -> None:
+  """Waits for the save in progress and ends the manager. Raises OSError like `finish`."""
+  try:
+    target.close()
+  except Exception as e:
+    _raise_save_error(target, e)
+
+
 def _raise_save_error(target: ocp.CheckpointManager, e: Exception) -> NoReturn:
   if distributed.is_loss(e):
     raise e
-  text = f'saving to {target.directory} failed: {_one_line(e)}; fix this (is the disk full?), then run the same again.'
-  raise OSError(text) from e
+  kept = describe_newest(target.directory.parent)
+  if re.search('no space left|quota exceeded', str(e), re.IGNORECASE):
+    raise OSError(
+      f'the disk is full: {target.directory} has no room for another checkpoint ({kept}); free some space, then run '
+      'the same command again.'
+    ) from e
+  raise OSError(
+    f'saving to {target.directory} failed ({kept}): {_one_line(e)}; fix this, then run the same command again.'
+  ) from e
 
 
 def _one_line(e: Exception) -> str:
@@ -118,8 +150,7 @@ def export_run(path: str | Path, run: Run, *, mesh: Mesh | None = None, rules: s
   write_json(path / 'config.json', run.config)
   target = manager(path, keep=1, background=False)
   save(target, run.step, {'params': run.params}, meta)
-  finish(target)
-  target.close()
+  close(target)
 
 
 def origin(run_dir: str | Path) -> str:

@@ -291,6 +291,7 @@ def train(
           if c.log_every > 1:
             meter.restart(step)
         log.read()  # what became due one step ago
+        checkpoint.check(saves)
         stopping, last = stop.agreed(), step == c.steps
         evaluates = bool(evals) and due(c.eval_every, step)
         # The metrics of an evaluation step are logged with its results: no line means that the evaluation was missed.
@@ -324,6 +325,6 @@ def train(
     raise
   finally:
     progress.close()
+    checkpoint.close(saves)  # before the writer, which a full disk makes fail
     writer.close()
-    saves.close()
   return state, stopped

@@ -1,12 +1,13 @@
 """Where the metrics and images of a run go: metrics.jsonl (the source of truth), TensorBoard, PNGs, the terminal."""
 
+import contextlib
 import json
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,12 @@ class Writer:
     self.board = Board(self.run_dir / 'tb', purge=resumed + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Raises OSError of one line when metrics.jsonl cannot be written, as `close` does."""
     if self.active:
       rounded = {k: v if isinstance(v, int) else float(f'{v:.6g}') for k, v in values.items()}
-      self.file.write(json.dumps({'step': step, **rounded}) + '\n')
-      self.file.flush()
+      with self._named_errors():
+        self.file.write(json.dumps({'step': step, **rounded}) + '\n')
+        self.file.flush()
       for name, value in values.items():
         self.board.add(step, summary=summary.scalar(name, value))
 
@@ -115,8 +118,17 @@ class Writer:
 
   def close(self) -> None:
     if self.active:
-      self.file.close()
       self.board.close()
+      with self._named_errors():
+        self.file.close()
+
+  @contextlib.contextmanager
+  def _named_errors(self) -> Iterator[None]:
+    try:
+      yield
+    except OSError as e:
+      text = f'{self.file.name} cannot be written ({e.strerror}); fix this, then run the same command again.'
+      raise OSError(text) from e
 
 
 def read(path: str | Path) -> list[dict]:

@@ -323,6 +323,34 @@ def test_failing_save_is_one_line(tmp_path):
   assert done.returncode and f'OSError: saving to {tmp_path}/checkpoints failed' in done.stderr, done.stderr
 
 
+def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(tmp_path, monkeypatch):
+  class Full:
+    """A manager whose save is in progress for one step and then fails, which it says once."""
+
+    directory, pending, failed, closed = tmp_path / 'checkpoints', 0, False, False
+
+    def save(self, step, args):
+      self.pending, self.failed = 2, True
+
+    def is_saving_in_progress(self):
+      self.pending -= 1
+      return self.pending > 0
+
+    def wait_until_finished(self):
+      if self.failed:
+        self.failed = False
+        raise ValueError('RESOURCE_EXHAUSTED: Error writing a file: No space left on device')
+
+    def close(self):
+      self.closed = True
+
+  full = Full()
+  monkeypatch.setattr(checkpoint, 'manager', lambda *_: full)
+  with pytest.raises(OSError, match=r'^the disk is full: .*checkpoints has no room .*\(there is no checkpoint yet\)'):
+    toy.run(toy.config(tmp_path, steps=100, checkpoint_every=10, log_every=1))
+  assert full.closed and [line['step'] for line in metrics.read(tmp_path / 'metrics.jsonl')] == [*range(1, 12)]
+
+
 def test_metrics_file_is_json_lines(straight):
   for line in (straight[1] / 'metrics.jsonl').read_text().splitlines():
     assert {'step', 'loss', 'accuracy', 'grad_norm', 'lr', 'tokens_per_second', 'seconds'} <= json.loads(line).keys()
