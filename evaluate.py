@@ -247,4 +247,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv))
+  errors.leave(main(sys.argv))

@@ -1,5 +1,8 @@
 """The command line of training."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import yaml
@@ -11,6 +14,7 @@ from dalle_jax.data import sources
 from dalle_jax.pipelines import encode
 from dalle_jax.training import checkpoint, errors, sharding
 from dalle_jax.training import config as config_lib
+from tests import runs
 
 RECIPE = """
 from configs import common
@@ -31,8 +35,8 @@ def recipe(tmp_path):
   return str(tmp_path / 'recipe.py')
 
 
-@pytest.mark.parametrize('stopped, status, runs', [(True, 143, ['one']), (False, 0, ['one', 'two'])])
-def test_no_stage_begins_after_a_stop(tmp_path, recipe, monkeypatch, stopped, status, runs):
+@pytest.mark.parametrize('stopped, status, expected', [(True, 143, ['one']), (False, 0, ['one', 'two'])])
+def test_no_stage_begins_after_a_stop(tmp_path, recipe, monkeypatch, stopped, status, expected):
   begun = []
 
   def run(config):
@@ -41,7 +45,7 @@ def test_no_stage_begins_after_a_stop(tmp_path, recipe, monkeypatch, stopped, st
 
   monkeypatch.setattr(train, 'run', run)
   assert train.main(['train.py', '--config', recipe]) == status
-  assert begun == [f'{tmp_path}/{name}' for name in runs]
+  assert begun == [f'{tmp_path}/{name}' for name in expected]
 
 
 def test_print_config_prints_every_stage_and_writes_nothing(tmp_path, recipe, capsys):
@@ -74,6 +78,14 @@ def test_ctrl_c_outside_the_loop_is_one_line(recipe, monkeypatch, capsys):
   values = flags.FlagValues()
   assert errors.command(['sample.py'], values, lambda: run(None), '', '') == 143
   assert capsys.readouterr().err == 'stopped.\n'
+
+
+def test_after_ctrl_c_nothing_is_taken_down():
+  code = 'import atexit; from dalle_jax.training import errors; atexit.register(print, "taken down"); print("done"); '
+  for status, out in (('errors.interrupted("stopped.")', 'done\n'), ('errors.STOPPED', 'done\ntaken down\n')):
+    command = [sys.executable, '-c', f'{code} errors.leave({status})']
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (errors.STOPPED, out), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,13 @@
 """How a script ends when something is wrong: with one line for a user's mistake, with a traceback for a bug of ours."""
 
+import contextlib
+import os
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from absl import flags
 
@@ -13,6 +17,7 @@ from dalle_jax.training.metrics import Diverged
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = (ValueError, OSError, flags.Error, Diverged)  # what a script catches and passes to `report`
 STOPPED = 143  # exit status after Ctrl-C, and of train.py after SIGTERM
+_interrupted = threading.Event()
 
 
 def report(e: Exception, debug: bool) -> int:
@@ -37,7 +42,21 @@ def interrupted(text: str) -> int:
   """Prints one line after Ctrl-C and returns the exit status; one of several processes ends here, as in `report`."""
   print(text, file=sys.stderr, flush=True)
   distributed.end(STOPPED, text)
+  _interrupted.set()
   return STOPPED
+
+
+def leave(status: int) -> NoReturn:
+  """Ends the program like `sys.exit`, but at once after `interrupted`: XLA crashes if Python ends while it compiles.
+
+  What must not be lost, such as a save in progress, has been waited for when KeyboardInterrupt left the loop.
+  """
+  if _interrupted.is_set():
+    for stream in (sys.stdout, sys.stderr):
+      with contextlib.suppress(OSError):  # such as a closed pipe
+        stream.flush()
+    os._exit(status)
+  sys.exit(status)
 
 
 def command(
