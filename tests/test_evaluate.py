@@ -1,15 +1,17 @@
 """The evaluation script from end to end, with runs of random parameters: what it writes, counts, and refuses."""
 
 import json
+import re
 import shutil
 import signal
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 import evaluate
-from dalle_jax.data import bpe
+from dalle_jax.data import bpe, sources
 from dalle_jax.data.sources import pororo, shapes, story_shapes
 from dalle_jax.data.sources.folder import Folder
 from dalle_jax.evals import fid
@@ -254,6 +256,25 @@ def test_reconstructions_of_frames(root, run, tmp_path):
   one = ['--split', 'test_seen', '--count', 1, '--save_true']
   assert run('--run', root / 'vqgan', '--clip', root / 'clip', *one) == 0  # too few for a FID
   assert not (tmp_path / 'out' / 'true.npz').exists()
+
+
+def test_the_coco_recipe_makes_a_folder_of_captioned_images(tmp_path, monkeypatch):
+  (recipe,) = re.findall(r'```python\n(.*?)```', (runs.ROOT / 'docs' / 'evaluation.md').read_text(), re.DOTALL)
+  monkeypatch.chdir(tmp_path)
+  for name in ('annotations', 'val2014'):
+    (tmp_path / 'COCO' / name).mkdir(parents=True)
+  images = [{'id': k, 'file_name': f'COCO_val2014_{k:012d}.jpg'} for k in range(5)]
+  for image in images:
+    Image.new('L', (9, 8), image['id']).save(f'COCO/val2014/{image["file_name"]}')
+  captions = [{'image_id': k % 5, 'caption': f'caption {k}\nof {k % 5}. '} for k in range(10)]
+  with open('COCO/annotations/captions_val2014.json', 'w') as file:
+    json.dump({'images': images, 'annotations': captions}, file)
+  exec(recipe.replace('30_000', '4'))
+  source = sources.load(ConfigDict(dict(source='folder', path='COCO/fid', source_args={})), 'all')
+  assert len(source) == 4
+  for k in range(4):
+    (caption,) = source[k]['captions']
+    assert caption.endswith(f'of {int(source.images[k][-8:-4])}.')
 
 
 def test_retrieval_by_a_clip(root, run, tmp_path):
