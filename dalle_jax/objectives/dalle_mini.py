@@ -10,6 +10,7 @@ from dalle_jax.functional import losses
 from dalle_jax.models import dalle_mini, variants
 from dalle_jax.objectives.dalle import DALLEObjective, text_and_image
 
+FROZEN = ('vqgan',)  # the frozen networks that it can use
 DEFAULTS = dict(  # as in the objective dalle
   caption_dropout=0.0,
   token_noise=0.0,

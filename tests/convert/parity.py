@@ -22,9 +22,9 @@ from dalle_jax.layers.patterns import Pattern
 from dalle_jax.models import (
   clip,
   dalle,
-  discrete_vae,
   dalle_mini,
   decode_params,
+  discrete_vae,
   dvae,
   inception,
   lpips,
