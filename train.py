@@ -5,7 +5,7 @@
   python train.py --config configs/NAME.py --distributed     # in every process of a Slurm job or a TPU pod
   python train.py --config configs/NAME.py --coordinator=HOST:PORT --processes=2 --process=0     # and --process=1
 `--print_config` prints the resolved config as YAML, one document per stage, and does nothing else (tokenizer.vocab_size
-is what is asked for: few captions may give fewer tokens). `--debug` shows the traceback of an error that is otherwise
+is as given, while a run takes that of its tokenizer). `--debug` shows the traceback of an error that is otherwise
 one line.
 """
 
