@@ -39,22 +39,22 @@ NORMS = ('pre', 'post', 'sandwich')
 def residual(norms: str, eps: float, dtype: jnp.dtype) -> Callable[..., jax.Array]:
   """A residual connection with LayerNorms at the places that `norms` names; they belong to the calling module.
 
-  It is called with (x, y, name, f), where y is x itself but in a reversible block. 'pre': x + f(norm(y)); 'post':
-  norm(x + f(y)), as in BERT; 'sandwich': x + norm_after(f(norm(y))) (CogView, Ding et al., 2021, section 2.4). Norms
-  are called `name` and NAME_after.
+  It is called with (x, name, f), and in a reversible block with y, the other stream; otherwise y = x. 'pre': x +
+  f(norm(y)); 'post': norm(x + f(y)), as in BERT; 'sandwich': x + norm_after(f(norm(y))) (CogView, Ding et al., 2021,
+  section 2.4). The norms are called `name` and NAME_after.
   """
   norm = lambda name: LayerNorm(eps, dtype, name=name)
 
-  def pre(x, y, name, f):
-    return x + f(norm(name)(y))
-
-  def post(x, y, name, f):
-    return norm(name)(x + f(y))
-
-  def sandwich(x, y, name, f):
+  def around(x, name, f, y=None):
+    y = x if y is None else y
+    match norms:
+      case 'pre':
+        return x + f(norm(name)(y))
+      case 'post':
+        return norm(name)(x + f(y))
     return x + norm(f'{name}_after')(f(norm(name)(y)))
 
-  return {'pre': pre, 'post': post, 'sandwich': sandwich}[norms]
+  return around
 
 
 class Block(nn.Module):
@@ -108,14 +108,17 @@ class Block(nn.Module):
       y = shift(y, 2 * layer + 1)
       wide = normal_init((2 * d) ** -0.5)
       dense = lambda name: Dense(self.mlp or 4 * d, ('embed', 'mlp'), dtype=self.dtype, kernel_init=wide, name=name)
-      z, activation = dense('mlp_in')(y), recomputed(ACTIVATIONS[self.activation])
-      z = z * activation(dense('mlp_gate')(y)) if self.activation in GATED else activation(z)
+      z, activation = dense('mlp_in')(y), ACTIVATIONS[self.activation]
+      if self.activation in GATED:
+        z = recomputed(lambda z, gate: z * activation(gate))(z, dense('mlp_gate')(y))
+      else:
+        z = recomputed(activation)(z)
       return Dense(d, ('mlp', 'embed'), dtype=self.dtype, kernel_init=outer, name='mlp_out')(z)
 
-    first = around(first, second, 'norm_1', attend)
+    first = around(first, 'norm_1', attend, second)
     if context is not None:
       first = cross_attend(first, context, attending)
-    second = around(second if self.reversible else first, first, 'norm_2', mlp)
+    second = around(second if self.reversible else first, 'norm_2', mlp, first)
     return (jnp.concatenate([first, second], -1) if self.reversible else second), cache
 
 
