@@ -55,10 +55,12 @@ def inherit(config: ConfigDict, known: dict) -> None:
   With `model.variant='init'` these include every field of the model and of the discriminator that is not given, and the
   length of captions.
   """
-  names = ('pad', 'start', 'end')
+  names = ('pad', 'start', 'end', 'blank')
   if config.model.get('variant') == 'init':
     given = {k: v for k, v in config.model.items() if k != 'variant'}
-    config.model = ConfigDict({**known['model'], **given})
+    # An import names these two, which follow from the image tokenizer and the image size.
+    fields = {k: v for k, v in known['model'].items() if k not in ('image_vocab', 'grid')}
+    config.model = ConfigDict({**fields, **given})
     if 'disc' in config.loss and known.get('loss', {}).get('disc'):
       config.loss.disc = ConfigDict({**known['loss']['disc'], **config.loss.disc})
     names = (*names, 'length')

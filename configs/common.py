@@ -88,6 +88,7 @@ def base() -> ConfigDict:
       pad=-1,  # padding id; -1: a separate one for each position
       start=-1,  # ids before and after a caption; -1: none
       end=-1,
+      blank=-1,  # an id that is replaced by the padding of its position, as 0 by DALLE-pytorch; -1: none
     )
   )
   c.encode = ConfigDict(dict(enabled=False, batch_size=64, path=''))  # images to tokens once, before training

@@ -4,7 +4,8 @@
   python train.py --config configs/finetune_storydalle.py:pororo --config.data.path=PORORO --config.run_dir=runs/pororo
 `:flintstones`, `:didemo` and `:shapes` are the other data sets; `base=RUN` is the run to start from; `adapt=prompt`
 freezes its DALL-E. Every third block has cross-attention to the source frame, as in the released model (Maharana et
-al., 2022, section 5).
+al., 2022, section 5); `retro=1` gives it to every block, which an imported DALL-E needs whose depth is not a multiple
+of 3.
 """
 
 from configs import common
@@ -14,7 +15,7 @@ STORIES = {'pororo': 10_191, 'flintstones': 20_132, 'didemo': 11_550, 'shapes': 
 
 def get_config(arg: str = ''):
   arg = common.parse_arg(
-    arg, data='pororo', base='runs/mindalle', adapt='finetune', sentences='own', batch=4, lr=1e-4, size=256
+    arg, data='pororo', base='runs/mindalle', adapt='finetune', sentences='own', batch=4, lr=1e-4, size=256, retro=3
   )
   if arg.data not in STORIES:
     raise ValueError(f'data {arg.data!r} is unknown; there are {", ".join(STORIES)}.')
@@ -23,7 +24,7 @@ def get_config(arg: str = ''):
   names = common.CHARACTERS.get(arg.data, ())
   c = common.story(arg.data, arg, stories=STORIES[arg.data], new_tokens=names, frames=frames)
   c.run_dir = f'runs/{arg.data}'
-  c.model.retro = 3
+  c.model.retro = arg.retro
   c.init.path = arg.base
   c.frozen.vqgan = f'{arg.base}/frozen/vqgan'
   c.data.image_size = arg.size

@@ -9,6 +9,7 @@ No code in a checkpoint is executed, and PyTorch is not needed. `--debug` shows 
 
 import dataclasses
 import importlib
+import inspect
 import shutil
 import sys
 from pathlib import Path
@@ -41,7 +42,10 @@ def read(source: str, path: str | Path, **options) -> engine.Imported:
   """Reads the checkpoint at `path` with sources/SOURCE.py. Raises ValueError or OSError with a one-line message."""
   if source not in SOURCES:
     raise ValueError(f'--from {source!r} is unknown; there are {", ".join(SOURCES)}.')
-  return importlib.import_module(f'dalle_jax.convert.sources.{source}').read(Path(path).expanduser(), **options)
+  module = importlib.import_module(f'dalle_jax.convert.sources.{source}')
+  if unknown := [name for name in options if name not in inspect.signature(module.read).parameters]:
+    raise ValueError(f'--from {source} takes no --{unknown[0]}; leave it out.')
+  return module.read(Path(path).expanduser(), **options)
 
 
 def run() -> None:
@@ -53,7 +57,7 @@ def run() -> None:
     raise ValueError(f'{out} already exists; give another --out.')
   host.give_back_memory()
   names = ('config', 'cross', 'version', 'heads', 'image_encoder', 'tokenizer')
-  options = {name: getattr(FLAGS, name) for name in names}
+  options = {name: getattr(FLAGS, name) for name in names if getattr(FLAGS, name)}
   imported = read(source, path, **options)
   if FLAGS.vqgan:
     imported = _with_vqgan(imported, FLAGS.vqgan)
@@ -71,14 +75,21 @@ def run() -> None:
 def _with_vqgan(imported: engine.Imported, path: str) -> engine.Imported:
   """The import with the run `path` as its image tokenizer, in place of the one that it may have.
 
-  Raises ValueError if the number of codes is another.
+  Raises ValueError if the model needs other numbers of codes or tokens, or no image tokenizer.
   """
+  model = imported.config['model']
+  if 'image_vocab' not in model:
+    raise ValueError(f'a {imported.config["objective"]} needs no image tokenizer; leave out --vqgan.')
   given, own, notes = _of_run(path), imported.frozen.get('vqgan'), imported.notes
-  if own:
-    ours, theirs = (x.params.get('vqgan/quantize/embedding') for x in (given, own))
-    if ours is None or ours.shape != theirs.shape:
-      found = 'another kind of tokenizer' if ours is None else f'{len(ours)} codes of {ours.shape[1]} numbers'
-      raise ValueError(f'{path} has {found}; the model needs {len(theirs)} codes of {theirs.shape[1]} numbers.')
+  network, size = image_tokenizer.of_run(given.config), imported.config['data']['image_size']
+  found, needed = (network.num_codes, network.grid(size)), (model['image_vocab'], tuple(model['grid']))
+  if found != needed:
+    describe = lambda codes, grid: f'{grid[0]} x {grid[1]} tokens of {codes} codes'
+    raise ValueError(f'{path} has {describe(*found)} for images of {size} pixels; the model needs {describe(*needed)}.')
+  ours, theirs = (run.params.get('vqgan/quantize/embedding') if run else None for run in (given, own))
+  if own and ours is not None and theirs is not None:
+    if ours.shape != theirs.shape:
+      raise ValueError(f'{path} has codes of {ours.shape[1]} numbers; the model needs codes of {theirs.shape[1]}.')
     if np.linalg.norm(ours - theirs) > 0.01 * np.linalg.norm(theirs):  # either may be in half precision
       notes = (*notes, f'the codes of {path} are not those of the model; were both trained with the same VQGAN?')
     # The range of pixel values in which the model's codes were made

@@ -89,6 +89,15 @@ def fields(path: Path, value: Mapping[str, Any], *names: str) -> dict[str, Any]:
   return result
 
 
+def integers(path: Path, value: Mapping[str, Any], *names: str) -> dict[str, int]:
+  """Like `fields`, for fields that must be whole numbers from 0 to a billion."""
+  result = fields(path, value, *names)
+  for name, number in result.items():
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= 10**9:
+      raise ValueError(f'{path} has {name} {str(number)[:50]!r}; expected a whole number.')
+  return result
+
+
 def vocabulary(path: Path) -> dict[str, int]:
   """Reads the token ids of a vocab.json. Raises ValueError with a one-line message for any other file."""
   value = config(path)

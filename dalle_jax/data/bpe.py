@@ -178,8 +178,20 @@ def _merge(ids: list[int], merges: Merges, dropout: float, rng: random.Random) -
 class TextEncoder:
   """Encodes captions to token ids of a fixed length, as models take them."""
 
-  def __init__(self, bpe: BPE, length: int, dropout: float = 0.0, *, pad: int = -1, start: int = -1, end: int = -1):
-    """`pad`, `start` and `end` are token ids. -1 means a separate padding id for each position, no start and no end.
+  def __init__(
+    self,
+    bpe: BPE,
+    length: int,
+    dropout: float = 0.0,
+    *,
+    pad: int = -1,
+    start: int = -1,
+    end: int = -1,
+    blank: int = -1,
+  ):
+    """`pad`, `start`, `end` and `blank` are token ids; `blank` is replaced by the padding of its position.
+
+    -1 means a separate padding id for each position, no start, no end and no blank.
 
     Raises ValueError for a length below 1 (not counting start and end), a dropout outside [0, 1] or an id outside the
     vocabulary.
@@ -188,13 +200,14 @@ class TextEncoder:
     self.capacity = length - len(self._start) - len(self._end)  # how many tokens of a caption are not cut off
     if self.capacity < 1:
       raise ValueError(f'tokenizer.length is {length}; expected 1 or more tokens in addition to start and end.')
-    if max(pad, start, end) >= bpe.vocab_size:
-      raise ValueError(f'tokenizer.pad, start or end is {max(pad, start, end)}; there are {bpe.vocab_size} tokens.')
+    if (largest := max(pad, start, end, blank)) >= bpe.vocab_size:
+      raise ValueError(f'tokenizer.pad, start, end or blank is {largest}; there are {bpe.vocab_size} tokens.')
     if not 0 <= dropout <= 1:
       raise ValueError(f'tokenizer.dropout is {dropout}; expected a probability.')
     self.bpe, self.length, self.dropout = bpe, length, dropout
     by_position = np.arange(bpe.vocab_size, bpe.vocab_size + length, dtype=np.int32)
     self._padding = by_position if pad < 0 else np.full(length, pad, np.int32)
+    self._blank = blank
 
   def __call__(self, caption: str, seed: int | None = None) -> np.ndarray:
     """int32[length]: the token ids, cut to the length, then padding.
@@ -206,11 +219,11 @@ class TextEncoder:
     ids = [*self._start, *ids[: self.capacity], *self._end]
     text = self._padding.copy()
     text[: len(ids)] = ids
-    return text
+    return np.where(text == self._blank, self._padding, text)
 
 
 def text_encoder(tokenizer: BPE | str, config: Mapping[str, Any], dropout: float = 0.0) -> TextEncoder:
   """The encoder of a run, from its tokenizer and its `config.tokenizer`. Raises ValueError like `TextEncoder`."""
   bpe = BPE(tokenizer) if isinstance(tokenizer, str) else tokenizer
-  special = {name: config.get(name, -1) for name in ('pad', 'start', 'end')}
+  special = {name: config.get(name, -1) for name in ('pad', 'start', 'end', 'blank')}
   return TextEncoder(bpe, config['length'], dropout, **special)

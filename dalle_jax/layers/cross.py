@@ -59,8 +59,8 @@ def layers_per_step(layers: int, steps: int) -> int:
   """Layers with cross-attention in one scan step. Raises ValueError when they are not divisible."""
   if layers % steps:
     raise ValueError(
-      f'{layers} layers with cross-attention do not fit {steps} steps of the scan; make model.period a multiple of the '
-      'distance between them.'
+      f'{layers} layers with cross-attention do not fit {steps} steps of the scan; model.retro, the distance between '
+      'them, must divide model.period, which a pretrained run determines.'
     )
   return layers // steps
 

@@ -286,7 +286,7 @@ def _block_mask(pattern: Pattern, rows: int, reach: int) -> np.ndarray:
 
 
 def blockwise_attention(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern) -> jax.Array:
-  """Sparse patterns but 'wrapped' by XLA: each row (column) of the image over the text and the rows it sees."""
+  """Sparse patterns except 'wrapped' by XLA: each row (column) of the image over the text and the rows it sees."""
   n, prefix, w = q.shape[1], pattern.prefix, pattern.grid[1]
   rows = -(-(n - prefix) // w)
   window = {'conv': pattern.conv_kernel // 2, 'causal_conv': pattern.conv_kernel - 1}

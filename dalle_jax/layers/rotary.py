@@ -21,8 +21,8 @@ TEXT_AS_IMAGE = -10.0  # the row and column of all text; those of image tokens a
 class Rotary:
   """Positions of a stream: `extra` vectors, text up to position `prefix`, then a `grid` of image tokens.
 
-  A third of the features of a head, if even, is rotated by the text position, a third each by the image row and column.
-  The text begins at position 0, whatever is before it.
+  A third of the features of a head (rounded down to an even number) is rotated by the text position, a third by the
+  image row and a third by the column. The text begins at position 0, whatever comes before it.
   """
 
   extra: int

@@ -3,7 +3,7 @@
 A text token takes the first half of its features from the one before it. An image token takes the first quarter from
 the token above and the second one from the token to the left. What is outside of text or image counts as zero.
 
-Axis legend: B batch, S stream, D embed.
+Axis legend: B batch, S stream, I image tokens so far, D embed.
 """
 
 import jax
@@ -25,14 +25,14 @@ def shift(x: jax.Array, pattern: Pattern) -> jax.Array:
 
 
 def taken_over(x: jax.Array, pattern: Pattern) -> jax.Array:
-  """What later image tokens take over from the image tokens of a stream x[B, S, D]: [B, 1, image tokens, D / 2]."""
+  """The features that later image tokens take from the image tokens of a stream x[B, S, D]: [B, 1, I, D / 2]."""
   return x[:, None, pattern.prefix :, : x.shape[-1] // 2]
 
 
 def shift_one(x: jax.Array, past: jax.Array, index: jax.Array, width: int) -> tuple[jax.Array, jax.Array]:
   """Shifts the image token number `index`, x[B, 1, D], of an image `width` tokens wide.
 
-  `past` [B, 1, S, D / 2] is `taken_over` of the image tokens before it, and returned with this one.
+  `past` [B, 1, I, D / 2] is `taken_over` of the image tokens before it, and returned with this one.
   """
   half = past.shape[-1]
   past = jax.lax.dynamic_update_slice(past, x[:, None, :, :half].astype(past.dtype), (0, 0, index, 0))

@@ -253,6 +253,8 @@ class Stack(nn.Module):
   def _check(self, x: jax.Array) -> None:
     if x.shape[-1] % self.heads and not self.head_dim:
       raise ValueError(f'a width of {x.shape[-1]} is not divisible by {self.heads} heads; change either.')
+    if self.head_dim < 0:
+      raise ValueError(f'head_dim is {self.head_dim}; expected 1 or more, or 0 to split the width among the heads.')
     if self.depth % self.period:
       raise ValueError(f'{self.depth} layers are not divisible by the period {self.period}; change either.')
     if self.activation not in ACTIVATIONS:

@@ -179,6 +179,8 @@ class DALLE(nn.Module):
   def setup(self):
     if self.layout not in LAYOUTS:
       raise ValueError(f'layout {self.layout!r} is unknown; expected one of {", ".join(LAYOUTS)}.')
+    if LAYOUTS[self.layout].shift and self.image_positions == 'rotary':
+      raise ValueError(f'layout {self.layout!r} has no rotary positions; use image_positions axial or learned.')
     if self.head not in HEADS:
       raise ValueError(f'head {self.head!r} is unknown; expected one of {", ".join(HEADS)}.')
     d, init = self.d_model, normal_init(0.02)
@@ -284,7 +286,7 @@ class DALLE(nn.Module):
     return self.image_logits(self._read(x[:, 0])), cache
 
   def embed_source(self, tokens: jax.Array) -> jax.Array:
-    """Input embeddings of all tokens of an image, with positions: int32[B, I] -> [B, I, D]."""
+    """Input embeddings of all tokens of an image, with positions if they are learnt: int32[B, I] -> [B, I, D]."""
     return self._embed_image(tokens, 0)
 
   def embed_caption(self, text: jax.Array) -> jax.Array:

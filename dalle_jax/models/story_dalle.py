@@ -111,6 +111,7 @@ class Additions(nn.Module):
   own: bool
   activation: str
   dtype: jnp.dtype
+  grid: tuple[int, int] | None  # rows and columns of the source, if its embeddings are without positions
 
   @nn.compact
   def __call__(
@@ -137,8 +138,16 @@ class Additions(nn.Module):
     context = None
     if self.layers:
       source = LayerNorm(dtype=self.dtype, name='norm_source')(source)
+      if self.grid:
+        source = source + axial_sinusoid(self.grid, self.width).astype(self.dtype)
       context = CrossAttention(self.layers, self.heads, self.dtype, name='cross')(source)
     return jnp.concatenate(extra, 1), context
+
+
+def axial_sinusoid(grid: tuple[int, int], width: int) -> jax.Array:
+  """Sinusoidal positions of image tokens, [I, width]: half of the features for the row, half for the column."""
+  index = jnp.arange(grid[0] * grid[1])
+  return jnp.concatenate([sinusoid(at, width // 2) for at in (index // grid[1], index % grid[1])], 1)
 
 
 class StoryCache(struct.PyTreeNode):
@@ -186,8 +195,9 @@ class StoryDALLE(nn.Module):
     if self.retro and self.dalle.depth % self.retro:
       raise ValueError(f'model.retro {self.retro} does not divide the {self.dalle.depth} layers; change one of them.')
     layers, d = self.dalle.depth // self.retro if self.retro else 0, self.dalle
-    own = self.sentences == 'own'
-    self.story = Additions(layers, d.heads, d.d_model, self.story_encoder, self.prompt, own, d.activation, d.dtype)
+    own, grid = self.sentences == 'own', d.grid if d.image_positions == 'rotary' else None
+    heads = math.gcd(d.heads, d.d_model)  # with `head_dim` the heads of a DALL-E need not divide its width
+    self.story = Additions(layers, heads, d.d_model, self.story_encoder, self.prompt, own, d.activation, d.dtype, grid)
 
   def __call__(
     self,

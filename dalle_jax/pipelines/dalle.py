@@ -107,7 +107,7 @@ class DallE(TokenGenerator, ImageGenerator):
         chosen = np.minimum(np.arange(start, start + size), total - 1)
         batch = self._put({name: value[chosen] for name, value in rows.items()})
         texts.extend(np.asarray(self._complete(self.params['dalle'], batch, np.uint32(seed), sampling=sampling)))
-    special = {settings.get(name, -1) for name in ('pad', 'start', 'end')}
+    special = {settings.get(name, -1) for name in ('pad', 'start', 'end', 'blank')}
     words = [[int(i) for i in text if i < self.model.words and i not in special] for text in texts[:total]]
     captions = [self.encode_text.bpe.decode(ids) for ids in words]
     return [captions[i * n : (i + 1) * n] for i in range(len(prompts))]

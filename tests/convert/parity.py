@@ -126,7 +126,7 @@ def texts(run, captions):
 
 def of_dalle(config, words, codes, grid):
   sizes = variants.text_sizes({**config['tokenizer']})
-  return dalle.build(**config['model'], **sizes, image_vocab=codes, grid=grid, dtype='float32')
+  return dalle.build(**{**config['model'], **sizes, 'image_vocab': codes, 'grid': grid, 'dtype': 'float32'})
 
 
 def greedy(apply, text, length, empty=None, guidance=1.0):
@@ -332,10 +332,10 @@ def dalle_pytorch_outputs(model, params, arrays):
 def min_dalle(folder, arrays):
   run = read('min_dalle', folder)
   config, params, frozen = run.config, run.network('dalle'), run.frozen['vqgan']
-  image, codes = vqgan.build(**frozen.config['model']), frozen.config['model']['num_codes']
+  image = vqgan.build(**frozen.config['model'])
   grid = image.grid(config['data']['image_size'])
   sizes = variants.text_sizes(config['tokenizer']) | dalle_mini.caption_ids(config['tokenizer'])
-  model = dalle_mini.build(**config['model'], **sizes, image_vocab=codes, grid=grid, dtype='float32')
+  model = dalle_mini.build(**config['model'], **sizes, dtype='float32')
   text, inputs = arrays['in_text_tokens'], arrays['in_prev_tokens']
   assert (model.padding == text[0]).all() and inputs[0, 0] == model.start_token
   features = applied(model, params, text, np.tile(inputs[:, 1:], (2, 1)), method='features')

@@ -84,6 +84,7 @@ def test_a_dalle_of_dalle_pytorch_draws_and_is_fine_tuned(words, tmp_path, capsy
   )
   assert status == 0 and 'dalle, vqgan' in said.out and 'note' not in said.out
   model = DallE.load(out)
+  assert model.encode_text('a zebra red').tolist() == [1, 61, 2, *range(63, 72)]  # what is unknown is padding, too
   drawn = model.sample(['a red circle'], n=2, guidance=2.0)[0]
   assert drawn.images.shape == (2, 32, 32, 3) and len(np.unique(drawn.tokens)) > 8
   again = model.sample(['a red circle'], n=1, first=1, guidance=2.0)[0]
@@ -129,6 +130,11 @@ def test_a_dalle_of_dalle_pytorch_with_other_parts_is_refused(monkeypatch, tmp_p
 
   hparams = whole['hparams']
   refused("attention of type 'mlp'; expected full, axial_row", hparams={**hparams, 'attn_types': ('mlp',)})
+  refused('attention of type 3; expected', hparams={**hparams, 'attn_types': 3})
+  refused("has dim '32'; expected a whole number", hparams={**hparams, 'dim': '32'})
+  refused('has -12 image codes and 64 image tokens', hparams={**hparams, 'num_text_tokens': 112})
+  refused('has no sizes of a DiscreteVAE', vae_params=[1])
+  refused('has image_size 33 and num_layers 2', vae_params={**whole['vae_params'], 'image_size': 33})
   refused('other rotary positions', hparams={**hparams, 'dim_head': 24})
   refused('has no field dim; is it', hparams={k: v for k, v in hparams.items() if k != 'dim'})
   refused('has no hparams and weights', weights='see the wiki of DeepSpeed')
@@ -136,6 +142,37 @@ def test_a_dalle_of_dalle_pytorch_with_other_parts_is_refused(monkeypatch, tmp_p
   monkeypatch.setattr(torch_file, 'load', lambda path: {**whole, 'vae_params': None, 'vae_class_name': 'VQGanVAE'})
   imported = dalle_pytorch.read(tmp_path)
   assert imported.config['data'] == {'image_size': 256} and 'VQGanVAE' in imported.notes[0] and not imported.frozen
+
+
+def test_an_image_tokenizer_must_fit_the_model(tmp_path, capsys):
+  source = f'--path={FIXTURES}/dalle_pytorch/s1_full'
+  assert convert('--from=openai_dvae', f'--path={FIXTURES}/openai_dvae', f'--out={tmp_path}/dvae')[0] == 0
+  capsys.readouterr()
+  refused = lambda *arguments: convert(*arguments, f'--out={tmp_path}/run', capsys=capsys)
+  message = 'has 4 x 4 tokens of 64 codes for images of 32 pixels; the model needs 8 x 8 tokens of 40 codes'
+  for arguments, expected in (
+    (['--from=dalle_pytorch', source, f'--vqgan={tmp_path}/dvae'], message),
+    (
+      ['--from=openai_dvae', f'--path={FIXTURES}/openai_dvae', f'--vqgan={tmp_path}/dvae'],
+      'a dvae needs no image token',
+    ),
+    (['--from=openai_dvae', f'--path={FIXTURES}/openai_dvae', '--heads=3'], '--from openai_dvae takes no --heads'),
+  ):
+    status, said = refused(*arguments)
+    assert status == 2 and expected in said.err and said.err.count('\n') == 1 and not (tmp_path / 'run').exists()
+
+
+def test_a_run_with_another_grid_is_refused(words, tmp_path):
+  out = tmp_path / 'run'
+  source = f'--path={FIXTURES}/dalle_pytorch/s4_shared'
+  assert convert('--from=dalle_pytorch', source, f'--tokenizer={words}', f'--out={out}')[0] == 0
+  run = checkpoint.load_run(out)
+  frozen = {'vqgan': checkpoint.load_run(run.frozen['vqgan'])}
+  run.config['data']['image_size'] = 64
+  with pytest.raises(
+    ValueError, match=r'was made for grid .8, 8., but its tokenizers and images of 64 pixels give .16'
+  ):
+    DallE(run, frozen)
 
 
 def test_a_discrete_vae_alone_is_an_image_tokenizer(monkeypatch, tmp_path):
@@ -205,6 +242,7 @@ def test_a_tokenizer_of_youtokentome(tmp_path):
   path.write_text('\n'.join(lines))
   words = rudalle.youtokentome(path)
   assert words.encode('AB  ba').ids == [8, 4, 6, 5] and words.encode('z').ids[-1] == 1
+  assert rudalle.youtokentome(path, lowercase=False).encode('Ab').ids == [4, 1, 6]
   path.write_text('3 2\n1 2')
   with pytest.raises(ValueError, match=r'cannot be read .*; expected a YouTokenToMe model'):
     rudalle.youtokentome(path)
@@ -232,7 +270,7 @@ def test_a_run_may_be_named_by_its_repository(mindalle, tmp_path, monkeypatch):
   [
     (
       ['--from=dallemini', '--path=x'],
-      "--from 'dallemini' is unknown; there are clip, inception, karlo,",
+      "--from 'dallemini' is unknown; there are clip, dalle_pytorch, inception,",
     ),
     (['--from=mindalle', '--path=/none'], '/none does not exist; expected the folder of minDALL-E'),
     (['--from=taming', f'--path={FIXTURES}/clip_hf'], 'has no model.yaml or'),

@@ -19,6 +19,8 @@ TEXT = jax.random.randint(jax.random.key(0), (B, T, N), 0, 34)
 IMAGE = jax.random.randint(jax.random.key(1), (B, T, I), 0, 16)
 SOURCE = jax.random.randint(jax.random.key(2), (B, I), 0, 16)
 FORMS = [dict(), dict(prompt=3, sentences='data', sentence_dim=5), dict(retro=2, period=2, attention='row,column')]
+ROTARY = dict(image_positions='rotary', shift_tokens=True, reversible=True, heads=3, head_dim=12)  # as of DALLE-pytorch
+FORMS.append(ROTARY)
 
 
 @functools.cache
@@ -67,6 +69,12 @@ def test_retrofitting_is_a_strict_merge_that_gives_the_pretrained_logits():
     checkpoint.strict_merge(fresh, pretrained)
   with pytest.raises(ValueError, match='unexpected dalle/odd'):
     checkpoint.strict_merge(fresh, {'dalle': {**pretrained['dalle'], 'odd': jnp.ones(2)}}, new='story/.*')
+
+
+@pytest.mark.parametrize('fields', [{}, ROTARY], ids=str)
+def test_the_source_is_no_bag_of_tokens(fields):
+  logits = forward(**fields)
+  assert changed(logits()[1], logits(source=SOURCE[:, ::-1])[1]).mean() > 0.9
 
 
 @pytest.mark.parametrize('fields', FORMS, ids=str)

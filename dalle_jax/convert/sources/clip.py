@@ -145,7 +145,7 @@ def tokenizer(folder: Path) -> Tokenizer:
   return bpe
 
 
-def read(path: Path, **options: Any) -> Imported:
+def read(path: Path) -> Imported:
   """Reads a CLIP and its tokenizer. Raises ValueError or OSError with a one-line message."""
   file = files.find(Path(path).expanduser(), 'config.json', expected=EXPECTED)
   folder, config = file.parent, files.config(file)

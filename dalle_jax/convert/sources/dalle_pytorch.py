@@ -81,7 +81,10 @@ def block(sandwich: bool) -> list[Row]:
 
 def rows(model: Mapping[str, Any], text_vocab: int) -> list[Row]:
   """Rows of the transformer; the first `text_vocab` ids of the joint head are those of text."""
-  table = [*norm('norm_out', 'to_logits.0'), *stacked(block(model['norms'] == 'sandwich'), model['depth'])]
+  table = [
+    *norm('norm_out', 'to_logits.0'),
+    *stacked(block(model['norms'] == 'sandwich'), model['depth'], model['period']),
+  ]
   tied = model['head'] == 'tied_bias'
   words = 'to_logits.1.weight' if tied else 'text_emb.weight'
   table.append(row('start', words, lambda x: x[0]))  # the padding id 0, which comes before every caption
@@ -113,13 +116,17 @@ def plain(theirs: Mapping[str, Any]) -> dict[str, Any]:
   return {name(key): tensor for key, tensor in theirs.items()}
 
 
-def image_tokenizer(source: str, sizes: Mapping[str, Any], theirs: Mapping[str, Any]) -> Imported:
+def image_tokenizer(source: Path, sizes: Mapping[str, Any], theirs: Mapping[str, Any]) -> Imported:
   """The DiscreteVAE of a vae.pt, or of a dalle.pt, where its names begin with 'vae.'."""
-  known = dict(image_size=256, num_tokens=512, codebook_dim=512, num_layers=3, num_resnet_blocks=0, hidden_dim=64)
-  known |= {k: v for k, v in sizes.items() if k in known}
+  if not isinstance(sizes, Mapping):
+    raise ValueError(f'{source} has no sizes of a DiscreteVAE; expected {EXPECTED}.')
+  default = dict(image_size=256, num_tokens=512, codebook_dim=512, num_layers=3, num_resnet_blocks=0, hidden_dim=64)
+  known = files.integers(source, {**default, **sizes}, *default)
   if sizes.get('channels', 3) != 3 or sizes.get('normalization', NORMALIZATION) != NORMALIZATION:
     raise ValueError(f'{source} has a DiscreteVAE with other channels or another normalization; expected the default.')
-  levels, blocks = known['num_layers'], known['num_resnet_blocks']
+  levels, blocks, size = known['num_layers'], known['num_resnet_blocks'], known['image_size']
+  if not 1 <= levels <= 10 or size % 2**levels or not size:
+    raise ValueError(f'{source} has image_size {size} and num_layers {levels}; expected a multiple of 2^num_layers.')
   model = dict(
     variant='dalle_pytorch',
     width=known['hidden_dim'],
@@ -142,8 +149,8 @@ def image_tokenizer(source: str, sizes: Mapping[str, Any], theirs: Mapping[str, 
       table += conv2d(f'decoder_blocks_{i}/conv_{j}', f'decoder.{first + i}.net.{2 * j}')
   module = discrete_vae.build(**model)
   ours = ModuleSpec.of(module, (1, 2**levels, 2**levels, 3))
-  params = convert(source, table, theirs, ours.shapes)
-  config = {'objective': 'discrete_vae', 'model': model, 'data': {'image_size': known['image_size']}}
+  params = convert(str(source), table, theirs, ours.shapes)
+  config = {'objective': 'discrete_vae', 'model': model, 'data': {'image_size': size}}
   return Imported(config, named('discrete_vae', params), named('discrete_vae', ours.axes))
 
 
@@ -161,17 +168,20 @@ def captions(path: str, words: int) -> Tokenizer:
   elif file.suffix == '.json':
     bpe = files.tokenizer(file)
   else:
-    bpe = rudalle.youtokentome(file)
+    bpe = rudalle.youtokentome(file, lowercase=False)
   if bpe.get_vocab_size() != words:
     raise ValueError(f'{file} has {bpe.get_vocab_size()} tokens, the model {words}; expected its own tokenizer.')
   return bpe
 
 
-def network(source: str, hparams: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+def network(source: Path, hparams: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[dict[str, Any], ModuleSpec]:
   """The fields of our DALLE, and the network with its parameters' shapes."""
-  c = files.fields(source, hparams, 'num_text_tokens', 'text_seq_len', 'dim', 'depth', 'shift_tokens')
+  options = {'heads': 8, 'dim_head': 64, **hparams}
+  c = files.integers(source, options, 'num_text_tokens', 'text_seq_len', 'dim', 'depth', 'heads', 'dim_head')
+  c |= files.fields(source, options, 'shift_tokens')
   types = hparams.get('attn_types') or ('full',)
-  if unknown := [t for t in types if t not in KINDS]:
+  types = (types,) if isinstance(types, str) else types
+  if unknown := [t for t in types if t not in KINDS] if isinstance(types, (tuple, list)) else [types]:
     raise ValueError(f'{source} has attention of type {unknown[0]!r}; expected {", ".join(KINDS)}.')
   positions = 'axial' if 'text_pos_emb.weight' in theirs else 'rotary'
   needed = ['to_logits.1.weight', *(['transformer.pos_emb'] if positions == 'rotary' else ['image_pos_emb.weights_0'])]
@@ -181,8 +191,9 @@ def network(source: str, hparams: Mapping[str, Any], theirs: Mapping[str, Any]) 
     variant='dalle_pytorch',
     d_model=c['dim'],
     depth=c['depth'],
-    heads=hparams.get('heads', 8),
-    head_dim=hparams.get('dim_head', 64),
+    heads=c['heads'],
+    head_dim=c['dim_head'],
+    period=3 if c['depth'] % 3 == 0 else 1,  # StoryDALL-E adds cross-attention to every third block
     attention=','.join(KINDS[t] for t in types),
     image_positions=positions,
     shift_tokens=c['shift_tokens'],
@@ -192,12 +203,17 @@ def network(source: str, hparams: Mapping[str, Any], theirs: Mapping[str, Any]) 
     head='tied_bias' if hparams.get('share_input_output_emb') else 'bias',
   )
   text, vocab = c['text_seq_len'], c['num_text_tokens'] + c['text_seq_len']
-  if positions == 'rotary':
-    side = math.isqrt(theirs['transformer.pos_emb'].shape[1] - text - 1)
-  else:
-    side = theirs['image_pos_emb.weights_0'].shape[1]
-  codes = theirs['to_logits.1.weight'].shape[0] - vocab
-  module = dalle.build(**model, text_vocab=vocab, text_length=text, image_vocab=codes, grid=(side, side))
+  at, rows = theirs[needed[1]], theirs['to_logits.1.weight'].shape[0]
+  if len(at.shape) != (3 if positions == 'rotary' else 4):
+    raise ValueError(f'{source} has {needed[1]} of shape {list(at.shape)}; expected {EXPECTED}.')
+  tokens = max(0, at.shape[1] - text - 1) if positions == 'rotary' else at.shape[1] ** 2
+  side, codes = math.isqrt(tokens), rows - vocab
+  if codes < 1 or not side:
+    raise ValueError(
+      f'{source} has {codes} image codes and {tokens} image tokens by its hparams; do they belong to it?'
+    )
+  model |= dict(image_vocab=codes, grid=(side, side))
+  module = dalle.build(**model, text_vocab=vocab, text_length=text)
   if positions == 'rotary':
     expected, found = module.rotary_angles(), np.asarray(theirs['transformer.pos_emb'].numpy())[0]
     if found.shape != expected.shape or np.abs(found - expected).max() > ANGLE:
@@ -205,22 +221,24 @@ def network(source: str, hparams: Mapping[str, Any], theirs: Mapping[str, Any]) 
   return model, ModuleSpec.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (text, module.image_length)))
 
 
-def read(path: Path, *, tokenizer: str = '', **options: Any) -> Imported:
+def read(path: Path, *, tokenizer: str = '') -> Imported:
   """Reads a dalle.pt or vae.pt. Raises ValueError or OSError with a one-line message."""
-  file = files.find(path, 'dalle.pt', 'vae.pt', '*.pt', expected=EXPECTED)
+  file = files.find(path, 'dalle.pt', 'vae.pt', expected=EXPECTED)
   whole = torch_file.load(file)
   if not isinstance(whole, Mapping) or not isinstance(whole.get('weights'), Mapping) or 'hparams' not in whole:
     raise ValueError(f'{file} has no hparams and weights; expected {EXPECTED}, of DeepSpeed a consolidated one.')
-  source, theirs, hparams = str(file), torch_file.flat(whole['weights']), whole['hparams']
+  theirs, hparams = torch_file.flat(whole['weights']), whole['hparams']
   if 'vae_params' not in whole:
-    return image_tokenizer(source, hparams, theirs)
+    if tokenizer:
+      raise ValueError(f'{file} is an image tokenizer, which has no captions; leave out --tokenizer.')
+    return image_tokenizer(file, hparams, theirs)
   inner, theirs = files.under(theirs, 'vae.'), plain({k: v for k, v in theirs.items() if not k.startswith('vae.')})
   model, ours = network(file, hparams, theirs)
   words, text = hparams['num_text_tokens'], hparams['text_seq_len']
-  params = convert(source, rows(model, ours.module.text_vocab), theirs, ours.shapes, IGNORED)
+  params = convert(str(file), rows(model, ours.module.text_vocab), theirs, ours.shapes, IGNORED)
   notes, frozen, size = [], {}, PRETRAINED_SIZE
   if whole['vae_params']:
-    frozen['vqgan'] = image_tokenizer(source, whole['vae_params'], inner)
+    frozen['vqgan'] = image_tokenizer(file, whole['vae_params'], inner)
     size = frozen['vqgan'].config['data']['image_size']
   else:
     name = whole.get('vae_class_name', 'a pretrained one')
@@ -232,7 +250,7 @@ def read(path: Path, *, tokenizer: str = '', **options: Any) -> Imported:
     'objective': 'dalle',
     'model': model,
     'data': {'image_size': size},
-    'tokenizer': {'vocab_size': words, 'length': text},
+    'tokenizer': {'vocab_size': words, 'length': text, 'blank': 0},
   }
   text_json = bpe.to_str() if bpe else None
   return Imported(config, named('dalle', params), named('dalle', ours.axes), text_json, frozen, tuple(notes))

@@ -5,7 +5,6 @@ but 1,000 classes instead of 1,008, and other weights; it is refused.
 """
 
 from pathlib import Path
-from typing import Any
 
 from dalle_jax.convert import files
 from dalle_jax.convert.engine import Imported, ModuleSpec, conv, convert, named, row, same
@@ -23,7 +22,7 @@ LEAVES = {
 IGNORED = (r'fc\.(weight|bias)', r'.*\.num_batches_tracked')
 
 
-def read(path: Path, **options: Any) -> Imported:
+def read(path: Path) -> Imported:
   """Reads the network without its classifier. Raises ValueError or OSError with a one-line message."""
   file = files.find(path, 'pt_inception*.pth', 'weights-inception*.pth', expected=EXPECTED)
   theirs = files.state_dict(file)

@@ -40,7 +40,7 @@ DOWN = {'ResnetDownsampleBlock2D': False, 'SimpleCrossAttnDownBlock2D': True}  #
 SHIFTS = {'default': 'add', 'scale_shift': 'scale'}
 
 
-def read(path: Path, *, image_encoder: str = '', **options: Any) -> Imported:
+def read(path: Path, *, image_encoder: str = '') -> Imported:
   """Reads all parts that the folder has. Raises ValueError or OSError with a one-line message."""
   path = Path(path).expanduser()
   index = files.find(path, 'model_index.json', expected=EXPECTED)

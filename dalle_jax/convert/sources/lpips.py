@@ -41,7 +41,7 @@ def of_tensors(source: str, theirs: Mapping[str, Any], convolution: str) -> Impo
   return Imported({'objective': 'lpips', 'model': model}, named('lpips', params), named('lpips', ours.axes))
 
 
-def read(path: Path, **options: Any) -> Imported:
+def read(path: Path) -> Imported:
   """Reads both files. Raises ValueError or OSError with a one-line message."""
   features = files.find(path, 'vgg16*.pth', 'vgg16*.safetensors', expected=EXPECTED)
   maps = files.find(features.parent, 'vgg.pth', 'lin*.pth', expected=EXPECTED)

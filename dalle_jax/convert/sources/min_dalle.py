@@ -159,7 +159,7 @@ def head_count(folder: Path, width: int, heads: int) -> int:
   return heads
 
 
-def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Imported:
+def read(path: Path, *, version: str = '', heads: int = 0) -> Imported:
   """Reads transformer, tokenizer and detokenizer. Raises ValueError or OSError with a one-line message."""
   folder, suffix, of_images = places(path, version)
   theirs: dict[str, Any] = {}
@@ -189,13 +189,13 @@ def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Im
     text_spare=words - bpe.get_vocab_size(),
     image_spare=rows_of_codes - codes,
     start_token=codes - 1,
+    image_vocab=codes,
+    grid=(side, side),
   )
   special = {name: bpe.token_to_id(w) for name, w in (('pad', PADDING), ('start', START), ('end', END))}
   text = {'vocab_size': bpe.get_vocab_size(), 'length': length, **special}
   ids = dict(pad=special['pad'], bos=special['start'], eos=special['end'])
-  module = dalle_mini.build(
-    **model, **ids, text_vocab=bpe.get_vocab_size(), text_length=length, image_vocab=codes, grid=(side, side)
-  )
+  module = dalle_mini.build(**model, **ids, text_vocab=bpe.get_vocab_size(), text_length=length)
   ours = ModuleSpec.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (length, positions)))
   params = convert(str(folder), rows(model['depth']), theirs, ours.shapes)
   size = images.config['data']['image_size']

@@ -45,10 +45,11 @@ def rows(depth: int, period: int) -> list[Row]:
 
 
 def model_fields(path: Path, stage2: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-  """The fields of our DALLE, and the numbers of image and text tokens."""
+  """The fields of our DALLE except `image_vocab`, and the numbers of image and text tokens."""
   known = files.fields(path, stage2, *(f'hparams.{k}' for k in ('embed_dim', 'n_layers', 'n_heads')))
   lengths = files.fields(path, stage2, 'hparams.ctx_len_img', 'hparams.ctx_len_txt')
-  if math.isqrt(lengths['ctx_len_img']) ** 2 != lengths['ctx_len_img']:
+  side = math.isqrt(lengths['ctx_len_img'])
+  if side**2 != lengths['ctx_len_img']:
     raise ValueError(f'{path} has ctx_len_img {lengths["ctx_len_img"]}; expected a square number.')
   model = dict(
     variant='mindalle',
@@ -58,14 +59,14 @@ def model_fields(path: Path, stage2: Mapping[str, Any]) -> tuple[dict[str, Any],
     activation='quick_gelu' if stage2['hparams'].get('gelu_use_approx') else 'gelu',
     # StoryDALL-E adds cross-attention to blocks 3, 6, ...; the tree is the same with and without it.
     period=3 if known['n_layers'] % 3 == 0 else 1,
+    grid=(side, side),
   )
   return model, lengths
 
 
-def network(model: Mapping[str, Any], vocab_size: int, pad: int, codes: int, lengths: Mapping[str, int]) -> ModuleSpec:
-  side, text = math.isqrt(lengths['ctx_len_img']), lengths['ctx_len_txt']
-  module = dalle.build(**model, text_vocab=vocab_size, text_length=text, image_vocab=codes, grid=(side, side), pad=pad)
-  return ModuleSpec.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (text, side * side)))
+def network(model: Mapping[str, Any], vocab_size: int, pad: int, text_length: int) -> ModuleSpec:
+  module = dalle.build(**model, text_vocab=vocab_size, text_length=text_length, pad=pad)
+  return ModuleSpec.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (text_length, module.image_length)))
 
 
 def tokenizer(folder: Path, new: tuple[str, ...] = ()) -> CharBPETokenizer:
@@ -87,7 +88,7 @@ def tokenizer(folder: Path, new: tuple[str, ...] = ()) -> CharBPETokenizer:
   return bpe
 
 
-def read(path: Path, **options: Any) -> Imported:
+def read(path: Path) -> Imported:
   """Reads both stages and the tokenizer. Raises ValueError or OSError with a one-line message."""
   folder = Path(path).expanduser()
   description = files.find(folder, 'config.yaml', expected=EXPECTED)
@@ -105,7 +106,8 @@ def read(path: Path, **options: Any) -> Imported:
   sizes = taming.fields(description, stage1['hparams'], stage1['embed_dim'], stage1['n_embed'])
   vqgan = taming.tokenizer(str(first), sizes, files.state_dict(first))
   pad = bpe.token_to_id(PADDING)
-  ours = network(model, known['vocab_size_txt'], pad, known['vocab_size_img'], lengths)
+  model['image_vocab'] = known['vocab_size_img']
+  ours = network(model, known['vocab_size_txt'], pad, lengths['ctx_len_txt'])
   params = convert(str(second), rows(model['depth'], model['period']), files.state_dict(second), ours.shapes)
   return Imported(
     {

@@ -27,7 +27,7 @@ def table(side: str, blocks: int) -> list[Row]:
   return rows
 
 
-def read(path: Path, **options: Any) -> Imported:
+def read(path: Path) -> Imported:
   """Reads both networks. Raises ValueError or OSError with a one-line message."""
   folder = Path(path).expanduser()
   folder = folder.parent if folder.is_file() else folder

@@ -4,7 +4,6 @@ Files: config.json, model.safetensors or pytorch_model.bin, vocab.json and merge
 """
 
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +61,7 @@ def tokenizer(folder: Path) -> Tokenizer:
   return bpe
 
 
-def read(path: Path, **options: Any) -> Imported:
+def read(path: Path) -> Imported:
   """Reads a RoBERTa and its tokenizer. Raises ValueError or OSError with a one-line message."""
   file = files.find(Path(path).expanduser(), 'config.json', expected=EXPECTED)
   folder, config = file.parent, files.config(file)

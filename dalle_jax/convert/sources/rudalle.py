@@ -82,7 +82,7 @@ def settings(weights: Path, version: str) -> tuple[Mapping[str, Any], str]:
   return (several[version] if several else known), version
 
 
-def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Imported:
+def read(path: Path, *, version: str = '', heads: int = 0) -> Imported:
   """Reads the transformer and, if present, its tokenizer. Raises ValueError or OSError with a one-line message."""
   weights = files.find(path, 'pytorch_model*.bin', '*.bin', '*.pt', '*.safetensors', expected=EXPECTED)
   theirs = files.state_dict(weights)
@@ -108,10 +108,12 @@ def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Im
     heads=heads or known.get('num_attention_heads', max(1, width // HEAD_DIM)),
     attention=kinds(depth, 'wrapped' if version == 'v2' else 'conv'),
     layout=VERSIONS[version],
+    image_vocab=codes,
+    grid=(side, side),
     norms='sandwich' if sandwich else 'pre',
   )
   start = version == 'v2'
-  module = dalle.build(**model, text_vocab=text_vocab, text_length=text, image_vocab=codes, grid=(side, side))
+  module = dalle.build(**model, text_vocab=text_vocab, text_length=text)
   ours = ModuleSpec.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (text, side * side)))
   params = convert(str(weights), rows(depth, text_vocab, sandwich, start), theirs, ours.shapes, IGNORED)
   file = weights.parent / 'bpe.model'
@@ -132,7 +134,7 @@ def read(path: Path, *, version: str = '', heads: int = 0, **options: Any) -> Im
   return Imported(config, named('dalle', params), named('dalle', ours.axes), text_json, notes=tuple(notes))
 
 
-def youtokentome(path: Path) -> Tokenizer:
+def youtokentome(path: Path, lowercase: bool = True) -> Tokenizer:
   """Reads a YouTokenToMe model: counts, characters with ids, merges (left, right, new), special ids; all in decimal.
 
   Raises ValueError for any other file.
@@ -153,9 +155,8 @@ def youtokentome(path: Path) -> Tokenizer:
     raise ValueError(f'{path} cannot be read ({" ".join(str(e).split())[:100]}); expected a YouTokenToMe model.') from e
   vocab = {word: i for i, word in ids.items()} | special
   tokenizer = Tokenizer(models.BPE(vocab, pairs, unk_token='<UNK>', fuse_unk=True))
-  tokenizer.normalizer = normalizers.Sequence(
-    [normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Strip(), normalizers.Lowercase()]
-  )
+  spaces = [normalizers.Replace(Regex(r'\s+'), ' '), normalizers.Strip()]
+  tokenizer.normalizer = normalizers.Sequence([*spaces, *([normalizers.Lowercase()] if lowercase else [])])
   tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='always')
   tokenizer.decoder = decoders.Metaspace(prepend_scheme='always')
   return tokenizer

@@ -64,7 +64,7 @@ def fresh(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.nda
   return np.full(shape, float(name.endswith('norm_scale')), np.float32)
 
 
-def read(path: Path, *, config: str = '', cross: str = '', **options: Any) -> Imported:
+def read(path: Path, *, config: str = '', cross: str = '') -> Imported:
   """Reads DALL-E, story encoder, VQGAN and tokenizer; `config` and `cross` are files that are not in their usual place.
 
   Raises ValueError or OSError with a one-line message.
@@ -89,9 +89,9 @@ def read(path: Path, *, config: str = '', cross: str = '', **options: Any) -> Im
   for name in ('stage2.tok_emb_img.weight', 'story_linear.weight'):
     if name not in theirs:
       raise ValueError(f'{weights} has no {name}; expected {EXPECTED}.')
-  codes = theirs['stage2.tok_emb_img.weight'].shape[0]
+  model['image_vocab'] = theirs['stage2.tok_emb_img.weight'].shape[0]
   vqgan = taming.tokenizer(source, sizes, files.under(theirs, 'stage1.'))
-  ours = mindalle.network(model, tokenizer.get_vocab_size(), pad, codes, lengths)
+  ours = mindalle.network(model, tokenizer.get_vocab_size(), pad, lengths['ctx_len_txt'])
   rows = mindalle.rows(model['depth'], model['period'])
   params = named('dalle', convert(source, rows, files.under(theirs, 'stage2.'), ours.shapes))
   axes = named('dalle', ours.axes)

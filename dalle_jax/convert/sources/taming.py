@@ -100,7 +100,7 @@ def discriminator(source: str, theirs: Mapping[str, Any], layers: int, width: in
   return sizes, convert(source, table, theirs, ours.shapes, [r'.*\.num_batches_tracked']), ours.axes
 
 
-def read(path: Path, **options: Any) -> Imported:
+def read(path: Path) -> Imported:
   """Reads a VQGAN and, if the file has them, its discriminator and LPIPS.
 
   Raises ValueError or OSError with a one-line message.
