@@ -1,6 +1,7 @@
 """The import of a DALL-E mini: what may be absent or laid out in another way, and messages for what is wrong."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -23,11 +24,14 @@ def imported():
 
 
 def test_an_imported_run_draws(imported, tmp_path, monkeypatch):
+  """The last of 256 codes, as the parity test draws all of them."""
+  monkeypatch.setattr(command, 'read', lambda *_, **__: imported)
   assert runs.call(command, '--from=min_dalle', f'--path={FOLDER}', f'--out={tmp_path}/run') == 0
   model = generator.load(tmp_path / 'run')
   monkeypatch.setattr(model.vqgan.network.__class__, 'decode_codes', lambda self, codes: codes[..., None] / 32.0 - 1)
+  monkeypatch.setattr(model, '_prefix', lambda *_: np.arange(240)[None] % 64)
   (drawn,) = model.sample(['a small dog'], seed=3, top_k=8, guidance=4.0)
-  assert drawn.tokens.shape == (1, 256) and len(np.unique(drawn.tokens)) > 8
+  assert drawn.tokens.shape == (1, 256) and len(np.unique(drawn.tokens[0, 240:])) > 4
   with pytest.raises(ValueError, match='has only a decoder, so it cannot encode images'):
     model.encode(np.zeros((1, 256, 256, 3), np.uint8))
 
@@ -53,11 +57,12 @@ def test_other_layouts_of_the_same_weights(imported, monkeypatch):
       np.testing.assert_allclose(value, imported.params[name], atol=2e-3, err_msg=name)
 
 
-def test_the_files_as_they_are_published(imported, tmp_path):
+def test_the_files_as_they_are_published(imported, tmp_path, monkeypatch):
   shutil.copy(FOLDER / 'vqgan' / 'detoker.pt', tmp_path)
   for path in (FOLDER / 'dalle_bart_mini').iterdir():
     shutil.copy(path, tmp_path / f'{path.stem}_mini{path.suffix}')
-  found = [min_dalle.read(tmp_path, heads=4), min_dalle.read(FOLDER / 'dalle_bart_mini')]
+  monkeypatch.chdir(FOLDER / 'dalle_bart_mini')
+  found = [min_dalle.read(tmp_path, heads=4), min_dalle.read(Path('.'))]
   assert found[0].config == found[1].config == imported.config and found[0].tokenizer == imported.tokenizer
   shutil.copy(FOLDER / 'dalle_bart_mini' / 'encoder.pt', tmp_path)  # that of mega
   with pytest.raises(ValueError, match='has mini and mega; choose one with --version'):
@@ -74,15 +79,53 @@ def test_an_embedding_may_have_more_or_fewer_rows_than_there_are_ids(monkeypatch
     assert found.config['tokenizer']['vocab_size'] == 420 - spare
 
 
-def test_a_detokenizer_with_more_codes_is_refused(monkeypatch):
+CONV = 'decoder.up.0.block.0.conv1.weight'
+
+
+def replace(monkeypatch, file, name, shape):
+  """Files are read with zeros of this shape as one of the tensors."""
   whole = files.state_dict
+  other = lambda path: {name: np.zeros(shape)} if path.stem == file else {}
+  monkeypatch.setattr(files, 'state_dict', lambda path: whole(path) | other(path))
 
-  def larger(path):
-    tensors = whole(path)
-    return tensors | {'embedding.weight': np.zeros((66, 16))} if path.name == 'detoker.pt' else tensors
 
-  monkeypatch.setattr(files, 'state_dict', larger)
-  with pytest.raises(ValueError, match='has embeddings of 65 image tokens, the detokenizer 66; do the files belong'):
+@pytest.mark.parametrize(
+  'file, name, shape, message',
+  [
+    ('detoker', 'embedding.weight', (66, 16), 'embeddings of 65 image tokens, the detokenizer 66; do the files belong'),
+    ('detoker', CONV, (9999, 32, 3, 3), f'detoker.pt: {CONV} gives 9999 channels; expected a multiple of 32'),
+    ('decoder', 'embed_positions.weight', (250, 32), 'has 250 image positions; expected a square number'),
+  ],
+)
+def test_sizes_that_do_not_fit_are_refused(file, name, shape, message, monkeypatch):
+  replace(monkeypatch, file, name, shape)
+  with pytest.raises(ValueError, match=message):
+    min_dalle.read(FOLDER)
+
+
+@pytest.mark.parametrize(
+  'file, name, shape, axes',
+  [
+    ('encoder', 'embed_tokens.weight', (420,), 2),
+    ('encoder', 'layers.0.glu.fc0.weight', (), 2),
+    ('decoder', 'embed_positions.weight', (256, 1, 32), 2),
+    ('detoker', 'embedding.weight', (64,), 2),
+    ('detoker', 'decoder.conv_in.weight', (32,), 4),
+    ('detoker', CONV, (), 4),
+    ('detoker', CONV, (0, 32, 3, 3), 4),
+  ],
+)
+def test_a_tensor_with_other_axes_is_named(file, name, shape, axes, monkeypatch):
+  replace(monkeypatch, file, name, shape)
+  message = f'{file}.pt: {name} has the shape {list(shape)}; expected {axes} axes, none of them empty.'
+  with pytest.raises(ValueError, match=re.escape(message)):
+    min_dalle.read(FOLDER)
+
+
+def test_a_detokenizer_without_levels_is_refused(monkeypatch):
+  whole = files.state_dict
+  monkeypatch.setattr(files, 'state_dict', lambda path: {k: v for k, v in whole(path).items() if '.up.' not in k})
+  with pytest.raises(ValueError, match=f'detoker.pt has no tensor {CONV}; expected the files of min-dalle'):
     min_dalle.read(FOLDER)
 
 
@@ -124,6 +167,16 @@ def cut(path):
       'has mini and mega; choose one with --version',
     ),
     (lambda at: (at / 'sizes.json').unlink(), [], 'nothing gives the number of attention heads for a width of 32'),
+    (
+      lambda at: (at / 'sizes.json').write_text('{"attention_head_count": "4"}'),
+      [],
+      "sizes.json: attention_head_count is '4'; expected a whole number of 1 or more, or give --heads",
+    ),
+    (
+      lambda at: (at / 'dalle_bart_mini' / 'vocab.json').write_text('{"a": -1}'),
+      [],
+      "vocab.json has the id -1 for 'a'; expected 0 or more",
+    ),
     (lambda at: None, ['--heads=5'], 'a width of 32 is not divisible by 5 attention heads'),
     (lambda at: None, ['--version=mega'], 'does not have a DALL-E mega; expected'),
     (lambda at: cut(at / 'dalle_bart_mini' / 'decoder.pt'), [], 'decoder.pt cannot be read'),
@@ -131,7 +184,7 @@ def cut(path):
     (
       lambda at: shutil.copy(at / 'dalle_bart_mini' / 'encoder.pt', at / 'vqgan' / 'detoker.pt'),
       [],
-      'detoker.pt has no embedding.weight; expected the detokenizer',
+      'detoker.pt has no tensor embedding.weight; expected the files of min-dalle',
     ),
     (
       lambda at: shutil.copy(at / 'dalle_bart_mini' / 'encoder.pt', at / 'dalle_bart_mini' / 'decoder.pt'),

@@ -11,6 +11,8 @@ min-dalle has 1e-5.
 """
 
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,12 @@ from dalle_jax.models import dalle_mini, vqgan
 
 EXPECTED = 'the files of min-dalle: dalle_bart_mini/ or dalle_bart_mega/, and vqgan/detoker.pt'
 SUFFIXES = {'mini': '_mini', 'mega': ''}  # of the published files
-HEADS = {1024: 16, 2048: 32}  # width -> attention heads of the published models, mini and mega
+ATTENTION_HEADS = {1024: 16, 2048: 32}  # by width, of the published models, mini and mega
 START, PADDING, END, UNKNOWN = '<s>', '<pad>', '</s>', '<unk>'
 SPACE = '\u0120'  # in front of every word
 
 
-def norm(ours: str, theirs: str) -> list[Row]:
+def optional_norm(ours: str, theirs: str) -> list[Row]:
   """Scale and bias of a LayerNorm, either of which may be absent."""
   return [row(f'{ours}/scale', f'{theirs}.weight', None, 1.0), row(f'{ours}/bias', f'{theirs}.bias', None, 0.0)]
 
@@ -38,16 +40,17 @@ def norm(ours: str, theirs: str) -> list[Row]:
 def block(ours: str, theirs: str, cross: bool) -> list[Row]:
   """Rows of a block of the encoder, or of the decoder, which has cross-attention."""
   names = {'query': 'q_proj', 'key': 'k_proj', 'value': 'v_proj', 'out': 'out_proj'}
-  rows = []
+  table = []
   for our, their, place in (('attention', 'self_attn', 'norm_1'), ('cross', 'encoder_attn', 'norm_cross'))[: 1 + cross]:
-    rows += [row(f'{ours}/{our}/{a}/kernel', f'{theirs}.{their}.{b}.weight', linear) for a, b in names.items()]
-    rows += norm(f'{ours}/{place}', f'{theirs}.pre_{their}_layer_norm')
-    rows += norm(f'{ours}/{place}_after', f'{theirs}.{their}_layer_norm')
+    table += [row(f'{ours}/{our}/{a}/kernel', f'{theirs}.{their}.{b}.weight', linear) for a, b in names.items()]
+    table += optional_norm(f'{ours}/{place}', f'{theirs}.pre_{their}_layer_norm')
+    table += optional_norm(f'{ours}/{place}_after', f'{theirs}.{their}_layer_norm')
   # Self-attention of the original has no biases.
-  rows += [row(f'{ours}/attention/{a}/bias', f'{theirs}.self_attn.{b}.bias', None, 0.0) for a, b in names.items()]
+  table += [row(f'{ours}/attention/{a}/bias', f'{theirs}.self_attn.{b}.bias', None, 0.0) for a, b in names.items()]
   for a, b in (('mlp_gate', 'fc0'), ('mlp_in', 'fc1'), ('mlp_out', 'fc2')):
-    rows.append(row(f'{ours}/{a}/kernel', f'{theirs}.glu.{b}.weight', linear))
-  return [*rows, *norm(f'{ours}/norm_2', f'{theirs}.glu.ln0'), *norm(f'{ours}/norm_mlp', f'{theirs}.glu.ln1')]
+    table.append(row(f'{ours}/{a}/kernel', f'{theirs}.glu.{b}.weight', linear))
+  table += optional_norm(f'{ours}/norm_2', f'{theirs}.glu.ln0')
+  return [*table, *optional_norm(f'{ours}/norm_mlp', f'{theirs}.glu.ln1')]
 
 
 def rows(depth: int) -> list[Row]:
@@ -56,14 +59,24 @@ def rows(depth: int) -> list[Row]:
   for kind, stack, file in (('text', 'encoder', 'encoder'), ('image', 'blocks', 'decoder')):
     table.append(row(f'{kind}_embed', f'{file}.embed_tokens.weight'))
     table.append(row(f'{kind}_positions', f'{file}.embed_positions.weight'))
-    table += norm(f'norm_{kind}_in', f'{file}.layernorm_embedding')
-    table += norm(f'norm_{kind}_out', f'{file}.final_ln')
+    table += optional_norm(f'norm_{kind}_in', f'{file}.layernorm_embedding')
+    table += optional_norm(f'norm_{kind}_out', f'{file}.final_ln')
     table += stacked(block(f'{stack}/blocks', f'{file}.layers.{{i}}', file == 'decoder'), depth)
   return table
 
 
-def tokenizer(folder: Path, rows: int, suffix: str = '') -> Tokenizer:
-  """Reads the BPE, without the ids that an embedding of this many rows lacks, such as that of <mask>.
+def shape(path: Path, theirs: Mapping[str, Any], name: str, axes: int) -> tuple[int, ...]:
+  """The shape of the tensor `name` of the file `path`. Raises ValueError if it is absent or has other axes."""
+  if name not in theirs:
+    raise ValueError(f'{path} has no tensor {name}; expected {EXPECTED}.')
+  sizes = tuple(theirs[name].shape)
+  if len(sizes) != axes or 0 in sizes:
+    raise ValueError(f'{path}: {name} has the shape {list(sizes)}; expected {axes} axes, none of them empty.')
+  return sizes
+
+
+def tokenizer(folder: Path, words: int, suffix: str = '') -> Tokenizer:
+  """Reads the BPE, without the ids that an embedding of this many words lacks, such as that of <mask>.
 
   It lowercases, drops what is not ASCII and splits at spaces only; it recognises no special tokens in a text. min-dalle
   spells out emoji first, for which it needs another package; here they are dropped. Raises ValueError or OSError with a
@@ -72,7 +85,9 @@ def tokenizer(folder: Path, rows: int, suffix: str = '') -> Tokenizer:
   expected = 'the tokenizer of min-dalle, vocab.json and merges.txt'
   names = f'vocab{suffix}.json', f'merges{suffix}.txt'
   vocab_file, merges = (files.find(folder, name, expected=expected) for name in names)
-  vocab, pairs = {w: i for w, i in files.vocabulary(vocab_file).items() if i < rows}, files.merges(merges)
+  vocab, pairs = {w: i for w, i in files.vocabulary(vocab_file).items() if i < words}, files.merges(merges)
+  if negative := [w for w, i in vocab.items() if i < 0]:
+    raise ValueError(f'{vocab_file} has the id {vocab[negative[0]]} for {negative[0]!r}; expected 0 or more.')
   if missing := [w for w in (START, PADDING, END, UNKNOWN) if w not in vocab]:
     raise ValueError(f'{vocab_file} has no {missing[0]}; expected the vocabulary of a DALL-E mini.')
   try:
@@ -93,19 +108,21 @@ def tokenizer(folder: Path, rows: int, suffix: str = '') -> Tokenizer:
 def detokenizer(path: Path, side: int) -> Imported:
   """The run of a VQGAN without an encoder, for side x side codes. Raises ValueError with a one-line message."""
   theirs = files.state_dict(path)
-  levels = files.layers(theirs, r'decoder\.up\.(\d+)\.')
+  codes, code_dim = shape(path, theirs, 'embedding.weight', 2)
+  z_channels = shape(path, theirs, 'decoder.conv_in.weight', 4)[1]
+  levels = max(1, files.layers(theirs, r'decoder\.up\.(\d+)\.'))
   outputs = [f'decoder.up.{i}.block.0.conv1.weight' for i in range(levels)]
-  needed = ['embedding.weight', 'decoder.conv_in.weight', *outputs]
-  if missing := [name for name in needed if name not in theirs]:
-    raise ValueError(f'{path} has no {missing[0]}; expected the detokenizer of min-dalle, detoker.pt.')
-  (codes, code_dim), (_, z_channels, *_) = (theirs[name].shape for name in needed[:2])
-  channels = [theirs[name].shape[0] for name in outputs]
+  channels = [shape(path, theirs, name, 4)[0] for name in outputs]
+  for name, n in zip(outputs, channels, strict=True):
+    if n % min(n, vqgan.VQGAN.norm_groups):
+      raise ValueError(f'{path}: {name} gives {n} channels; expected a multiple of {vqgan.VQGAN.norm_groups}.')
+  ch = math.gcd(*channels)
   size = side * 2 ** (levels - 1)
   model = dict(
     variant='f16_16384',
     image_size=size,
-    ch=channels[0],
-    ch_mult=tuple(n // channels[0] for n in channels),
+    ch=ch,
+    ch_mult=tuple(n // ch for n in channels),
     num_res_blocks=files.layers(theirs, r'decoder\.up\.0\.block\.(\d+)\.') - 1,
     attn_resolutions=tuple(size // 2**i for i in range(levels) if f'decoder.up.{i}.attn.0.q.weight' in theirs),
     z_channels=z_channels,
@@ -127,6 +144,7 @@ def places(path: Path, version: str) -> tuple[Path, str, Path]:
 
   Raises ValueError or OSError with a one-line message.
   """
+  path = Path(os.path.abspath(path))  # '.' has no name
   if path.name.startswith('dalle_bart_'):
     path, version = path.parent, path.name.removeprefix('dalle_bart_')
   found = {}
@@ -148,10 +166,12 @@ def places(path: Path, version: str) -> tuple[Path, str, Path]:
 
 def head_count(folder: Path, width: int, heads: int) -> int:
   """The number of attention heads: `heads`, that of a sizes.json next to `folder`, or that published for this width."""
-  sizes = folder.parent / 'sizes.json'
+  sizes, field = folder.parent / 'sizes.json', 'attention_head_count'
   if not heads and sizes.is_file():
-    heads = files.fields(sizes, files.config(sizes), 'attention_head_count')['attention_head_count']
-  heads = heads or HEADS.get(width, 0)
+    heads = files.fields(sizes, files.config(sizes), field)[field]
+    if type(heads) is not int or heads < 1:
+      raise ValueError(f'{sizes}: {field} is {heads!r}; expected a whole number of 1 or more, or give --heads.')
+  heads = heads or ATTENTION_HEADS.get(width, 0)
   if not heads:
     raise ValueError(f'nothing gives the number of attention heads for a width of {width}; give it with --heads.')
   if width % heads:
@@ -163,13 +183,15 @@ def read(path: Path, *, version: str = '', heads: int = 0) -> Imported:
   """Reads transformer, tokenizer and detokenizer. Raises ValueError or OSError with a one-line message."""
   folder, suffix, of_images = places(path, version)
   theirs: dict[str, Any] = {}
+  shapes = {}
   for name in ('encoder', 'decoder'):
     file = files.find(folder, f'{name}{suffix}.pt', expected=EXPECTED)
-    theirs |= {f'{name}.{k}': v for k, v in files.state_dict(file).items()}
-  tables = [f'{name}.embed_{kind}.weight' for name in ('encoder', 'decoder') for kind in ('tokens', 'positions')]
-  if missing := [name for name in (*tables, 'encoder.layers.0.glu.fc0.weight') if name not in theirs]:
-    raise ValueError(f'{folder} has no tensor {missing[0]}; expected {EXPECTED}.')
-  (words, width), (length, _), (rows_of_codes, _), (positions, _) = (theirs[name].shape for name in tables)
+    tensors = files.state_dict(file)
+    tables = 'embed_tokens.weight', 'embed_positions.weight', 'layers.0.glu.fc0.weight'
+    shapes[name] = [shape(file, tensors, table, 2) for table in tables]
+    theirs |= {f'{name}.{k}': v for k, v in tensors.items()}
+  (words, width), (length, _), (mlp, _) = shapes['encoder']
+  (rows_of_codes, _), (positions, _), _ = shapes['decoder']
   side = math.isqrt(positions)
   if side**2 != positions:
     raise ValueError(f'{folder} has {positions} image positions; expected a square number.')
@@ -185,7 +207,7 @@ def read(path: Path, *, version: str = '', heads: int = 0) -> Imported:
     d_model=width,
     depth=files.layers(theirs, r'encoder\.layers\.(\d+)\.'),
     heads=heads,
-    mlp=theirs['encoder.layers.0.glu.fc0.weight'].shape[0],
+    mlp=mlp,
     text_spare=words - bpe.get_vocab_size(),
     image_spare=rows_of_codes - codes,
     start_token=codes - 1,
