@@ -13,6 +13,7 @@ import train
 from configs import common
 from dalle_jax.models import vqgan
 from dalle_jax.pipelines.dalle import DallE
+from dalle_jax.pipelines.dalle_mini import DallEMini
 from dalle_jax.pipelines.story_dalle import StoryDallE
 from dalle_jax.pipelines.storyganc import StoryGANc
 from dalle_jax.pipelines.unclip import UnCLIP
@@ -107,7 +108,7 @@ def test_every_objective_has_a_model_with_a_test_variant(name):
   assert callable(importlib.import_module(f'dalle_jax.objectives.{name}').from_config)
 
 
-@pytest.mark.parametrize('pipeline', [DallE, StoryDallE, StoryGANc, UnCLIP])
+@pytest.mark.parametrize('pipeline', [DallE, DallEMini, StoryDallE, StoryGANc, UnCLIP])
 def test_training_accepts_every_frozen_network_that_sampling_knows(pipeline):
   objective = config_lib.module_named('objectives', pipeline.OBJECTIVE, '')
   assert {*pipeline.REQUIRED, *pipeline.OPTIONAL} <= set(objective.FROZEN)

@@ -364,5 +364,15 @@ def flops(model: DALLEMini, batch: int) -> float:
 
 
 def build(variant: str, **overrides) -> DALLEMini:
-  """The network of `VARIANTS[variant]` with fields overridden. Raises ValueError for an unknown variant or field."""
-  return variants.build(DALLEMini, VARIANTS, variant, overrides)
+  """The network of `VARIANTS[variant]` with fields overridden.
+
+  Raises ValueError for an unknown variant or field, and for sizes that are too small.
+  """
+  model = variants.build(DALLEMini, VARIANTS, variant, overrides)
+  least = 1 + (model.bos >= 0) + (model.eos >= 0)
+  if model.text_length < least:
+    raise ValueError(
+      f'DALLEMini.text_length is {model.text_length}; expected {least} or more, as bos and eos count; set '
+      'config.tokenizer.length.'
+    )
+  return model

@@ -52,12 +52,14 @@ def check_image_size(side: int, data: Mapping[str, Any]) -> None:
     )
 
 
-POSITIVE = (
+POSITIVE = (  # fields that are 1 or more; 0, too, where that is the default and stands for another size
   'width',
   'd_model',
   'depth',
   'layers',
   'heads',
+  'mlp',
+  'text_mlp',
   'text_layers',
   'text_heads',
   'patch',
@@ -70,7 +72,7 @@ POSITIVE = (
 def build(module: type[Module], variants: Mapping[str, Mapping[str, Any]], variant: str, overrides: Any) -> Module:
   """`module` with the fields of `variants[variant]`, with overrides: a dtype may be a string, and a tuple a list.
 
-  Raises ValueError, which names the known ones, for an unknown variant, field or dtype, and for sizes below 1.
+  Raises ValueError, which names the known ones, for an unknown variant, field or dtype, and for sizes too small.
   """
   name = module.__name__
   if variant not in variants:
@@ -79,8 +81,9 @@ def build(module: type[Module], variants: Mapping[str, Mapping[str, Any]], varia
   merged = {**variants[variant], **fields(name, {**defaults, **variants[variant]}, overrides)}
   values = {k: tuple(v) if isinstance(v, list) else v for k, v in merged.items()}
   for field in POSITIVE:
-    if field in overrides and overrides[field] < 1:
-      raise ValueError(f'{name}.{field} is {overrides[field]}; expected 1 or more.')
+    least = 0 if defaults.get(field) == 0 else 1
+    if field in overrides and overrides[field] < least:
+      raise ValueError(f'{name}.{field} is {overrides[field]}; expected {least} or more.')
   if isinstance(values.get('dtype'), str):
     if values['dtype'] not in ('float32', 'bfloat16'):
       raise ValueError(f'{name}: dtype {values["dtype"]!r} is unknown; expected float32 or bfloat16.')

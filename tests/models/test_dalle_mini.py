@@ -59,7 +59,7 @@ def test_sampling_is_teacher_forcing(guidance, copies, monkeypatch):
   assert (codes[0] != codes[2]).any()
 
 
-def test_a_token_changes_only_later_forward():
+def test_a_token_changes_only_later_logits():
   base = forward(TEXT, IMAGE)
   for t in (0, 6, 14):
     moved = np.abs(forward(TEXT, IMAGE.at[:, t].set((IMAGE[:, t] + 1) % 16)) - base).max((0, 2)) > 1e-6
@@ -145,3 +145,10 @@ def test_errors():
   ):
     with pytest.raises(ValueError, match=message):
       dalle_mini.build('test', **fields).init(jax.random.key(0), TEXT, IMAGE)
+  for fields, message in (
+    (dict(mlp=0), 'DALLEMini.mlp is 0; expected 1 or more'),
+    (dict(text_length=2), 'DALLEMini.text_length is 2; expected 3 or more, as bos and eos count'),
+    (dict(text_length=0, bos=-1, eos=-1), 'DALLEMini.text_length is 0; expected 1 or more'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      dalle_mini.build('test', **fields)
