@@ -12,7 +12,7 @@ one line.
 import importlib
 import shutil
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -78,9 +78,10 @@ def captions(source: pipeline.Source, count: int) -> Iterator[str]:
     yield from texts
 
 
-def check_frozen(config: ConfigDict, known: Sequence[str], before: Collection[str] = ()) -> None:
-  """Raises ValueError for a name in config.frozen that is not `known`; a run that had it `before` keeps it."""
-  if unknown := [name for name in config.frozen if name not in known and name not in before]:
+def check_frozen(config: ConfigDict, known: Sequence[str], before: dict | None = None) -> None:
+  """Raises ValueError for a name in config.frozen that is not `known`; a run whose meta `before` has it keeps it."""
+  kept = before['config'].get('frozen', {}) if before else {}
+  if unknown := [name for name in config.frozen if name not in known and name not in kept]:
     expected = f'expected {", ".join(known)}' if known else 'it uses no frozen networks'
     raise ValueError(f'config.frozen has {", ".join(unknown)}; for the objective {config.objective!r} {expected}.')
 
@@ -191,7 +192,7 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
     check_resumable(run_dir, before['config'], config)
   elif checkpoint.steps(run_dir):
     raise checkpoint.nothing_to_load(run_dir, run_dir)
-  check_frozen(config, module.FROZEN, before['config'].get('frozen', {}) if before else ())
+  check_frozen(config, module.FROZEN, before)
 
   # Records, tokenizer, frozen networks
   data = config.data
@@ -270,12 +271,17 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
 
 
 def print_config(config: ConfigDict, stage: str) -> None:
-  """Prints as YAML what `run` would train, as far as it is known without reading data; writes no file."""
+  """Prints as YAML what `run` would train, as far as it is known without reading data; writes no file.
+
+  Raises ValueError for an objective or a frozen network that `run` would refuse.
+  """
   config = config.copy_and_resolve_references()
+  before = checkpoint.read_meta(config.run_dir) if config.run_dir else None
+  module = config_lib.module_named('objectives', config.objective, 'config.objective')
+  check_frozen(config, module.FROZEN, before)
   if stage:
     print(f'--- # {stage}')
   if config.init.path:
-    before = checkpoint.read_meta(config.run_dir) if config.run_dir else None
     try:
       inherit(config, before['config'] if before else checkpoint.read_config(config.init.path))
     except OSError as e:  # e.g. an earlier stage that has not been trained

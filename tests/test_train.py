@@ -22,7 +22,7 @@ from configs import common
 def get_config(arg=''):
   arg = common.parse_arg(arg, stage='')
   c = common.base()
-  c.root, c.stages = 'ROOT', ('one', 'two')
+  c.objective, c.root, c.stages = 'clip', 'ROOT', ('one', 'two')
   if arg.stage:
     common.choose_stage(c, arg.stage, dict(one=lambda c: None, two=lambda c: None))
   return c
@@ -66,6 +66,16 @@ def test_print_config_prints_every_stage_and_writes_nothing(tmp_path, recipe, ca
   one, _ = yaml.safe_load_all(capsys.readouterr().out)
   assert one['model'] == {'variant': 'mini', 'depth': 5} and one['tokenizer']['length'] == 7
   assert {p.name for p in tmp_path.iterdir()} == {'recipe.py', 'start'}
+
+
+def test_print_config_refuses_what_training_refuses(recipe, capsys):
+  for override, message in (
+    ('--config.frozen.vqgna=x', "config.frozen has vqgna; for the objective 'clip' it uses no frozen networks."),
+    ('--config.objective=clop', "config.objective 'clop' is unknown; dalle_jax/objectives has classifier, clip, "),
+  ):
+    assert train.main(['train.py', '--config', recipe, '--print_config', override]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f'error: {message}') and err.count('\n') == 1
 
 
 def test_ctrl_c_outside_the_loop_is_one_line(recipe, monkeypatch, capsys):
