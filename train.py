@@ -302,6 +302,7 @@ def main(argv: list[str]) -> int:
   if {'-h', '--help'} & set(argv[1:]):
     print(f'{__doc__}\n{own_flags().get_help()}')
     return 0
+  errors.hide_echoes()
   options = own_flags()
   try:
     config = config_lib.parse(argv, options)

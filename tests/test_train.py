@@ -90,6 +90,24 @@ def test_ctrl_c_outside_the_loop_is_one_line(recipe, monkeypatch, capsys):
   assert capsys.readouterr().err == 'stopped.\n'
 
 
+def test_only_scripts_of_our_own_hide_the_echoes_of_a_failed_save():
+  code = """
+import sys, train
+class Echo:
+  def __init__(self, text): self.text = text
+  def __del__(self): raise RuntimeError(self.text)
+for script in ('', 'ours'):
+  if script: train.main(['train.py', '--config='])
+  for text in ('Event loop is closed', 'another error'):
+    print(script, 'echoes:', file=sys.stderr, flush=True)
+    Echo(text)
+"""
+  done = subprocess.run([sys.executable, '-c', code], cwd=runs.ROOT, capture_output=True, text=True)
+  shown = [text.partition('RuntimeError: ')[2].strip() for text in done.stderr.split('echoes:')[1:]]
+  assert shown[0] == 'Event loop is closed' and shown[1].startswith('another error'), done.stderr
+  assert shown[2:] == ['', 'another error'], done.stderr
+
+
 def test_after_ctrl_c_nothing_is_taken_down():
   code = 'import atexit; from dalle_jax.training import errors; atexit.register(print, "taken down"); print("done"); '
   for status, out in (('errors.interrupted("stopped.")', 'done\n'), ('errors.STOPPED', 'done\ntaken down\n')):

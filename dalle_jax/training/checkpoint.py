@@ -11,8 +11,7 @@ import json
 import logging
 import os
 import re
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,15 +29,6 @@ Params = Any
 # Orbax logs every step it takes; whatever goes wrong reaches us as an exception.
 logging.getLogger('absl').addFilter(lambda record: 'orbax' not in record.pathname)
 logging.getLogger('asyncio').addFilter(lambda record: 'orbax' not in record.getMessage())
-
-
-def _show_unraisable(args: Any, show: Callable[[Any], object] = sys.unraisablehook) -> None:
-  """When a save fails, each of its other writes still reports to an event loop that has ended: that says nothing."""
-  if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == 'Event loop is closed'):
-    show(args)
-
-
-sys.unraisablehook = _show_unraisable
 # Replicas share the writing of large arrays only: slicing an array for that takes a compiled program for each shape.
 _TYPES = ocp.type_handlers.create_type_handler_registry(
   (jax.Array, ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)),

@@ -3,11 +3,10 @@
 import contextlib
 import os
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 
@@ -17,7 +16,18 @@ from dalle_jax.training.metrics import Diverged
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = (ValueError, OSError, flags.Error, Diverged)  # what a script catches and passes to `report`
 STOPPED = 143  # exit status after Ctrl-C, and of train.py after SIGTERM
-_interrupted = threading.Event()
+_interrupted = False
+
+
+def hide_echoes() -> None:
+  """From now on hides 'Event loop is closed', which only repeats that a save has failed; for scripts of our own."""
+  sys.unraisablehook = _show_unraisable
+
+
+def _show_unraisable(args: Any, show: Callable[[Any], object] = sys.unraisablehook) -> None:
+  """When a save fails, each of its other writes still reports to an event loop that has ended: that says nothing."""
+  if not (isinstance(args.exc_value, RuntimeError) and str(args.exc_value) == 'Event loop is closed'):
+    show(args)
 
 
 def report(e: Exception, debug: bool) -> int:
@@ -40,9 +50,10 @@ def report(e: Exception, debug: bool) -> int:
 
 def interrupted(text: str) -> int:
   """Prints one line after Ctrl-C and returns the exit status; one of several processes ends here, as in `report`."""
+  global _interrupted
   print(text, file=sys.stderr, flush=True)
   distributed.end(STOPPED, text)
-  _interrupted.set()
+  _interrupted = True
   return STOPPED
 
 
@@ -51,7 +62,7 @@ def leave(status: int) -> NoReturn:
 
   What must not be lost, such as a save in progress, has been waited for when KeyboardInterrupt left the loop.
   """
-  if _interrupted.is_set():
+  if _interrupted:
     for stream in (sys.stdout, sys.stderr):
       with contextlib.suppress(OSError):  # such as a closed pipe
         stream.flush()
@@ -75,6 +86,7 @@ def command(
   if {'-h', '--help'} & set(argv[1:]):
     print(f'{text}\n{values.get_help()}')
     return 0
+  hide_echoes()
   try:
     if rest := values(list(argv))[1:]:
       raise ValueError(f'arguments {rest} are not understood; {hint}')
