@@ -33,10 +33,14 @@ Evaluator = Callable[[Params, Context], dict[str, Any]]  # name -> number, or ui
 
 
 class StopSignal:
-  """Catches SIGTERM and the first Ctrl-C; a second one acts as usual. With several processes, one stops all of them."""
+  """Catches SIGTERM and the first Ctrl-C; a second one acts as usual. With several processes, one stops all of them.
+
+  Within `deferred` they only set `received`. Elsewhere they raise KeyboardInterrupt, too, which may get lost: Python
+  ignores exceptions in callbacks, such as that of JAX in the garbage collector.
+  """
 
   def __enter__(self):
-    self.received, self.announced, self.previous = False, False, {}
+    self.received, self.announced, self.raises, self.previous = False, False, True, {}
     if threading.current_thread() is threading.main_thread():
       self.previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
     return self
@@ -44,10 +48,21 @@ class StopSignal:
   def _receive(self, number, frame):
     self.received = True
     self.__exit__()
+    if self.raises:
+      raise KeyboardInterrupt
 
   def __exit__(self, *_):
     for number, handler in self.previous.items():
       signal.signal(number, handler)
+
+  @contextlib.contextmanager
+  def deferred(self) -> Iterator[None]:
+    """Signals wait until `received` is looked at."""
+    self.raises = False
+    try:
+      yield
+    finally:
+      self.raises = True
 
   def agreed(self) -> bool:
     """Whether to stop now, which is at the same step in all processes; each of them must call it once per step."""
@@ -63,6 +78,25 @@ class StopSignal:
     if not distributed.joined():
       return self.received
     return bool(multihost_utils.process_allgather(np.array(self.received)).any())
+
+
+def _attempt(action: Callable[[], None]) -> None:
+  """Calls `action`; prints its error as a warning."""
+  try:
+    action()
+  except Exception as e:
+    print(f'warning: {" ".join(str(e).split())}', flush=True)
+
+
+@contextlib.contextmanager
+def closing(close: Callable[[], None]) -> Iterator[None]:
+  """Calls `close` at the end, whose error does not replace one that came before: it is then a warning."""
+  try:
+    yield
+  except BaseException:
+    _attempt(close)
+    raise
+  close()
 
 
 class SpeedMeter:
@@ -177,154 +211,154 @@ def train(
   frozen = frozen or {}
   print_once = lambda text: print(text, flush=True) if jax.process_index() == 0 else None
   started = time.monotonic()
-  # --- Shapes and sizes -----------------------------------------------------------------------------------------------
-  stream = batches(0)
-  first = next(stream)
-  part, parts = sharding.part_to_read(mesh)
-  spec = state_lib.batch_spec(first, parts)
-  size, shards, group = next(iter(spec.values())).shape[0], sharding.batch_shards(mesh), config.data.group
-  least = shards * (c.accum * group if c.accum > 1 else 1)
-  if size % least:
-    raise ValueError(
-      f'data.batch_size {size} is not divisible by {shards} (mesh data x fsdp) x {c.accum} (train.accum) x {group} '
-      f'(data.group, if accumulating); the nearest is {max(1, round(size / least)) * least}.'
-    )
-  params, mutable, axes = state_lib.abstract(objective, spec, mesh, config.rules)
-  optimizer = optim.build(config.optim, c.steps, list(params))
-  target = state_lib.abstract_state(params, mutable, optimizer, c.ema > 0, mesh, c.offload_optimizer)
-  count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-  device = mesh.devices.flat[0]
-  if c.offload_optimizer and 'pinned_host' not in {m.kind for m in device.addressable_memories()}:
-    raise ValueError(f'{device.device_kind} cannot keep arrays in host memory; set train.offload_optimizer=False.')
-  print_once(f'devices: {mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(mesh.shape)}')
-  for name, tree in params.items():
-    print_once(f'{name}: {count(tree):,} parameters{" (frozen)" if name in optimizer.frozen else ""}')
-  for name, tree in frozen.items():
-    print_once(f'{name}: {count(tree):,} parameters (frozen network)')
-  if device.platform == 'cpu' and count(params) > LARGE_ON_CPU and not c.allow_cpu:
-    raise ValueError(
-      f'{count(params):,} parameters would train on the CPU; install jax for your accelerator '
-      f"(pip install -e '.[cuda]' or '.[tpu]'), or pass --config.train.allow_cpu=True if you mean it."
-    )
-  # --- Start or resume ------------------------------------------------------------------------------------------------
-  state, seconds = start_or_resume(config, objective, optimizer, target, spec, initial)
-  start = int(state.step)
-  due = lambda every, step: bool(every and step % every == 0)
-  missed = False
-  if evals and start and due(c.eval_every, start):  # it comes after the checkpoint, so the run may have ended before it
-    missed = bool(multihost_utils.broadcast_one_to_all(np.int32(not metrics_lib.logged(run_dir, start))))
-  if start >= c.steps and not missed:
-    print_once(f'{run_dir} is complete: {start} of {c.steps} steps; raise train.steps to continue.')
-    return state, False
-  distributed.keeps(lambda: checkpoint.describe_newest(run_dir))
-  print_once(f'resuming at step {start}' if start else f'starting in {run_dir}')
-  if start:
-    stream = batches(start)
+  with StopSignal() as stop:
+    # --- Shapes and sizes ---------------------------------------------------------------------------------------------
+    stream = batches(0)
     first = next(stream)
-  # --- The loop -------------------------------------------------------------------------------------------------------
-  step_fn = make_step(
-    objective,
-    optimizer,
-    seed=config.seed,
-    accum=c.accum,
-    ema=c.ema,
-    mesh=mesh,
-    shardings=jax.tree.map(lambda x: x.sharding, target),
-    group=group,
-    xla_options=c.xla_options,
-  )
-  saves = checkpoint.manager(run_dir, c.keep)
-  if meta:  # only now, when the config is known to fit the run
-    checkpoint.write_json(run_dir / 'config.json', meta['config'])
-  writer, progress = metrics_lib.Writer(run_dir, start), metrics_lib.Progress(start, c.steps)
-  log = metrics_lib.Log(writer, progress, c.nan_guard)
-  tokens = getattr(objective, 'tokens', lambda batch: 0)(spec)
-  flops = getattr(objective, 'flops', lambda batch: 0.0)(spec)
-  peak = c.peak_flops or metrics_lib.peak_flops(device)
-  meter = SpeedMeter(start, tokens, flops, peak * mesh.size if peak else None)
-  elapsed = lambda: seconds + time.monotonic() - started
+    part, parts = sharding.part_to_read(mesh)
+    spec = state_lib.batch_spec(first, parts)
+    size, shards, group = next(iter(spec.values())).shape[0], sharding.batch_shards(mesh), config.data.group
+    least = shards * (c.accum * group if c.accum > 1 else 1)
+    if size % least:
+      raise ValueError(
+        f'data.batch_size {size} is not divisible by {shards} (mesh data x fsdp) x {c.accum} (train.accum) x {group} '
+        f'(data.group, if accumulating); the nearest is {max(1, round(size / least)) * least}.'
+      )
+    params, mutable, axes = state_lib.abstract(objective, spec, mesh, config.rules)
+    optimizer = optim.build(config.optim, c.steps, list(params))
+    target = state_lib.abstract_state(params, mutable, optimizer, c.ema > 0, mesh, c.offload_optimizer)
+    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+    device = mesh.devices.flat[0]
+    if c.offload_optimizer and 'pinned_host' not in {m.kind for m in device.addressable_memories()}:
+      raise ValueError(f'{device.device_kind} cannot keep arrays in host memory; set train.offload_optimizer=False.')
+    print_once(f'devices: {mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(mesh.shape)}')
+    for name, tree in params.items():
+      print_once(f'{name}: {count(tree):,} parameters{" (frozen)" if name in optimizer.frozen else ""}')
+    for name, tree in frozen.items():
+      print_once(f'{name}: {count(tree):,} parameters (frozen network)')
+    if device.platform == 'cpu' and count(params) > LARGE_ON_CPU and not c.allow_cpu:
+      raise ValueError(
+        f'{count(params):,} parameters would train on the CPU; install jax for your accelerator '
+        f"(pip install -e '.[cuda]' or '.[tpu]'), or pass --config.train.allow_cpu=True if you mean it."
+      )
+    # --- Start or resume ----------------------------------------------------------------------------------------------
+    state, seconds = start_or_resume(config, objective, optimizer, target, spec, initial)
+    start = int(state.step)
+    due = lambda every, step: bool(every and step % every == 0)
+    missed = False
+    if evals and start and due(c.eval_every, start):  # after the checkpoint, so the run may have ended before it
+      missed = bool(multihost_utils.broadcast_one_to_all(np.int32(not metrics_lib.logged(run_dir, start))))
+    if start >= c.steps and not missed:
+      print_once(f'{run_dir} is complete: {start} of {c.steps} steps; raise train.steps to continue.')
+      return state, stop.received_by_any()
+    distributed.keeps(lambda: checkpoint.describe_newest(run_dir))
+    print_once(f'resuming at step {start}' if start else f'starting in {run_dir}')
+    if start:
+      stream = batches(start)
+      first = next(stream)
+    # --- The loop -----------------------------------------------------------------------------------------------------
+    step_fn = make_step(
+      objective,
+      optimizer,
+      seed=config.seed,
+      accum=c.accum,
+      ema=c.ema,
+      mesh=mesh,
+      shardings=jax.tree.map(lambda x: x.sharding, target),
+      group=group,
+      xla_options=c.xla_options,
+    )
+    saves = checkpoint.manager(run_dir, c.keep)
+    if meta:  # only now, when the config is known to fit the run
+      checkpoint.write_json(run_dir / 'config.json', meta['config'])
+    writer, progress = metrics_lib.Writer(run_dir, start), metrics_lib.Progress(start, c.steps)
+    log = metrics_lib.Log(writer, progress, c.nan_guard)
+    tokens = getattr(objective, 'tokens', lambda batch: 0)(spec)
+    flops = getattr(objective, 'flops', lambda batch: 0.0)(spec)
+    peak = c.peak_flops or metrics_lib.peak_flops(device)
+    meter = SpeedMeter(start, tokens, flops, peak * mesh.size if peak else None)
+    elapsed = lambda: seconds + time.monotonic() - started
 
-  def derived(step: int, more: Mapping[str, float] | None = None) -> dict[str, float]:
-    """What is logged with the metrics of `step`."""
-    return {**meter.read(step), 'seconds': elapsed(), **(more or {})}
+    def derived(step: int, more: Mapping[str, float] | None = None) -> dict[str, float]:
+      """What is logged with the metrics of `step`."""
+      return {**meter.read(step), 'seconds': elapsed(), **(more or {})}
 
-  def evaluate(step: int) -> dict[str, float]:
-    """Writes the images of all evaluations and returns their numbers."""
-    rng = jax.random.fold_in(jax.random.key(config.seed), 2)  # the same noise at every evaluation
-    context = Context(frozen, state.mutable, rng, state.step, train=False)
-    numbers = {}
-    for evaluator in evals:
-      for name, value in evaluator(state.ema or state.params, context).items():
-        if isinstance(value, np.ndarray):
-          writer.image(step, name, value)
-        else:
-          numbers[name] = float(value)
-    return numbers
+    def evaluate(step: int) -> dict[str, float]:
+      """Writes the images of all evaluations and returns their numbers."""
+      rng = jax.random.fold_in(jax.random.key(config.seed), 2)  # the same noise at every evaluation
+      context = Context(frozen, state.mutable, rng, state.step, train=False)
+      numbers = {}
+      for evaluator in evals:
+        for name, value in evaluator(state.ema or state.params, context).items():
+          if isinstance(value, np.ndarray):
+            writer.image(step, name, value)
+          else:
+            numbers[name] = float(value)
+      return numbers
 
-  def save(step: int) -> bool:
-    """Starts saving the state; False if it is not finite, and therefore not saved."""
-    log.check()
-    if parts < jax.process_count():  # processes that read the same part must have skipped the same broken records
-      skipped = sorted(getattr(stream, 'skipped', {}).items())
-      distributed.check_same({'the records that they could not read': str(skipped)}, among=part)
-    if not bool(_finite(state)):
-      if c.nan_guard:
-        raise Diverged(f'{_nonfinite_name(state)} is not finite after step {step}')
-      print_once(f'warning: the state is not finite after step {step}; it is not saved')
-      return False
-    checkpoint.save(saves, step, state, {**(meta or {}), 'axes': axes, 'seconds': elapsed()})
-    return True
+    def save(step: int) -> bool:
+      """Starts saving the state; False if it is not finite, and therefore not saved."""
+      log.check()
+      if parts < jax.process_count():  # processes that read the same part must have skipped the same broken records
+        skipped = sorted(getattr(stream, 'skipped', {}).items())
+        distributed.check_same({'the records that they could not read': str(skipped)}, among=part)
+      if not bool(_finite(state)):
+        if c.nan_guard:
+          raise Diverged(f'{_nonfinite_name(state)} is not finite after step {step}')
+        print_once(f'warning: the state is not finite after step {step}; it is not saved')
+        return False
+      checkpoint.save(saves, step, state, {**(meta or {}), 'axes': axes, 'seconds': elapsed()})
+      return True
 
-  saved = True  # whether the newest state that was to be saved was
-  try:
-    if missed:
-      with meter.pause(state.step):
-        writer.write(start, evaluate(start) | {'seconds': elapsed()})
-    with StopSignal() as stop:
-      for step in range(start + 1, c.steps + 1):
-        batch = sharding.put_batch(first if step == start + 1 else next(stream), mesh)
-        state, metrics, finite = step_fn(state, frozen, batch)
-        log.push(step, metrics, finite)
-        if step == start + 1:
-          jax.block_until_ready(metrics)
-          progress.print(f'first step after {time.monotonic() - started:.1f} s (compilation included)')
-          if c.log_every > 1:
-            meter.restart(step)
-        log.read()  # what became due one step ago
-        checkpoint.check(saves)
-        stopping, last = stop.agreed(), step == c.steps
-        evaluates = bool(evals) and due(c.eval_every, step)
-        # The metrics of an evaluation step are logged with its results: no line means that the evaluation was missed.
-        if not evaluates and (last or due(c.log_every, step)):
-          log.schedule(functools.partial(derived, step))
-        if stopping or last or due(c.checkpoint_every, step):
+    stopped = stop.received_by_any()  # by a signal whose KeyboardInterrupt got lost
+    saved = start > 0  # whether the newest state that was to be saved was
+    # All are closed, the writer last: on a full disk it fails, too, but the error of the checkpoint says more.
+    with closing(writer.close), closing(lambda: checkpoint.close(saves)), closing(progress.close):
+      try:
+        if missed and not stopped:
+          with meter.pause(state.step):
+            writer.write(start, evaluate(start) | {'seconds': elapsed()})
+        with stop.deferred():
+          for step in range(start + 1, start + 1 if stopped else c.steps + 1):
+            batch = sharding.put_batch(first if step == start + 1 else next(stream), mesh)
+            state, metrics, finite = step_fn(state, frozen, batch)
+            log.push(step, metrics, finite)
+            if step == start + 1:
+              jax.block_until_ready(metrics)
+              progress.print(f'first step after {time.monotonic() - started:.1f} s (compilation included)')
+              if c.log_every > 1:
+                meter.restart(step)
+            log.read()  # what became due one step ago
+            checkpoint.check(saves)
+            stopping, last = stop.agreed(), step == c.steps
+            evaluates = bool(evals) and due(c.eval_every, step)
+            # An evaluation step's metrics are logged with its results: no line means that the evaluation was missed.
+            if not evaluates and (last or due(c.log_every, step)):
+              log.schedule(functools.partial(derived, step))
+            if stopping or last or due(c.checkpoint_every, step):
+              log.read()
+              with meter.pause(state.step):
+                saved = save(step)
+            if evaluates and not stopping:  # after saving, because the run may have to end during the evaluation
+              log.check()
+              with meter.pause(state.step):
+                numbers = evaluate(step)
+              log.schedule(functools.partial(derived, step, numbers))
+            progress.update()
+            if stopping:
+              break
           log.read()
-          with meter.pause(state.step):
-            saved = save(step)
-        if evaluates and not stopping:  # after saving, because the run may have to end during the evaluation
-          log.check()
-          with meter.pause(state.step):
-            numbers = evaluate(step)
-          log.schedule(functools.partial(derived, step, numbers))
-        progress.update()
-        if stopping:
-          break
-      log.read()
-      checkpoint.finish(saves)
-      stopped = stop.received_by_any()
-      if stopped:
-        how = 'and saved' if saved else f'without saving; {checkpoint.describe_newest(run_dir)}'
-        progress.print(f'stopped at step {int(state.step)} {how}; run the same command to resume.')
-  except Diverged as e:
-    checkpoint.finish(saves)
-    where = checkpoint.describe_newest(run_dir)
-    raise Diverged(f'{e}; stopped, {where}. Lower optim.lr, or set optim.clip and optim.warmup.') from None
-  except (Exception, KeyboardInterrupt) as e:
-    if distributed.joined():  # closing what is open would wait for the other processes, and they wait for this one
-      errors.report(e, debug=False)
-    raise
-  finally:
-    progress.close()
-    checkpoint.close(saves)  # before the writer, which a full disk makes fail
-    writer.close()
-  return state, stopped
+          checkpoint.finish(saves)
+          stopped = stop.received_by_any()
+          if stopped:
+            how = 'and saved' if saved else f'without saving; {checkpoint.describe_newest(run_dir)}'
+            progress.print(f'stopped at step {int(state.step)} {how}; run the same command to resume.')
+      except Diverged as e:
+        _attempt(lambda: checkpoint.finish(saves))
+        where = checkpoint.describe_newest(run_dir)
+        raise Diverged(f'{e}; stopped, {where}. Lower optim.lr, or set optim.clip and optim.warmup.') from None
+      except (Exception, KeyboardInterrupt) as e:
+        if distributed.joined():  # closing would wait for the other processes, and they wait for this one
+          errors.report(e, debug=False)
+        raise
+    return state, stopped

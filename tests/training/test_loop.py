@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 import os
@@ -120,6 +121,54 @@ def test_sigterm_saves_and_stops(tmp_path, straight, capsys):
   state, stopped = toy.train(c, batches=stop_at(3))
   same(straight[0], state)
   assert not stopped
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('steps, said', [(0, '0 without saving; there is no checkpoint yet'), (4, '4 and saved')])
+def test_a_signal_whose_interrupt_gets_lost_while_tracing_stops_before_the_first_step(
+  tmp_path, capsys, number, steps, said
+):
+  class Loses(toy.Toy):
+    def init(self, rng, batch):
+      with contextlib.suppress(KeyboardInterrupt):  # as Python does in a callback of the garbage collector
+        signal.raise_signal(number)
+      return super().init(rng, batch)
+
+  if steps:
+    toy.run(toy.config(tmp_path, steps=steps))
+  handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+  signal.signal(number, lambda *_: None)  # for the second time, which acts as usual
+  try:
+    state, stopped = toy.train(toy.config(tmp_path), Loses())
+  finally:
+    list(map(signal.signal, (signal.SIGINT, signal.SIGTERM), handlers))
+  assert stopped and state.step == steps and checkpoint.steps(tmp_path) == [steps] * (steps > 0)
+  assert f'stopped at step {said}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_setup_ends_at_once(tmp_path, number):
+  def batches(start):
+    signal.raise_signal(number)
+    raise AssertionError('setup goes on')
+
+  handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+  with pytest.raises(KeyboardInterrupt):
+    toy.run(toy.config(tmp_path), batches=batches)
+  assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+  assert not list(tmp_path.iterdir())
+
+
+def test_the_second_signal_ends_at_once_and_what_is_saved_stays(tmp_path):
+  def batches(start):
+    for step, batch in enumerate(toy.batches(start), start + 1):
+      for _ in range(2 if step == 6 else 0):
+        signal.raise_signal(signal.SIGINT)
+      yield batch
+
+  with pytest.raises(KeyboardInterrupt):
+    toy.run(toy.config(tmp_path), batches=batches)
+  assert checkpoint.steps(tmp_path) == [4] and len(metrics.read(tmp_path / 'metrics.jsonl')) == 2
 
 
 @pytest.mark.parametrize('at', [4, 8])
@@ -349,6 +398,42 @@ def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(tmp_p
   with pytest.raises(OSError, match=r'^the disk is full: .*checkpoints has no room .*\(there is no checkpoint yet\)'):
     toy.run(toy.config(tmp_path, steps=100, checkpoint_every=10, log_every=1))
   assert full.closed and [line['step'] for line in metrics.read(tmp_path / 'metrics.jsonl')] == [*range(1, 12)]
+
+
+@pytest.mark.parametrize('fails', ['data', 'loss', 'nothing'])
+def test_the_first_error_is_raised_and_everything_is_closed(tmp_path, monkeypatch, capsys, fails):
+  closed = []
+
+  class Broken:
+    """A manager whose save fails unnoticed until it is waited for."""
+
+    directory = tmp_path / 'checkpoints'
+    save = wait_until_finished = lambda *_, **__: None
+    is_saving_in_progress = lambda _: True
+
+    def close(self):
+      closed.append('saves')
+      raise ValueError('No space left on device')
+
+  def close(writer):
+    closed.append('writer')
+    raise OSError('metrics.jsonl cannot be written')
+
+  def batches(start):
+    yield from itertools.islice(toy.batches(start), 3 if fails == 'data' else 99)
+    raise KeyError('caption')
+
+  monkeypatch.setattr(checkpoint, 'manager', lambda *_: Broken())
+  monkeypatch.setattr(metrics.Writer, 'close', close)
+  first, message = dict(
+    data=(KeyError, 'caption'), loss=(loop.Diverged, 'at step 4; stopped'), nothing=(OSError, 'the disk is full')
+  )[fails]
+  with pytest.raises(first, match=message):
+    toy.run(toy.config(tmp_path), toy.Toy(nan_at=3 if fails == 'loss' else -1), batches=batches)
+  assert closed == ['saves', 'writer']
+  warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith('warning: ')]
+  expected = ['warning: the disk is full: ', 'warning: metrics.jsonl cannot be written'][fails == 'nothing' :]
+  assert [a.startswith(b) for a, b in zip(warnings, expected, strict=True)] == [True] * len(expected)
 
 
 def test_metrics_file_is_json_lines(straight):
