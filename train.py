@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from dalle_jax.data import bpe, pipeline, sources
 from dalle_jax.training import checkpoint, distributed, errors, host, loop, sharding
 from dalle_jax.training import config as config_lib
+from dalle_jax.training.config import inherit
 
 CAPTIONS = 100_000  # captions of the training set from which a tokenizer is trained
 
@@ -47,25 +48,6 @@ def make_tokenizer(config: ConfigDict, meta: dict | None, initial: checkpoint.Ru
   added = grown.vocab_size - known.vocab_size
   print(f'tokenizer: {added} of {len(c.new_tokens)} tokenizer.new_tokens were added', flush=True)
   return grown
-
-
-def inherit(config: ConfigDict, known: dict) -> None:
-  """Copies into `config` the settings that the tokenizer and networks of the run to start from, `known`, depend on.
-
-  With `model.variant='init'` these include every field of the model and of the discriminator that is not given, and the
-  length of captions.
-  """
-  names = ('pad', 'start', 'end', 'blank')
-  if config.model.get('variant') == 'init':
-    given = {k: v for k, v in config.model.items() if k != 'variant'}
-    # An import names these two, which follow from the image tokenizer and the image size.
-    fields = {k: v for k, v in known['model'].items() if k not in ('image_vocab', 'grid')}
-    config.model = ConfigDict({**fields, **given})
-    if 'disc' in config.loss and known.get('loss', {}).get('disc'):
-      config.loss.disc = ConfigDict({**known['loss']['disc'], **config.loss.disc})
-    names = (*names, 'length')
-  if config.tokenizer.vocab_size and known.get('tokenizer'):
-    config.tokenizer.update({k: known['tokenizer'][k] for k in names if k in known['tokenizer']})
 
 
 def captions(source: pipeline.Source, count: int) -> Iterator[str]:

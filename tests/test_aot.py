@@ -10,12 +10,12 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, finetune_dalle_mini, finetune_mindalle, finetune_storydalle, finetune_vqgan
 from dalle_jax.aot import __main__ as command
 from dalle_jax.aot import costs, machines, program, roofline
 from dalle_jax.aot.program import Plan, Program
 from dalle_jax.layers import basic, kernels
-from dalle_jax.training import sharding
+from dalle_jax.training import checkpoint, sharding
 
 LOOPS = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
 
@@ -407,7 +407,7 @@ def tiny():
 def test_a_step_and_a_sampler_for_devices_of_this_machine(capsys):
   config = tiny()
   with sharding.use(config.mesh, config.rules, jax.devices()[:4]) as mesh:
-    plan = Plan(config, mesh, vqgan='test', batch_per_chip=8)
+    plan = Plan(config, mesh, vqgan_variant='test', batch_per_chip=8)
     assert plan.batch['text'].shape == (32, 6) and plan.batch['tokens'].shape == (32, 16)
     step, sampler = plan.step(), plan.sampler(2)
     assert command.report(plan, step, mesh)
@@ -419,6 +419,66 @@ def test_a_step_and_a_sampler_for_devices_of_this_machine(capsys):
   assert 'all-gather' in kinds and kinds & {'reduce-scatter', 'all-reduce'}
   assert sampler.bytes > 0 and any(r.times > 1 for r in sampler.regions)
   assert 'times the model FLOPs' in capsys.readouterr().out
+
+
+def test_the_sizes_of_a_dalle_mini_without_the_run_to_start_from(tmp_path):
+  sizes = {'test': (40, 6, 16, (4, 4)), 'mini': (50_264, 64, 16_384, (16, 16)), 'mega': (50_272, 64, 16_384, (16, 16))}
+  for variant, expected in sizes.items():
+    config = finetune_dalle_mini.get_config(f'base={tmp_path}')
+    config.model.variant = variant
+    if variant == 'test':
+      config.data.image_size = 8
+    with sharding.use(config.mesh, config.rules, jax.devices()[:1]) as mesh:
+      plan = Plan(config, mesh)
+      model = plan.objective.model
+      assert (model.text_vocab, model.text_length, model.image_vocab, model.grid) == expected
+      assert (model.pad, model.bos, model.eos) == (1, 0, 2) and plan.batch['text'].shape == (16, model.text_length)
+      if variant == 'test':
+        assert plan.step().bytes
+  assert plan.parameters['dalle'] == pytest.approx(2.59e9, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+  'recipe, names',
+  [
+    (finetune_dalle_mini, 'test, mini, mega'),
+    (finetune_mindalle, r'test, .*mindalle, .*'),
+    (finetune_storydalle, r'test, .*mindalle, .*'),
+    (finetune_vqgan, r'test, .*f16_1024, .*'),
+  ],
+)
+def test_a_run_to_start_from_that_is_not_there(tmp_path, recipe, names):
+  config = recipe.get_config(f'base={tmp_path}')
+  with sharding.use(config.mesh, config.rules, jax.devices()[:1]) as mesh:
+    with pytest.raises(
+      ValueError, match=f'start from, {tmp_path}, cannot be read.* --config.model.variant=NAME, one of {names}[.]$'
+    ):
+      Plan(config, mesh)
+    if recipe not in (finetune_dalle_mini, finetune_vqgan):
+      config.model.variant = 'mindalle'
+      plan = Plan(config, mesh)
+      model = getattr(plan.objective.model, 'dalle', plan.objective.model)
+      assert model.text_vocab == 16_384 + len(config.tokenizer.new_tokens) and (model.pad, model.grid) == (0, (16, 16))
+
+
+def test_the_sizes_of_the_run_to_start_from(tmp_path):
+  """Its VQGAN has no encoder, like the published one, so there is only a sampler."""
+  images = {'objective': 'vqgan', 'model': {'variant': 'test', 'decoder_only': True, 'num_codes': 12}}
+  text = dict(vocab_size=33, length=5, pad=3, start=1, end=-1)
+  known = {'objective': 'dalle_mini', 'model': {'variant': 'test', 'depth': 3, 'image_spare': 2}, 'tokenizer': text}
+  for path, saved in ((tmp_path, known), (tmp_path / 'frozen' / 'vqgan', images)):
+    checkpoint.export_run(path, checkpoint.Run(saved, {'x': {'x': np.zeros(1)}}, None, 3, 'elsewhere'))
+  config = finetune_dalle_mini.get_config(f'base={tmp_path},size=8')
+  config.tokenizer.new_tokens = ('loopy',)
+  with sharding.use(config.mesh, config.rules, jax.devices()[:1]) as mesh:
+    plan = Plan(config, mesh)
+    model = plan.objective.model
+    assert (model.text_vocab, model.text_length, model.pad, model.bos, model.eos) == (34, 5, 3, 1, -1)
+    assert (model.depth, model.image_spare, model.image_vocab, model.grid) == (3, 2, 12, (4, 4))
+    assert config.model.variant == 'init' and plan.sampler(1).bytes
+    with pytest.raises(ValueError, match='this VQGAN has only a decoder'):
+      plan.step()
+    assert Plan(config, mesh, vqgan_variant='test').objective.model.image_vocab == 16
 
 
 def test_a_step_beside_a_frozen_clip(capsys):
@@ -453,12 +513,12 @@ def test_plans_that_cannot_be_made():
   config = tiny()
   with sharding.use(config.mesh, config.rules) as mesh:
     with pytest.raises(ValueError, match='a batch of 8 is not divisible by 16'):
-      Plan(config, mesh, vqgan='test', batch_per_chip=1)
+      Plan(config, mesh, vqgan_variant='test', batch_per_chip=1)
     with pytest.raises(ValueError, match='only for the objectives dalle and dalle_mini, not for vqgan'):
       command.check(ConfigDict(dict(objective='vqgan')), [], vqgan='test', programs=['sampler'])
     config.frozen.roberta = ''
     with pytest.raises(ValueError, match='frozen has roberta; only a VQGAN and a CLIP can be replaced'):
-      Plan(config, mesh, vqgan='test')
+      Plan(config, mesh, vqgan_variant='test')
 
 
 @pytest.mark.parametrize(

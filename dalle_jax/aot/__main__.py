@@ -9,6 +9,8 @@ Prints whether they fit into memory, and how fast they are at best.
     --config.mesh.data=-1 --config.mesh.fsdp=1
   python -m dalle_jax.aot --config configs/unclip_paper.py:unclip --topology v5e:16x16 --program step
   python -m dalle_jax.aot --config configs/dalle_paper.py:1.3b --topology h200:2x8    # two nodes of eight GPUs
+  python -m dalle_jax.aot --config configs/finetune_dalle_mini.py --config.model.variant=mega --topology h200:8
+A config that starts from a run (`init.path`) has the sizes of that run, or without it those of `model.variant`.
 Needs the compiler for TPUs (pip install -e ".[aot]") or GPUs (`[cuda]`). Exits with status 1 if a program does not fit.
 docs/scaling.md describes how far the estimates can be trusted. `--debug` shows tracebacks.
 """
@@ -35,7 +37,8 @@ def own_flags() -> flags.FlagValues:
   flags.DEFINE_string('topology', '', f'TPUs or GPUs to compile for: {machines.EXAMPLES}', flag_values=values)
   flags.DEFINE_string('clip', 'vit_l14', 'variant of the frozen CLIP', flag_values=values)
   flags.DEFINE_integer('batch_per_chip', 0, "data.batch_size / chips; 0: the config's batch", 0, flag_values=values)
-  flags.DEFINE_string('vqgan', 'f8_8192', 'variant of the frozen VQGAN', flag_values=values)
+  text = "variant of the frozen VQGAN; '': that of the run to start from, or else one that fits the model"
+  flags.DEFINE_string('vqgan', '', text, flag_values=values)
   flags.DEFINE_multi_enum('program', PROGRAMS, PROGRAMS, 'what to compile; can be repeated', flag_values=values)
   flags.DEFINE_integer('pictures', 1, 'images per chip that the sampler generates at once', 1, flag_values=values)
   flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=values)
@@ -59,7 +62,7 @@ def check(
       '--program step.'
     )
   with sharding.use(config.mesh, config.rules, devices) as mesh:
-    plan = Plan(config, mesh, vqgan=vqgan, clip_variant=clip, batch_per_chip=batch_per_chip)
+    plan = Plan(config, mesh, vqgan_variant=vqgan, clip_variant=clip, batch_per_chip=batch_per_chip)
     shape = ', '.join(f'{k} {v}' for k, v in mesh.shape.items())
     print(f'{mesh.size} x {devices[0].device_kind}, mesh {shape}')
     for name, count in plan.parameters.items():

@@ -14,11 +14,13 @@ from ml_collections import ConfigDict
 
 from dalle_jax.aot import costs
 from dalle_jax.functional import decoding
-from dalle_jax.models import clip, decode_params, image_tokenizer
+from dalle_jax.models import clip, decode_params, image_tokenizer, vqgan
+from dalle_jax.training import checkpoint, optim, sharding
 from dalle_jax.training import config as config_lib
-from dalle_jax.training import optim, sharding
 from dalle_jax.training import state as state_lib
 from dalle_jax.training.step import make_step
+
+VQGAN = 'f8_8192'  # where nothing says which one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,38 @@ class Program:
     return self.arguments + self.temporaries + self.code
 
 
+def complete(config: ConfigDict) -> str:
+  """Completes a config that starts from a run, as training does; returns the variant of its VQGAN, '' for frozen.vqgan.
+
+  Without that run here, a DALL-E takes the vocabulary of its variant, and the VQGAN with as many codes. Raises
+  ValueError if it has no variant of its own.
+  """
+  path, text = config.init.path, config.tokenizer
+  if not path:
+    return VQGAN
+  try:
+    known = checkpoint.read_config(path)
+  except OSError as e:
+    if config.model.get('variant') == 'init':
+      names = config_lib.module_named('models', config.objective, 'config.objective').VARIANTS
+      raise ValueError(
+        f'the run to start from, {path}, cannot be read, so the sizes of the model are unknown; pass '
+        f'--config.model.variant=NAME, one of {", ".join(names)}.'
+      ) from e
+  else:
+    config_lib.inherit(config, known)
+    if text.vocab_size and known.get('tokenizer'):
+      text.vocab_size = known['tokenizer']['vocab_size'] + len(text.new_tokens)
+    return '' if config.frozen.get('vqgan') else VQGAN
+  if config.objective not in ('dalle', 'dalle_mini', 'story_dalle'):
+    return VQGAN
+  model = config_lib.module_named('models', config.objective, 'config.objective').build(**config.model)
+  model = getattr(model, 'dalle', model)  # that of a StoryDALL-E
+  ids = dict(pad=model.pad, start=getattr(model, 'bos', -1), end=getattr(model, 'eos', -1))
+  text.update(vocab_size=model.words + len(text.new_tokens), length=model.text_length, **ids)
+  return next((name for name in vqgan.VARIANTS if vqgan.build(name).num_codes == model.image_vocab), VQGAN)
+
+
 class Plan:
   """A config on a mesh: the objective, and the shapes and shardings of all inputs of training and sampling.
 
@@ -52,13 +86,15 @@ class Plan:
   """
 
   def __init__(
-    self, config: ConfigDict, mesh: Mesh, *, vqgan: str = '', clip_variant: str = '', batch_per_chip: int = 0
+    self, config: ConfigDict, mesh: Mesh, *, vqgan_variant: str = '', clip_variant: str = '', batch_per_chip: int = 0
   ):
-    """Plans a config with the variants `vqgan` and `clip_variant` as frozen networks.
+    """Plans a config with the variants `vqgan_variant` ('': see `complete`) and `clip_variant` as frozen networks.
 
     With a `batch_per_chip` of 0 the batch is that of the config. Raises ValueError for a config that needs other frozen
     networks, or a batch that the mesh does not divide.
     """
+    config = config.copy_and_resolve_references()
+    fitting = complete(config)
     if others := sorted(set(config.frozen) - {'vqgan', 'clip'}):
       raise ValueError(
         f'config.frozen has {", ".join(others)}; only a VQGAN and a CLIP can be replaced by their shapes.'
@@ -66,7 +102,9 @@ class Plan:
     self.config, self.mesh = config, mesh
     self.known: dict[str, dict[str, Any]] = {}
     if 'vqgan' in config.frozen:
-      self.known['vqgan'] = {'objective': 'vqgan', 'model': {'variant': vqgan}}
+      variant = vqgan_variant or fitting
+      of_variant = {'objective': 'vqgan', 'model': {'variant': variant}}
+      self.known['vqgan'] = of_variant if variant else checkpoint.read_config(config.frozen.vqgan)
     if 'clip' in config.frozen:
       self.known['clip'] = clip_run(clip_variant)
     module = config_lib.module_named('objectives', config.objective, 'config.objective')
@@ -151,12 +189,16 @@ class Plan:
   def _network(self, name: str, run: Mapping[str, Any]) -> Any:
     """The parameters of a frozen network, sharded as if its run had been loaded."""
     image = lambda size: jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    ids = lambda *shape: jax.ShapeDtypeStruct((1, *shape), jnp.int32)
     model: Any = clip.of_run(run) if name == 'clip' else image_tokenizer.of_run(run)
+    size, method = self.config.data.image_size, '__call__'
     if name == 'clip':
-      inputs = [image(model.side), jax.ShapeDtypeStruct((1, model.text_length), jnp.int32)]
+      inputs = [image(model.side), ids(model.text_length)]
+    elif getattr(model, 'decoder_only', False):
+      inputs, method = [ids(*model.grid(size))], 'decode_codes'
     else:
-      inputs = [image(self.config.data.image_size)]
-    boxed = jax.eval_shape(lambda *inputs: model.init(jax.random.key(0), *inputs)['params'], *inputs)
+      inputs = [image(size)]
+    boxed = jax.eval_shape(lambda *inputs: model.init(jax.random.key(0), *inputs, method=method)['params'], *inputs)
     params = sharding.unbox(boxed)
     where = sharding.shardings(params, sharding.logical_axes(boxed), self.mesh, self.config.rules)
     return jax.tree.map(_placed, params, where)

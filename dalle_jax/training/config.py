@@ -153,6 +153,25 @@ def module_named(package: str, name: str, field: str, function: str = '') -> Mod
   raise ValueError(f'{field} {name!r} is unknown; dalle_jax/{package} has {", ".join(known)}.')
 
 
+def inherit(config: ConfigDict, known: dict) -> None:
+  """Copies into `config` the settings that the tokenizer and networks of the run to start from, `known`, depend on.
+
+  With `model.variant='init'` these include every field of the model and of the discriminator that is not given, and the
+  length of captions.
+  """
+  names: tuple[str, ...] = ('pad', 'start', 'end')
+  if config.model.get('variant') == 'init':
+    given = {k: v for k, v in config.model.items() if k != 'variant'}
+    # An import names these two, which follow from the image tokenizer and the image size.
+    fields = {k: v for k, v in known['model'].items() if k not in ('image_vocab', 'grid')}
+    config.model = ConfigDict({**fields, **given})
+    if 'disc' in config.loss and known.get('loss', {}).get('disc'):
+      config.loss.disc = ConfigDict({**known['loss']['disc'], **config.loss.disc})
+    names = (*names, 'length')
+  if config.tokenizer.vocab_size and known.get('tokenizer'):
+    config.tokenizer.update({k: known['tokenizer'][k] for k in names if k in known['tokenizer']})
+
+
 def check_regex(field: str, pattern: str) -> None:
   """Raises ValueError if the config field `field` is not a regular expression."""
   try:
