@@ -159,7 +159,7 @@ def inherit(config: ConfigDict, known: dict) -> None:
   With `model.variant='init'` these include every field of the model and of the discriminator that is not given, and the
   length of captions.
   """
-  names: tuple[str, ...] = ('pad', 'start', 'end')
+  names: tuple[str, ...] = ('pad', 'start', 'end', 'blank')
   if config.model.get('variant') == 'init':
     given = {k: v for k, v in config.model.items() if k != 'variant'}
     # An import names these two, which follow from the image tokenizer and the image size.
