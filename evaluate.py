@@ -1,7 +1,7 @@
 """Scores a trained model on a held-out split: continued stories, images for captions, reconstructions, or retrieval.
 
   python evaluate.py --run runs/quickstart/story --split test_unseen --count 200     # a StoryDALL-E or StoryGANc
-  python evaluate.py --run runs/quickstart/dalle --clip runs/quickstart/clip --n 8   # a DALL-E; the best of 8 is scored
+  python evaluate.py --run runs/quickstart/dalle --clip runs/quickstart/clip --n 8   # a DALL-E (mini); the best of 8
   python evaluate.py --run runs/mine/vqgan --split val --inception runs/inception    # an image tokenizer
   python evaluate.py --run runs/quickstart/clip --split val                          # a CLIP
   python evaluate.py --run IMPORTED --source folder --path IMAGES --split all --inception runs/inception
@@ -15,9 +15,9 @@ Scores: for the procedural worlds, what an oracle reads; the FID to the true ima
 pytorch-fid, or the true.npz that --save_true writes next to true/), by --inception (as in published figures), or else
 by --classifier or --clip; with --clip the mean cosine similarity of captions and images, both generated and true; with
 --classifier and labels, the characters in generated and in true images (the ceiling); for reconstructions PSNR, L1, the
-codes in use and, with --lpips or an LPIPS in the run, LPIPS. A DALL-E gets the first caption of each record. Published
-StoryDALL-E figures resize to 64 pixels before the FID (--resize 64): compare FIDs only where metrics.json gives the
-same network, resize and reference. The FID by the CLIP that picked the images flatters them.
+codes in use and, with --lpips or an LPIPS in the run, LPIPS. A DALL-E or DALL-E mini gets the first caption of each
+record. Published StoryDALL-E figures resize to 64 pixels before the FID (--resize 64): compare FIDs only where
+metrics.json gives the same network, resize and reference. The FID by the CLIP that picked the images flatters them.
 
 A CLIP gets the first caption of each record, too: metrics.json has R@1, R@5 and R@10 from text to image and from image
 to text among all evaluated records, where records with the same caption count as correct for each other;
@@ -55,7 +55,7 @@ from dalle_jax.training import checkpoint, distributed, errors, layout
 FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
 integer = lambda name, default, text, low=0: flags.DEFINE_integer(name, default, text, low, flag_values=FLAGS)
-string('run', '', 'run directory of a DALL-E, unCLIP, StoryDALL-E, StoryGANc, VQGAN, dVAE or CLIP')
+string('run', '', 'run directory of a DALL-E, DALL-E mini, unCLIP, StoryDALL-E, StoryGANc, VQGAN, dVAE or CLIP')
 string('split', 'test', 'split of the data; all: every image of a folder or of tars')
 string('source', '', 'data other than those of training, e.g. pororo; with --path')
 string('path', '', 'where the data are, if not where they were in training')

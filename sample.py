@@ -1,10 +1,11 @@
-"""Generates images from captions with a DALL-E or unCLIP, or continues a story with a StoryDALL-E or StoryGANc.
+"""Generates images from captions (DALL-E, DALL-E mini, unCLIP), or continues a story (StoryDALL-E, StoryGANc).
 
   python sample.py --run runs/quickstart/dalle --clip runs/quickstart/clip --prompt "a large red circle at the top"
   python sample.py --run RUN --prompts captions.txt --n 8 --guidance 2       # one caption per line
   python sample.py --run RUN --prompt "..." --init_image photo.png --keep_rows 3     # completes the lower part
   python sample.py --run RUN --prompt "a red" --complete                    # first completes the caption by the DALL-E
   python sample.py --run RUN --prompts captions.txt --mesh data=-1,fsdp=1 --distributed   # in every process of a job
+  python sample.py --run runs/dalle_mini --prompt "..." --guidance 10 --top_k 256   # an imported DALL-E mini
   python sample.py --run UNCLIP --prompt "..." --guidance 4 --steps 50
   python sample.py --run UNCLIP --vary photo.png --n 8                       # images with the same CLIP embedding
   python sample.py --run runs/quickstart/story --story story.json --source frame.png  # {"captions": ["...", "..."]}
@@ -34,7 +35,7 @@ from dalle_jax.training import distributed, errors, layout
 
 FLAGS = flags.FlagValues()
 string = lambda name, default, text: flags.DEFINE_string(name, default, text, flag_values=FLAGS)
-string('run', '', 'run directory of a DALL-E, unCLIP, StoryDALL-E or StoryGANc')
+string('run', '', 'run directory of a DALL-E, DALL-E mini, unCLIP, StoryDALL-E or StoryGANc')
 string('clip', '', 'run directory of a CLIP that ranks the images')
 flags.DEFINE_multi_string('prompt', [], 'a caption; may be repeated', flag_values=FLAGS)
 string('prompts', '', 'a text file with one caption per line')
@@ -98,7 +99,8 @@ def story() -> list[str]:
 
 def run() -> None:
   if not FLAGS.run:
-    raise ValueError('give --run RUN_DIR, the run directory of a trained DALL-E, unCLIP, StoryDALL-E or StoryGANc.')
+    kinds = 'DALL-E, DALL-E mini, unCLIP, StoryDALL-E or StoryGANc'
+    raise ValueError(f'give --run RUN_DIR, the run directory of a trained {kinds}.')
   if FLAGS.source and not FLAGS.story:
     raise ValueError('--source is the first frame of a story; give its captions with --story FILE.')
   if FLAGS.vary:
