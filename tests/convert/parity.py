@@ -338,10 +338,14 @@ def min_dalle(folder, arrays):
   model = dalle_mini.build(**config['model'], **sizes, dtype='float32')
   text, inputs = arrays['in_text_tokens'], arrays['in_prev_tokens']
   assert (model.padding == text[0]).all() and inputs[0, 0] == model.start_token
-  features = applied(model, params, text, np.tile(inputs[:, 1:], (2, 1)), method='features')
+  both = lambda m, codes: (m.encode(text), m.features(text, jnp.tile(codes, (2, 1))) @ m.image_head.T)
+  forward = jax.jit(lambda p, codes: model.apply({'params': p}, codes, method=both))
+  encoded, logits = forward(params, inputs[:, 1:])
   apply = lambda p: lambda *args, method: model.apply({'params': p}, *args, method=method)
-  draw = jax.jit(lambda p, s: greedy(apply(p), text[1:], inputs.shape[1], model.padding, s), static_argnums=1)
-  drawn = {s: draw(decode_params.by_layer(params), float(s)) for s in (1, 16)}
+  draw = jax.jit(lambda p: greedy(apply(p), text[1:], inputs.shape[1], model.padding, 16.0))
+  drawn = draw(decode_params.by_layer(params))
+  # Codes are greedy if each is the most probable one after those before it: for those without guidance none are drawn.
+  probable = forward(params, arrays['out_greedy_tokens_f1'][:, :-1])[1][1:, :, :codes].argmax(-1)
   decode = jax.jit(lambda c: image.apply({'params': frozen.network('vqgan')}, c, method='decode_codes'))
   pictures = lambda c: 255 * pixels(decode(c))
   rows, most = [], arrays['out_token_ids'].shape[1]
@@ -352,11 +356,11 @@ def min_dalle(folder, arrays):
     rows.append(np.where(np.arange(most) < (ids != model.pad).sum(), ids, -1))
   found = {
     'out_token_ids': np.stack(rows),
-    'out_encoder_state': applied(model, params, text, method='encode'),
-    'out_decoder_logits': features @ params['image_head'].T,
-    'out_greedy_tokens_f1': drawn[1],
-    'out_greedy_tokens_f16': drawn[16],
-    'out_image_sub': pictures(np.reshape(drawn[16], (1, *grid)))[0, ::4, ::4],
+    'out_encoder_state': encoded,
+    'out_decoder_logits': logits,
+    'out_greedy_tokens_f1': probable,
+    'out_greedy_tokens_f16': drawn,
+    'out_image_sub': pictures(np.reshape(drawn, (1, *grid)))[0, ::4, ::4],
   }
   if 'out_grid_sub' in arrays:  # not in the fixture: these take long
     # Of 2 x 2 pictures, those in a column are consecutive.

@@ -37,11 +37,11 @@ def root(tmp_path_factory):
   write(root / 'vqgan', 'vqgan', vqgan.build(**fields), {'model': fields, 'data': data}, picture)
   c = {'model': {'variant': 'test'}, 'data': data, 'tokenizer': TOKENIZER}
   write(root / 'clip', 'clip', clip.of_run(c), c, picture, text)
-  sizes = dict(text_vocab=WORDS.vocab_size, text_length=8)
-  model = dalle_mini.build('test', **sizes)
+  small = dict(variant='test', depth=1)
+  model = dalle_mini.build(**small, text_vocab=WORDS.vocab_size, text_length=8)
   params = {'dalle': runs.parameters(model.init, text, codes)['params']}
   frozen = {'vqgan': str(root / 'vqgan')}
-  config = {'objective': 'dalle_mini', **c}
+  config = {'objective': 'dalle_mini', **c, 'model': small}
   checkpoint.export_run(root / 'mini', checkpoint.Run(config, params, WORDS.to_json(), 3, str(root), frozen))
   return root
 
