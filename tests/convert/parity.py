@@ -288,7 +288,8 @@ def dalle_pytorch(folder, arrays):
       found['out_vae_decoded'] = decoded(images, params, arrays['in_codes'])
     grid = images.grid(arrays['in_image'].shape[-1])
     model = of_dalle(run.config, None, images.num_codes, grid)
-    of_one = dalle_pytorch_outputs(model, run.network('dalle'), arrays)
+    guided = f'out_{place.name}_cond3_intended' in arrays
+    of_one = dalle_pytorch_outputs(model, run.network('dalle'), arrays, guided)
     of_one['greedy_image'] = decoded(images, params, of_one['greedy'])
     found |= {f'out_{place.name}_{name}': value for name, value in of_one.items()}
   return found
@@ -299,7 +300,7 @@ def decoded(images, params, codes):
   return nchw(applied(images, params, np.asarray(codes).reshape(-1, side, side), method='decode_codes'))
 
 
-def dalle_pytorch_outputs(model, params, arrays):
+def dalle_pytorch_outputs(model, params, arrays, guided):
   text, codes = np.where(arrays['in_text'] == 0, model.padding, arrays['in_text']), arrays['in_codes']
   t, words = model.text_length, model.text_vocab
 
@@ -313,20 +314,21 @@ def dalle_pytorch_outputs(model, params, arrays):
     return jnp.concatenate([pad(of_text, 0, model.image_vocab), pad(of_image, words, 0)], 1)
 
   def draw(guidance):
-    apply = lambda *args, method: model.apply({'params': params}, *args, method=method)
+    apply = lambda *args, method: model.apply({'params': layers}, *args, method=method)
     return jax.jit(lambda text: greedy(apply, text, codes.shape[1], model.padding, guidance))(text)
 
+  layers = decode_params.by_layer(params)
   logits, given, drawn = joint(codes[:, :-1]), codes.shape[1] // 2 + 1, draw(1.0)
   text_loss, _ = losses.token_loss(logits[:, :t, :words], text)
   image_loss, _ = losses.token_loss(logits[:, t:, words:], codes)
-  return {
+  found = {
     'logits': logits,
     'loss': (text_loss + 7 * image_loss) / 8,
     'logits_prefix': joint(codes[:, :given])[:, -3:],
     'greedy': drawn,
     'greedy_cached': drawn,
-    'cond3_intended': draw(3.0),
   }
+  return found | ({'cond3_intended': draw(3.0)} if guided else {})
 
 
 def min_dalle(folder, arrays):
