@@ -143,7 +143,7 @@ def test_a_whole_vqgan_replaces_the_decoder(imported, tmp_path):
   assert (
     'vqgan/encoder/conv_in/kernel' in found.frozen['vqgan'].params and 'are not those of the model' in found.notes[0]
   )
-  with pytest.raises(ValueError, match='fewer has 32 codes of 16 numbers; the model needs 64 codes of 16 numbers'):
+  with pytest.raises(ValueError, match='fewer has 16 x 16 tokens of 32 codes for images of 256 pixels; the model'):
     read('fewer')
 
 
