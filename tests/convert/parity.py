@@ -347,7 +347,7 @@ def min_dalle(folder, arrays):
   draw = jax.jit(lambda p: greedy(apply(p), text[1:], inputs.shape[1], model.padding, 16.0))
   drawn = draw(decode_params.by_layer(params))
   # Codes are greedy if each is the most probable one after those before it: for those without guidance none are drawn.
-  probable = forward(params, arrays['out_greedy_tokens_f1'][:, :-1])[1][1:, :, :codes].argmax(-1)
+  probable = forward(params, arrays['out_greedy_tokens_f1'][:, :-1])[1][1:, :, : model.image_vocab].argmax(-1)
   decode = jax.jit(lambda c: image.apply({'params': frozen.network('vqgan')}, c, method='decode_codes'))
   pictures = lambda c: 255 * pixels(decode(c))
   rows, most = [], arrays['out_token_ids'].shape[1]
