@@ -131,6 +131,10 @@ def test_a_dalle_of_dalle_pytorch_with_other_parts_is_refused(monkeypatch, tmp_p
   hparams = whole['hparams']
   refused("attention of type 'mlp'; expected full, axial_row", hparams={**hparams, 'attn_types': ('mlp',)})
   refused('attention of type 3; expected', hparams={**hparams, 'attn_types': 3})
+  refused(r"attention of type \['full'\]; expected", hparams={**hparams, 'attn_types': [['full']]})
+  refused('has no hparams and weights', hparams=[1])
+  flat = {**whole['weights'], 'to_logits.1.weight': whole['weights']['to_logits.1.bias']}
+  refused(r'has to_logits.1.weight of shape \[112\]; expected 2 axes', weights=flat)
   refused("has dim '32'; expected a whole number", hparams={**hparams, 'dim': '32'})
   refused('has -12 image codes and 64 image tokens', hparams={**hparams, 'num_text_tokens': 112})
   refused('has no sizes of a DiscreteVAE', vae_params=[1])

@@ -181,7 +181,7 @@ def network(source: Path, hparams: Mapping[str, Any], theirs: Mapping[str, Any])
   c |= files.fields(source, options, 'shift_tokens')
   types = hparams.get('attn_types') or ('full',)
   types = (types,) if isinstance(types, str) else types
-  if unknown := [t for t in types if t not in KINDS] if isinstance(types, (tuple, list)) else [types]:
+  if unknown := [t for t in types if str(t) not in KINDS] if isinstance(types, (tuple, list)) else [types]:
     raise ValueError(f'{source} has attention of type {unknown[0]!r}; expected {", ".join(KINDS)}.')
   positions = 'axial' if 'text_pos_emb.weight' in theirs else 'rotary'
   needed = ['to_logits.1.weight', *(['transformer.pos_emb'] if positions == 'rotary' else ['image_pos_emb.weights_0'])]
@@ -203,11 +203,12 @@ def network(source: Path, hparams: Mapping[str, Any], theirs: Mapping[str, Any])
     head='tied_bias' if hparams.get('share_input_output_emb') else 'bias',
   )
   text, vocab = c['text_seq_len'], c['num_text_tokens'] + c['text_seq_len']
-  at, rows = theirs[needed[1]], theirs['to_logits.1.weight'].shape[0]
-  if len(at.shape) != (3 if positions == 'rotary' else 4):
-    raise ValueError(f'{source} has {needed[1]} of shape {list(at.shape)}; expected {EXPECTED}.')
+  for name, axes in zip(needed, (2, 3 if positions == 'rotary' else 4), strict=True):
+    if len(theirs[name].shape) != axes:
+      raise ValueError(f'{source} has {name} of shape {list(theirs[name].shape)}; expected {axes} axes.')
+  at, ids = theirs[needed[1]], theirs[needed[0]].shape[0]
   tokens = max(0, at.shape[1] - text - 1) if positions == 'rotary' else at.shape[1] ** 2
-  side, codes = math.isqrt(tokens), rows - vocab
+  side, codes = math.isqrt(tokens), ids - vocab
   if codes < 1 or not side:
     raise ValueError(
       f'{source} has {codes} image codes and {tokens} image tokens by its hparams; do they belong to it?'
@@ -225,7 +226,7 @@ def read(path: Path, *, tokenizer: str = '') -> Imported:
   """Reads a dalle.pt or vae.pt. Raises ValueError or OSError with a one-line message."""
   file = files.find(path, 'dalle.pt', 'vae.pt', expected=EXPECTED)
   whole = torch_file.load(file)
-  if not isinstance(whole, Mapping) or not isinstance(whole.get('weights'), Mapping) or 'hparams' not in whole:
+  if not isinstance(whole, Mapping) or not all(isinstance(whole.get(k), Mapping) for k in ('weights', 'hparams')):
     raise ValueError(f'{file} has no hparams and weights; expected {EXPECTED}, of DeepSpeed a consolidated one.')
   theirs, hparams = torch_file.flat(whole['weights']), whole['hparams']
   if 'vae_params' not in whole:
