@@ -12,6 +12,10 @@ from dalle_jax.training import sharding
 from dalle_jax.training.checkpoint import Run, export_run
 
 ROOT = Path(__file__).parents[1]
+# Fields of the smallest networks: programs of few arrays are compiled quickly.
+VQGAN = dict(variant='test', image_size=24, patch=6, ch_mult=(1,), attn_resolutions=())  # 4 x 4 codes of 16
+DALLE = dict(variant='test', depth=2)
+UNET = dict(variant='test', channels=(8,), attention=(0,))
 
 
 def call(script, *arguments):

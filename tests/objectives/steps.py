@@ -3,11 +3,20 @@
 import math
 
 import jax
+import jax.numpy as jnp
 
 from configs import common
 from dalle_jax.training import optim, sharding
 from dalle_jax.training import state as state_lib
 from dalle_jax.training.step import make_step
+from tests import runs
+
+
+def start(objective, c, batch, scale=0.1):
+  """A state of random parameters; a fresh one takes as long to compile as a step."""
+  params, mutable = runs.parameters(objective.init, batch, scale=scale)
+  opt_state = jax.jit(optim.build(c.optim, 10, list(params)).init)(params)
+  return state_lib.TrainState(jnp.int32(0), params, opt_state, {}, mutable)
 
 
 def take(objective, c, batch, sizes=None, *, count, frozen=None, ema=0.0, accum=1, start=None):

@@ -13,10 +13,10 @@ from dalle_jax.functional import corruption, losses
 from dalle_jax.functional.pixels import to_float
 from dalle_jax.models import vqgan
 from dalle_jax.objectives import dalle
-from dalle_jax.training import sharding
 from dalle_jax.training.state import Context
+from tests import runs
 
-VQGAN = {'variant': 'test'}  # 16 x 16 pixels, 8 x 8 codes of 16
+VQGAN = runs.VQGAN | {'image_size': 16, 'patch': 2}  # 8 x 8 codes of 16
 BATCH = {
   'text': jax.random.randint(jax.random.key(0), (8, 6), 0, 40),
   'image': jax.random.randint(jax.random.key(1), (8, 16, 16, 3), 0, 256).astype(jnp.uint8),
@@ -41,12 +41,12 @@ def loss_of(**loss):
 
 @pytest.fixture(scope='module')
 def frozen():
-  return sharding.unbox(jax.jit(vqgan.build('test').init)(jax.random.key(2), to_float(BATCH['image'])))['params']
+  return runs.parameters(vqgan.build(**VQGAN).init, to_float(BATCH['image']))['params']
 
 
 @pytest.fixture(scope='module')
 def params():
-  return sharding.unbox(jax.jit(build().init)(jax.random.key(3), BATCH)[0])
+  return runs.parameters(build().init, BATCH, scale=0.02)[0]
 
 
 def context(frozen, train=True):
@@ -60,7 +60,7 @@ def test_sizes_come_from_the_tokenizers():
 
 
 def test_the_loss_is_an_eighth_of_text_and_seven_of_image(frozen, params):
-  objective, tokenizer = build(), vqgan.build('test')
+  objective, tokenizer = build(), vqgan.build(**VQGAN)
   loss, (metrics, _) = loss_of()(params, context(frozen), BATCH)
   encode = jax.jit(lambda images: tokenizer.apply({'params': frozen}, to_float(images), method='encode'))
   codes = encode(BATCH['image']).reshape(8, -1)
@@ -112,7 +112,7 @@ def test_sample_puts_reconstructions_next_to_samples(frozen, params):
   for guidance in (1.0, 2.0):
     images = jax.jit(build(guidance=guidance).sample)(params, context(frozen), BATCH)
     assert images.shape == (8, 16, 32, 3) and images.dtype == jnp.uint8
-  recon = jax.jit(vqgan.build('test').apply)({'params': frozen}, to_float(BATCH['image'])).recon
+  recon = jax.jit(vqgan.build(**VQGAN).apply)({'params': frozen}, to_float(BATCH['image'])).recon
   expected = np.clip(np.round((np.asarray(recon) + 1) * 127.5), 0, 255)
   np.testing.assert_allclose(images[:, :, :16].astype(np.int32), expected, atol=1)
 

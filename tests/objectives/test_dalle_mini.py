@@ -14,7 +14,7 @@ from dalle_jax.objectives import dalle_mini
 from dalle_jax.training.state import Context
 from tests import runs
 
-VQGAN = {'variant': 'test', 'ch_mult': (1,), 'attn_resolutions': (), 'patch': 2}  # 8 x 8 pixels, 4 x 4 codes of 16
+VQGAN = runs.VQGAN | {'image_size': 8, 'patch': 2}  # 4 x 4 codes of 16
 BATCH = {
   'text': jax.random.randint(jax.random.key(0), (4, 6), 3, 34).at[:, 0].set(0),
   'image': jax.random.randint(jax.random.key(1), (4, 8, 8, 3), 0, 256).astype(jnp.uint8),

@@ -17,7 +17,7 @@ from dalle_jax.training.state import Context
 from tests import runs
 from tests.objectives import steps
 
-VQGAN = {'model': {'variant': 'test'}}  # 16 x 16 pixels, 8 x 8 codes of 16
+VQGAN = {'model': runs.VQGAN | {'image_size': 16, 'patch': 2}}  # 8 x 8 codes of 16
 CLIP = {
   'model': {'variant': 'test'},
   'tokenizer': {'vocab_size': 32, 'length': 8},
@@ -47,8 +47,7 @@ def loss_of(**loss):
 
 @pytest.fixture(scope='module')
 def params():
-  fresh = sharding.unbox(jax.jit(build().init)(jax.random.key(3), BATCH)[0])
-  return runs.larger(fresh, scale=0.1)
+  return runs.parameters(build().init, BATCH, scale=0.1)[0]
 
 
 def context(train=True, **frozen):
@@ -97,7 +96,8 @@ def test_sentences_of_clip_and_of_the_data():
 def test_a_frozen_player_has_no_gradient_and_no_state():
   c = config(prompt=2)
   c.optim.groups = dict(dalle=dict(frozen=True))
-  states, metrics, target = steps.take(build(prompt=2), c, BATCH, count=1)
+  objective = build(prompt=2)
+  states, metrics, target = steps.take(objective, c, BATCH, count=1, start=steps.start(objective, c, BATCH))
   before, after = (s.params for s in states)
   jax.tree.map(np.testing.assert_array_equal, before['dalle'], after['dalle'])
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), before['story'], after['story'])

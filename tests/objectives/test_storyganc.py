@@ -91,7 +91,8 @@ def test_the_loss_is_the_sum_of_its_terms():
 
 
 def test_discriminators_are_updated_every_second_step_and_statistics_follow():
-  states, _, _ = steps.take(build(labels=5), config(labels=5), BATCH, count=2)
+  objective, c = build(labels=5), config(labels=5)
+  states, _, _ = steps.take(objective, c, BATCH, count=2, start=steps.start(objective, c, BATCH, scale=0.02))
   first, second, third = (s.params for s in states)
   same = lambda a, b, player, kind: all(
     (x == y).all()

@@ -19,19 +19,20 @@ BATCH = {
   'image': np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8),
   'clip_text': np.random.default_rng(1).integers(0, 32, (16, 8)).astype(np.int32),
 }
-TOKENIZERS = {'prior': prior, 'unclip': unclip, 'upsampler': upsampler}
+MODELS = {'prior': dict(variant='test'), 'unclip': runs.UNET, 'upsampler': dict(variant='test', channels=(8,))}
+OBJECTIVES = {'prior': prior, 'unclip': unclip, 'upsampler': upsampler}
 
 
 def config(name, **loss):
   c = common.base()
-  c.objective, c.model, c.loss = name, ConfigDict(dict(variant='test')), ConfigDict(loss)
+  c.objective, c.model, c.loss = name, ConfigDict(MODELS[name]), ConfigDict(loss)
   c.data.image_size = 32
   c.optim.update(lr=3e-3, schedule='constant')
   return c
 
 
 def build(name, **loss):
-  return TOKENIZERS[name].from_config(config(name, **loss), {} if name == 'upsampler' else {'clip': CLIP})
+  return OBJECTIVES[name].from_config(config(name, **loss), {} if name == 'upsampler' else {'clip': CLIP})
 
 
 def frozen():
@@ -39,7 +40,7 @@ def frozen():
   return {'clip': runs.parameters(model.init, jnp.zeros((1, 16, 16, 3)), jnp.zeros((1, 8), jnp.int32))['params']}
 
 
-@pytest.mark.parametrize('name', TOKENIZERS)
+@pytest.mark.parametrize('name', OBJECTIVES)
 def test_it_learns(name):
   count = 30 if name == 'prior' else 16
   _, metrics, _ = steps.take(build(name), config(name), BATCH, count=count, frozen=frozen())
@@ -52,7 +53,7 @@ def test_it_learns(name):
     assert float(metrics[0].get('error', metrics[0]['loss'])) == pytest.approx(1.0, abs=0.1)  # it predicts 0
 
 
-@pytest.mark.parametrize('name', TOKENIZERS)
+@pytest.mark.parametrize('name', OBJECTIVES)
 def test_logged_samples(name):
   objective = build(name, **({} if name == 'prior' else {'sampling_steps': 3}))
   assert hasattr(objective, 'sample') == (name != 'prior')
@@ -126,7 +127,7 @@ def test_errors():
     c = config(name)
     c.data.image_size = 8
     with pytest.raises(ValueError, match=f'generates images of {pixels} pixels a side, but those of the data have 8'):
-      TOKENIZERS[name].from_config(c, {'clip': CLIP})
+      OBJECTIVES[name].from_config(c, {'clip': CLIP})
   for name, loss, message in (
     ('unclip', dict(sampling_steps=1), 'config.loss.sampling_steps is 1; expected 2 to 1000'),
     ('unclip', dict(image_dropout=1.5), 'config.loss.image_dropout is 1.5; expected a fraction'),

@@ -18,7 +18,7 @@ BATCH = {'image': jax.random.randint(jax.random.key(0), (4, 16, 16, 3), 0, 256).
 
 def config(steps=100, model=(), **loss):
   c = common.base()
-  c.model = ConfigDict(dict(variant='test', **dict(model)))
+  c.model = ConfigDict(runs.VQGAN | dict(image_size=16, patch=2) | dict(model))
   c.loss = ConfigDict(dict(disc_variant='test', l2_weight=1.0, **loss))
   c.data.image_size, c.train.steps = 16, steps
   return c

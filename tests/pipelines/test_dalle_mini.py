@@ -32,8 +32,7 @@ def root(tmp_path_factory):
     np.zeros((1, 16), np.int32),
   )
   data = {'image_size': SIZE, 'path': '', 'source': 'shapes', 'source_args': {'image_size': SIZE, 'count': 50}}
-  # 4 x 4 codes of 16
-  fields = dict(variant='test', image_size=SIZE, patch=6, ch_mult=(1,), attn_resolutions=(), pixels='unit')
+  fields = dict(runs.VQGAN, pixels='unit')
   write(root / 'vqgan', 'vqgan', vqgan.build(**fields), {'model': fields, 'data': data}, picture)
   c = {'model': {'variant': 'test'}, 'data': data, 'tokenizer': TOKENIZER}
   write(root / 'clip', 'clip', clip.of_run(c), c, picture, text)

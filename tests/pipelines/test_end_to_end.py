@@ -28,7 +28,7 @@ def config(root, stage):
   c.train.update(steps=2, log_every=1, checkpoint_every=1, eval_every=2, eval_batches=1, pictures=2)
 
   def vqgan(c):
-    c.objective, c.model = 'vqgan', dict(variant='test', image_size=24, patch=3)  # 4 x 4 codes of 16
+    c.objective, c.model = 'vqgan', dict(runs.VQGAN)
     c.frozen = dict(lpips=str(root / 'lpips'))
 
   def clip(c):
@@ -36,7 +36,7 @@ def config(root, stage):
     c.tokenizer.update(vocab_size=300, length=8)
 
   def dalle(c):
-    c.objective, c.model, c.encode.enabled = 'dalle', dict(variant='test'), True
+    c.objective, c.model, c.encode.enabled = 'dalle', dict(runs.DALLE), True
     c.frozen, c.loss = dict(vqgan=str(root / 'vqgan')), dict(caption_dropout=0.5)
     c.tokenizer.update(vocab_size=300, length=6)
 

@@ -35,7 +35,7 @@ def config(root, stage):
   c.run_dir, c.data.source, c.data.image_size, c.data.batch_size = str(root / stage), 'story_shapes', 24, 8
   c.data.source_args = dict(image_size=24, count=16)
   c.tokenizer.update(vocab_size=300, length=6, new_tokens=('pip', 'Momo', 'a'))  # 'a' is a token already
-  c.objective, c.model, c.frozen = 'story_dalle', dict(variant='test'), dict(vqgan=str(root / 'vqgan'))
+  c.objective, c.model, c.frozen = 'story_dalle', dict(runs.DALLE), dict(vqgan=str(root / 'vqgan'))
   c.init.update(path=str(root / 'dalle'), new='story/.*')
   c.loss = dict(token_noise=0.5, noise_spread=0.5, caption_dropout=0.5)
   c.train.update(steps=2, log_every=1, evals=())
@@ -56,15 +56,13 @@ def root(tmp_path_factory):
   words = bpe.train((c for k in range(20) for c in SOURCE.captions(k)), 300)
   tokenizer = dict(vocab_size=words.vocab_size, length=6)
   text, picture = np.zeros((1, 6), np.int32), np.zeros((1, 24, 24, 3), np.float32)
-  fields = dict(variant='test', image_size=24, patch=3)  # 4 x 4 codes of 16
   write = functools.partial(runs.write, words=words)
-  write(
-    path / 'vqgan', 'vqgan', vqgan.build(**fields), {'model': fields, 'data': DATA, 'tokenizer': tokenizer}, picture
-  )
-  c = {'model': {'variant': 'test'}, 'data': DATA, 'tokenizer': tokenizer}
+  c = {'data': DATA, 'tokenizer': tokenizer}
+  write(path / 'vqgan', 'vqgan', vqgan.build(**runs.VQGAN), c | {'model': runs.VQGAN}, picture)
+  c['model'] = {'variant': 'test'}
   write(path / 'clip', 'clip', clip.of_run(c), c, picture, text)
-  model = dalle.build('test', text_vocab=words.vocab_size + 6)
-  write(path / 'dalle', 'dalle', model, c, text, np.zeros((1, 16), np.int32), frozen=['vqgan'])
+  model = dalle.build(**runs.DALLE, text_vocab=words.vocab_size + 6)
+  write(path / 'dalle', 'dalle', model, c | {'model': runs.DALLE}, text, np.zeros((1, 16), np.int32), frozen=['vqgan'])
   with runs.one_device():
     for stage in ('story', 'prompt'):
       train.run(config(path, stage))
@@ -165,7 +163,7 @@ def test_captions_that_are_not_lists_of_lists_are_refused(model, captions):
 def test_a_storydalle_without_additions(root):
   additions = dict(story_encoder='', prompt=0, retro=0)
   before = checkpoint.load_run(root / 'dalle')
-  config = {**before.config, 'objective': 'story_dalle', 'model': {'variant': 'test', **additions}}
+  config = {**before.config, 'objective': 'story_dalle', 'model': runs.DALLE | additions}
   checkpoint.export_run(root / 'plain', dataclasses.replace(before, config=config))
   plain = StoryDallE.load(root / 'plain')
   assert plain.continue_story(FIRSTS[0], CAPTIONS[0][:1], n=1).frames.shape == (1, 1, 24, 24, 3)

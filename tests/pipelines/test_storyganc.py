@@ -38,7 +38,8 @@ def root(tmp_path_factory):
   steps += ["--config.train.evals=('pictures',)", '--config.train.checkpoint_every=0', '--config.train.pictures=2']
   config = f'--config={runs.ROOT}/configs/storyganc_shapes.py:steps=3'
   argv = ['train.py', config, f'--config.root={path}', *sizes, *steps]
-  assert train.main(argv) == 0
+  with runs.one_device():
+    assert train.main(argv) == 0
   # Three steps draw grey alone: one with random parameters beside, whose pictures differ.
   trained = checkpoint.load_run(path / 'storyganc')
   rng = np.random.default_rng(0)
