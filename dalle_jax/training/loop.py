@@ -135,7 +135,7 @@ class SpeedMeter:
 
 def _nonfinite(state: TrainState) -> str | None:
   """The name of the first array of the state that is not finite; None if all are."""
-  # Array by array: one program for hundreds of them takes seconds to compile, one for each of their few shapes does not.
+  # One by one: a program for hundreds of arrays takes seconds to compile, those for each of their shapes do not.
   flags = {
     name: _all_finite(x, x.sharding)
     for name, x in sharding.flatten(state).items()

@@ -98,7 +98,7 @@ def test_edges_are_anti_aliased_and_every_look_is_drawn():
 
 @pytest.mark.parametrize('image_size', [32, 48, 64])
 def test_oracle_accepts_true_renderings(image_size):
-  count = 400
+  count = 200
   for split in ('test', 'test_unseen'):
     images, scenes = _pictures(shapes.load(split, image_size=image_size), count)
     assert Oracle(image_size).score(images, scenes)['all'].mean() >= 0.999
@@ -107,7 +107,7 @@ def test_oracle_accepts_true_renderings(image_size):
 @pytest.mark.parametrize('attribute', ATTRIBUTES)
 def test_oracle_rejects_one_changed_attribute(attribute):
   rng, source = np.random.default_rng(0), shapes.load('test')
-  scenes = [source.scene(k) for k in range(1000)]
+  scenes = [source.scene(k) for k in range(400)]
   wrong = [_changed(s, attribute, rng) for s in scenes]
   score = Oracle(48).score(np.stack([shapes.render(s, 48) for s in wrong]), scenes)
   assert score['all'].mean() <= 0.001
@@ -142,9 +142,8 @@ def test_crowded_pictures_are_compared_cell_by_cell():
 
 
 def test_large_pictures_are_read_too():
-  for size in (96, 99):  # 99 by three, as two does not divide it
-    images, scenes = _pictures(shapes.load('test', image_size=size), 4)
-    assert Oracle(size).score(images, scenes)['all'].all()
+  images, scenes = _pictures(shapes.load('test', image_size=99), 4)  # shrunk by three, as two does not divide it
+  assert Oracle(99).score(images, scenes)['all'].all()
   with pytest.raises(ValueError, match='image_size 299 has no divisor from 4 to 9; use a multiple of 4'):
     Oracle(299)
 

@@ -20,32 +20,33 @@ EXTRA = jax.random.normal(jax.random.key(3), (2, 3, 16))
 
 
 def models(layers=4, **fields):
-  """apply of a DALL-E with grown parameters, the cross-attention module, its fresh parameters."""
+  """apply of a DALL-E, the cross-attention module, its parameters; none of them is fresh."""
   model, cross = dalle.build('test', **fields), CrossAttention(layers, 2)
   params = runs.parameters(model.init, TEXT, IMAGE)['params']
-  return jax.jit(functools.partial(model.apply, {'params': params}), static_argnames='method'), cross, start(cross)
+  return jax.jit(functools.partial(model.apply, {'params': params}), static_argnames='method'), cross, grown(cross)
 
 
-def start(cross):
-  return nn.unbox(jax.jit(cross.init)(jax.random.key(6), SOURCE))
+def grown(cross, source=SOURCE):
+  return runs.parameters(cross.init, source)
 
 
 def test_the_first_step_is_the_pretrained_model_to_the_bit():
-  apply, cross, fresh = models()
+  apply, cross, _ = models()
+  fresh = nn.unbox(jax.jit(cross.init)(jax.random.key(6), SOURCE))
   for a, b in zip(apply(TEXT, IMAGE), apply(TEXT, IMAGE, context=cross.apply(fresh, SOURCE)), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
 def test_only_positions_that_predict_image_tokens_look_each_at_its_own_source():
-  apply, cross, fresh = models()
-  context = cross.apply(runs.larger(fresh), SOURCE)
+  apply, cross, params = models()
+  context = cross.apply(params, SOURCE)
   (text, image), (plain_text, plain_image) = apply(TEXT, IMAGE, context=context), apply(TEXT, IMAGE)
   np.testing.assert_array_equal(text, plain_text)
   assert (np.abs(image - plain_image).max((0, 2)) > 1e-3).all()  # from the first image token to the last
-  other = cross.apply(runs.larger(fresh), SOURCE.at[1].multiply(-1))
+  other = cross.apply(params, SOURCE.at[1].multiply(-1))
   changed = np.abs(apply(TEXT, IMAGE, context=other)[1] - image).max(2) > 1e-3
   assert not changed[0].any() and changed[1].all()
-  swapped = apply(TEXT[::-1], IMAGE[::-1], context=cross.apply(runs.larger(fresh), SOURCE[::-1]))
+  swapped = apply(TEXT[::-1], IMAGE[::-1], context=cross.apply(params, SOURCE[::-1]))
   np.testing.assert_allclose(swapped[1][::-1], image, atol=1e-5)
 
 
@@ -58,8 +59,8 @@ def test_only_positions_that_predict_image_tokens_look_each_at_its_own_source():
   ],
 )
 def test_cached_logits_are_the_teacher_forced_ones(fields, extra):
-  apply, cross, fresh = models(**fields)
-  context = cross.apply(runs.larger(fresh), SOURCE)
+  apply, cross, params = models(**fields)
+  context = cross.apply(params, SOURCE)
   each = context.layers()
   _, expected = jax.jit(lambda: apply(TEXT, IMAGE, extra, context))()
 
@@ -81,7 +82,7 @@ def test_the_last_layer_of_each_stretch_looks_and_no_other(layers, period, sprea
   stack, cross = Stack(4, 2, period=period), CrossAttention(layers, 2)
   x = jax.random.normal(jax.random.key(8), (2, 6, 16))
   params = runs.parameters(stack.init, x)
-  context = cross.apply(runs.larger(start(cross)), SOURCE)
+  context = cross.apply(grown(cross), SOURCE)
   run = jax.jit(lambda **kwargs: stack.apply(params, x, **kwargs)[0])
   moved = np.abs(np.subtract(run(context=context, attending=np.arange(6) == 2), run())).max((0, 2)) > 1e-5
   assert moved[2] and moved.all() == spreads and (spreads or moved.sum() == 1)
@@ -89,13 +90,13 @@ def test_the_last_layer_of_each_stretch_looks_and_no_other(layers, period, sprea
 
 def test_a_scan_that_does_not_hold_whole_stretches_is_refused():
   with pytest.raises(ValueError, match=r'1 layers with cross-attention do not fit 4 steps.*model.period'):
-    one, cross, fresh = models(layers=1)
-    one(TEXT, IMAGE, context=cross.apply(fresh, SOURCE))
+    one, cross, params = models(layers=1)
+    one(TEXT, IMAGE, context=cross.apply(params, SOURCE))
 
 
 def test_look_is_attention():
   cross = CrossAttention(1, 2)
-  context = cross.apply(runs.larger(start(cross)), SOURCE).layers()[0]
+  context = cross.apply(grown(cross), SOURCE).layers()[0]
   x = jax.random.normal(jax.random.key(7), (2, 3, 16))
   y = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5) * context.scale + context.bias
   q = jnp.einsum('btd,dhk->bthk', y, context.query) + context.query_bias
@@ -106,9 +107,9 @@ def test_look_is_attention():
 
 
 def test_every_parameter_gets_a_gradient():
-  apply, cross, fresh = models()
+  apply, cross, params = models()
   loss = lambda p, x: jnp.square(apply(TEXT, IMAGE, context=cross.apply(p, x))[1]).sum()
-  grads = jax.jit(jax.grad(loss, (0, 1)))(runs.larger(fresh), SOURCE)
+  grads = jax.jit(jax.grad(loss, (0, 1)))(params, SOURCE)
   dead = [jax.tree_util.keystr(k) for k, g in jax.tree_util.tree_leaves_with_path(grads) if not g.any()]
   assert [k for k in dead if 'key_bias' not in k] == []  # a bias of the keys shifts all scores of a query alike
 
@@ -116,7 +117,7 @@ def test_every_parameter_gets_a_gradient():
 def test_rows_of_a_source_share_it():
   cross = CrossAttention(1, 2)
   x, where = jax.random.normal(jax.random.key(7), (6, 3, 16)), np.ones(3, bool)
-  params = runs.larger(start(cross))
+  params = grown(cross)
   shared = cross.apply(params, SOURCE).layers()[0]
   each = cross.apply(params, jnp.repeat(SOURCE, 3, axis=0)).layers()[0]
   np.testing.assert_allclose(cross_attend(x, shared, where), cross_attend(x, each, where), atol=1e-5)
@@ -129,7 +130,7 @@ def test_frames_of_one_story_get_the_gradients_of_float32():
     jax.random.normal(jax.random.key(i), shape)
     for i, shape in enumerate([(4, 304, width), (1, 256, width), (4, 304, width)])
   )
-  params = runs.larger(nn.unbox(jax.jit(CrossAttention(1, 4).init)(jax.random.key(6), source)))
+  params = grown(CrossAttention(1, 4), source)
 
   def gradients(dtype):
     def loss(params, x):
