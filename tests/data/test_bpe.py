@@ -127,6 +127,13 @@ def test_start_and_end_take_their_part_of_the_length(words):
     bpe.TextEncoder(words, 2, start=1, end=2)
 
 
+def test_a_blank_is_padding_wherever_it_is(words):
+  ids, v = words.encode('a red circle at the top'), words.vocab_size
+  encoder = bpe.TextEncoder(words, len(ids) + 1, blank=ids[1])
+  expected = [v + i if token == ids[1] else token for i, token in enumerate(ids)] + [v + len(ids)]
+  assert list(encoder('a red circle at the top')) == expected
+
+
 def test_a_library_tokenizer_with_padding_and_special_tokens_is_taken_bare():
   from tokenizers import Tokenizer, models, pre_tokenizers
 
