@@ -1,10 +1,10 @@
 """Fine-tuning of an imported DALL-E mini or mega on a folder of captioned images.
 
-  python -m dalle_jax.convert --from taming --path VQGAN_IMAGENET_F16_16384/ --out runs/vqgan
-  python -m dalle_jax.convert --from min_dalle --path pretrained/ --vqgan runs/vqgan --out runs/dalle_mini
+  python -m dalle_jax.convert --from vqgan_jax --path vqgan_imagenet_f16_16384/ --out runs/vqgan
+  python -m dalle_jax.convert --from dalle_mini --path dalle-mini/ --vqgan runs/vqgan --out runs/dalle_mini
   python train.py --config configs/finetune_dalle_mini.py --config.data.path=IMAGES --config.run_dir=runs/mine
-Architecture, tokenizer and VQGAN are those of the run (`base=runs/dalle_mini`). The public weights have only the
-decoder of the VQGAN, but encoding images takes the whole one (`--vqgan`). 4.4e8 parameters (mega: 2.6e9) with AdamW and
+Architecture, tokenizer and VQGAN are those of the run (`base=runs/dalle_mini`). Encoding images takes the whole VQGAN;
+the files of min-dalle have only its decoder. 4.4e8 parameters (mega: 2.6e9) with AdamW and
 gradients in float32 take 7 GB (mega: 41 GB) without activations (calculated, not tried); `config.mesh` shards them over
 devices.
 """

@@ -3,7 +3,7 @@
   python -m dalle_jax.convert --from mindalle --path 1.3B/ --out runs/mindalle
   python -m dalle_jax.convert --from storydalle --path pororo/Model/49.pth --config 1.3B/config.yaml --out runs/pororo
   python -m dalle_jax.convert --from rudalle --path pytorch_model.bin --vqgan runs/sber_vqgan --out runs/malevich
-  python -m dalle_jax.convert --from min_dalle --path pretrained/ --version mega --out runs/dalle_mega
+  python -m dalle_jax.convert --from dalle_mini --path dalle-mini/ --vqgan runs/vqgan_f16 --out runs/dalle_mini
 No code in a checkpoint is executed, and PyTorch is not needed. `--debug` shows tracebacks.
 """
 
@@ -33,7 +33,7 @@ string('version', 'rudalle: v3 or v2; min_dalle: mini or mega, where a folder ha
 text = 'rudalle, min_dalle: number of attention heads, if nothing else gives it'
 flags.DEFINE_integer('heads', 0, text, 0, flag_values=FLAGS)
 string('image_encoder', 'karlo: the image_encoder folder of karlo-v1-alpha-image-variations')
-string('vqgan', 'rudalle, min_dalle, dalle_pytorch: run directory of its image tokenizer')
+string('vqgan', 'rudalle, dalle_mini, min_dalle, dalle_pytorch: run directory of its image tokenizer')
 string('tokenizer', 'dalle_pytorch: tokenizer of captions (.json, .model, or a folder with that of CLIP)')
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
 
@@ -61,11 +61,14 @@ def run() -> None:
   imported = read(source, path, **options)
   if FLAGS.vqgan:
     imported = _with_vqgan(imported, FLAGS.vqgan)
+  notes = list(imported.notes)
+  if 'image_vocab' in imported.config['model'] and 'vqgan' not in imported.frozen:
+    notes.append('the run has no image tokenizer, so it cannot generate images; give it one with --vqgan RUN')
   partial = out.with_name(f'{out.name}.partial')  # renamed at the end, so that an interrupted write leaves no run
   shutil.rmtree(partial, ignore_errors=True)
   engine.write(imported, partial, f'{source} {path}')
   partial.replace(out)
-  for note in imported.notes:
+  for note in notes:
     print(f'note: {note}.')
   count = sum(x.size for x in imported.params.values())
   parts = ', '.join([imported.config['objective'], *imported.frozen])
@@ -92,8 +95,10 @@ def _with_vqgan(imported: engine.Imported, path: str) -> engine.Imported:
       raise ValueError(f'{path} has codes of {ours.shape[1]} numbers; the model needs codes of {theirs.shape[1]}.')
     if np.linalg.norm(ours - theirs) > 0.01 * np.linalg.norm(theirs):  # either may be in half precision
       notes = (*notes, f'the codes of {path} are not those of the model; were both trained with the same VQGAN?')
+  if given.config['objective'] == 'vqgan' and (own or imported.config['objective'] == 'dalle_mini'):
     # The range of pixel values in which the model's codes were made
-    given.config['model'] = {**given.config['model'], 'pixels': own.config['model'].get('pixels', 'signed')}
+    pixels = own.config['model'].get('pixels', 'signed') if own else 'unit'
+    given.config['model'] = {**given.config['model'], 'pixels': pixels}
   return dataclasses.replace(imported, frozen={**imported.frozen, 'vqgan': given}, notes=notes)
 
 

@@ -1,14 +1,17 @@
 """Readers for the files of public checkpoints: weights in all formats, YAML and JSON configs, vocabularies."""
 
 import json
+import mmap
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.numpy
 import yaml
+from flax import serialization, traverse_util
 from tokenizers import Tokenizer
 
 from dalle_jax.convert import torch_file
@@ -62,6 +65,19 @@ def _safetensors(path: Path) -> dict[str, Any]:
     return safetensors.numpy.load_file(path)
   except Exception as e:  # the library raises its own class and others
     raise ValueError(f'{path} cannot be read ({" ".join(str(e).split())[:200]}); is it complete?') from e
+
+
+def msgpack(path: Path) -> dict[str, np.ndarray]:
+  """Reads the arrays of a .msgpack file of Flax by dotted name. Raises ValueError with a one-line message."""
+  try:
+    with path.open('rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+      arrays = traverse_util.flatten_dict(serialization.msgpack_restore(content), sep='.')
+  except Exception as e:  # the library raises its own classes, AttributeError and others
+    text = ' '.join(str(e).split())[:200]
+    raise ValueError(f'{path} cannot be read ({text}); expected parameters saved by Flax. Is it complete?') from e
+  if odd := [name for name, x in arrays.items() if not isinstance(x, np.ndarray)]:
+    raise ValueError(f'{path} has {odd[0]}, which is no array; expected parameters saved by Flax.')
+  return arrays
 
 
 def config(path: Path) -> dict[str, Any]:
@@ -118,10 +134,13 @@ def merges(path: Path) -> list[tuple[str, str]]:
   return pairs  # type: ignore[return-value]
 
 
-def tokenizer(path: Path) -> Tokenizer:
-  """Reads a JSON file of Hugging Face's tokenizers. Raises ValueError with a one-line message for any other file."""
+def tokenizer(path: Path, text: str = '') -> Tokenizer:
+  """Reads a JSON file of Hugging Face's tokenizers, or `text`, if given, in its place.
+
+  Raises ValueError with a one-line message for any other file.
+  """
   try:
-    return Tokenizer.from_file(str(path))
+    return Tokenizer.from_str(text) if text else Tokenizer.from_file(str(path))
   except Exception as e:  # the library raises bare Exception
     raise ValueError(
       f"{path} cannot be read ({' '.join(str(e).split())[:100]}); expected a JSON file of Hugging Face's tokenizers."

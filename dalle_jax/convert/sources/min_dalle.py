@@ -10,6 +10,7 @@ original starts with the last row of the embedding, which is no code. GroupNorms
 min-dalle has 1e-5.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -65,14 +66,20 @@ def rows(depth: int) -> list[Row]:
   return table
 
 
-def shape(path: Path, theirs: Mapping[str, Any], name: str, axes: int) -> tuple[int, ...]:
+def shape(path: Path, theirs: Mapping[str, Any], name: str, axes: int, expected: str = EXPECTED) -> tuple[int, ...]:
   """The shape of the tensor `name` of the file `path`. Raises ValueError if it is absent or has other axes."""
   if name not in theirs:
-    raise ValueError(f'{path} has no tensor {name}; expected {EXPECTED}.')
+    raise ValueError(f'{path} has no tensor {name}; expected {expected}.')
   sizes = tuple(theirs[name].shape)
   if len(sizes) != axes or 0 in sizes:
     raise ValueError(f'{path}: {name} has the shape {list(sizes)}; expected {axes} axes, none of them empty.')
   return sizes
+
+
+def plain_text() -> list[normalizers.Normalizer]:
+  """Lower-case ASCII with single spaces."""
+  replace = lambda pattern, text: normalizers.Replace(Regex(pattern), text)
+  return [normalizers.Lowercase(), replace(r'[^\x00-\x7F]', ''), replace(' +', ' '), replace(r'\A | \z', '')]
 
 
 def tokenizer(folder: Path, words: int, suffix: str = '') -> Tokenizer:
@@ -96,10 +103,7 @@ def tokenizer(folder: Path, words: int, suffix: str = '') -> Tokenizer:
     raise ValueError(
       f'{vocab_file} and {merges.name} do not belong together ({" ".join(str(e).split())[:200]}).'
     ) from e
-  replace = lambda pattern, text: normalizers.Replace(Regex(pattern), text)
-  bpe.normalizer = normalizers.Sequence(
-    [normalizers.Lowercase(), replace(r'[^\x00-\x7F]', ''), replace(' +', ' '), replace(r'\A | \z', '')]
-  )
+  bpe.normalizer = normalizers.Sequence(plain_text())
   bpe.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme='always')
   bpe.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme='always')
   return bpe
@@ -179,47 +183,82 @@ def head_count(folder: Path, width: int, heads: int) -> int:
   return heads
 
 
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+  """Sizes of a DALL-E mini: rows of the embeddings of text and codes, text and image tokens, and widths."""
+
+  words: int
+  length: int
+  codes: int
+  side: int
+  width: int
+  mlp: int
+
+
+def sizes(path: Path, theirs: Mapping[str, Any], expected: str = EXPECTED) -> Sizes:
+  """The sizes of the transformer in `path`. Raises ValueError with a one-line message."""
+  names = 'embed_tokens.weight', 'embed_positions.weight', 'layers.0.glu.fc0.weight'
+  of = lambda stack: [shape(path, theirs, f'{stack}.{name}', 2, expected) for name in names]
+  ((words, width), (length, _), (mlp, _)), ((codes, _), (positions, _), _) = of('encoder'), of('decoder')
+  side = math.isqrt(positions)
+  if side**2 != positions:
+    raise ValueError(f'{path} has {positions} image positions; expected a square number.')
+  return Sizes(words, length, codes, side, width, mlp)
+
+
+def transformer(
+  path: Path,
+  theirs: Mapping[str, Any],
+  known: Sizes,
+  bpe: Tokenizer,
+  *,
+  heads: int,
+  codes: int,
+  start_token: int,
+  image_size: int,
+) -> Imported:
+  """The run of the transformer in `path`, without its image tokenizer, which has this many `codes`.
+
+  The names of the tensors begin with the stack, encoder or decoder. Raises ValueError with a one-line message.
+  """
+  words = bpe.get_vocab_size()
+  model = dict(
+    variant='mega' if known.width == 2048 else 'mini',
+    d_model=known.width,
+    depth=files.layers(theirs, r'encoder\.layers\.(\d+)\.'),
+    heads=heads,
+    mlp=known.mlp,
+    text_spare=known.words - words,
+    image_spare=known.codes - codes,
+    start_token=start_token,
+    image_vocab=codes,
+    grid=(known.side, known.side),
+  )
+  special = {name: bpe.token_to_id(w) for name, w in (('pad', PADDING), ('start', START), ('end', END))}
+  ids = dict(pad=special['pad'], bos=special['start'], eos=special['end'])
+  module = dalle_mini.build(**model, **ids, text_vocab=words, text_length=known.length)
+  ours = ModuleSpec.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (known.length, known.side**2)))
+  params = convert(str(path), rows(model['depth']), theirs, ours.shapes)
+  text = {'vocab_size': words, 'length': known.length, **special}
+  config = {'objective': 'dalle_mini', 'model': model, 'data': {'image_size': image_size}, 'tokenizer': text}
+  return Imported(config, named('dalle', params), named('dalle', ours.axes), bpe.to_str())
+
+
 def read(path: Path, *, version: str = '', heads: int = 0) -> Imported:
   """Reads transformer, tokenizer and detokenizer. Raises ValueError or OSError with a one-line message."""
   folder, suffix, of_images = places(path, version)
   theirs: dict[str, Any] = {}
-  shapes = {}
   for name in ('encoder', 'decoder'):
     file = files.find(folder, f'{name}{suffix}.pt', expected=EXPECTED)
-    tensors = files.state_dict(file)
-    tables = 'embed_tokens.weight', 'embed_positions.weight', 'layers.0.glu.fc0.weight'
-    shapes[name] = [shape(file, tensors, table, 2) for table in tables]
-    theirs |= {f'{name}.{k}': v for k, v in tensors.items()}
-  (words, width), (length, _), (mlp, _) = shapes['encoder']
-  (rows_of_codes, _), (positions, _), _ = shapes['decoder']
-  side = math.isqrt(positions)
-  if side**2 != positions:
-    raise ValueError(f'{folder} has {positions} image positions; expected a square number.')
-  heads, bpe = head_count(folder, width, heads), tokenizer(folder, words, suffix)
-  images = detokenizer(files.find(of_images, 'detoker.pt', expected=EXPECTED), side)
+    theirs |= {f'{name}.{k}': v for k, v in files.state_dict(file).items()}
+  known = sizes(folder, theirs)
+  heads, bpe = head_count(folder, known.width, heads), tokenizer(folder, known.words, suffix)
+  images = detokenizer(files.find(of_images, 'detoker.pt', expected=EXPECTED), known.side)
   codes = images.config['model']['num_codes']
-  if rows_of_codes < codes:
+  if known.codes < codes:
     raise ValueError(
-      f'{folder} has embeddings of {rows_of_codes} image tokens, the detokenizer {codes}; do the files belong together?'
+      f'{folder} has embeddings of {known.codes} image tokens, the detokenizer {codes}; do the files belong together?'
     )
-  model = dict(
-    variant='mega' if width == 2048 else 'mini',
-    d_model=width,
-    depth=files.layers(theirs, r'encoder\.layers\.(\d+)\.'),
-    heads=heads,
-    mlp=mlp,
-    text_spare=words - bpe.get_vocab_size(),
-    image_spare=rows_of_codes - codes,
-    start_token=codes - 1,
-    image_vocab=codes,
-    grid=(side, side),
-  )
-  special = {name: bpe.token_to_id(w) for name, w in (('pad', PADDING), ('start', START), ('end', END))}
-  text = {'vocab_size': bpe.get_vocab_size(), 'length': length, **special}
-  ids = dict(pad=special['pad'], bos=special['start'], eos=special['end'])
-  module = dalle_mini.build(**model, **ids, text_vocab=bpe.get_vocab_size(), text_length=length)
-  ours = ModuleSpec.of(module, *(jax.ShapeDtypeStruct((1, n), jnp.int32) for n in (length, positions)))
-  params = convert(str(folder), rows(model['depth']), theirs, ours.shapes)
   size = images.config['data']['image_size']
-  config = {'objective': 'dalle_mini', 'model': model, 'data': {'image_size': size}, 'tokenizer': text}
-  return Imported(config, named('dalle', params), named('dalle', ours.axes), bpe.to_str(), {'vqgan': images})
+  found = transformer(folder, theirs, known, bpe, heads=heads, codes=codes, start_token=codes - 1, image_size=size)
+  return dataclasses.replace(found, frozen={'vqgan': images})

@@ -1,0 +1,120 @@
+"""DALL-E mini and mega in the layout of dalle-mini itself (Dayma et al., 2021, borisdayma/dalle-mini).
+
+Files: flax_model.msgpack, config.json and tokenizer.json, in one folder. The VQGAN is published separately: convert it
+with --from vqgan_jax and give its run with --vqgan.
+
+Only what the published models consist of is read: LayerNorms as in NormFormer, gated MLPs, no biases. Layers may be
+stacked (use_scan) or not.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, normalizers
+
+from dalle_jax.convert import files
+from dalle_jax.convert.engine import Imported
+from dalle_jax.convert.sources import min_dalle
+
+EXPECTED = 'flax_model.msgpack, config.json and tokenizer.json of a DALL-E mini'
+CODES = 16_384  # of the published VQGAN; embeddings may have more rows, none of which are codes
+READ = {  # the only value of a field of config.json that can be read
+  'ln_type': 'layernorm', 'ln_positions': 'normformer', 'activation_function': 'gelu', 'use_glu': True,
+  'use_bias': False, 'use_cosine_attention': False, 'use_head_scale': False, 'head_scale': False, 'use_alibi': False,
+  'use_deepnet_scaling': False, 'use_swin_position_embeddings': False, 'use_absolute_position_embeddings': True,
+  'scale_embedding': False, 'tie_word_embeddings': False, 'sinkhorn_iters': 1,
+}  # fmt: skip
+SAME = ('layers', 'attention_heads', 'ffn_dim')  # of encoder and decoder
+LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias'}
+LAYER = {  # modules of a layer; names of min-dalle
+  'LayerNorm_0': 'pre_self_attn_layer_norm',
+  'FlaxBartAttention_0': 'self_attn',
+  'LayerNorm_1': 'self_attn_layer_norm',
+  'LayerNorm_2': 'pre_encoder_attn_layer_norm',
+  'FlaxBartAttention_1': 'encoder_attn',
+  'LayerNorm_3': 'encoder_attn_layer_norm',
+  'GLU_0': 'glu',
+}
+GLU = {'LayerNorm_0': 'ln0', 'Dense_0': 'fc0', 'Dense_1': 'fc1', 'LayerNorm_1': 'ln1', 'Dense_2': 'fc2'}
+FINAL = {'encoder': 'LayerNorm_2', 'decoder': 'LayerNorm_4'}  # the last norm, in the last layer where none are stacked
+
+
+def renamed(theirs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The tensors as min-dalle names and orients them. Names that are unknown stay as they are."""
+  found = {}
+  for name, x in theirs.items():
+    *path, leaf = name.removeprefix('model.').split('.')
+    leaf = LEAVES.get(leaf, leaf)
+    x = x.swapaxes(-1, -2) if name.endswith('.kernel') else x
+    layer = re.fullmatch(r'\w*FlaxBart(?:En|De)coderLayer(?:s|_(\d+))', path[2] if path[1:2] == ['layers'] else '')
+    if path == ['lm_head']:
+      found[f'decoder.lm_head.{leaf}'] = x
+    elif layer is None:
+      found['.'.join([*path, leaf])] = x
+    elif layer[1] and path[3:] == [FINAL.get(path[0])]:
+      found[f'{path[0]}.final_ln.{leaf}'] = x
+    else:
+      stack, module, *inner = path[0], *path[3:]
+      rest = [LAYER.get(module, module), *(GLU.get(part, part) if module == 'GLU_0' else part for part in inner), leaf]
+      for i, own in [(layer[1], x)] if layer[1] else enumerate(x):
+        found['.'.join([stack, 'layers', str(i), *rest])] = own
+  return found
+
+
+def tokenizer(folder: Path, words: int, normalize: bool) -> Tokenizer:
+  """Reads the BPE, without the ids that an embedding of this many words lacks, such as that of <mask>.
+
+  With `normalize`, captions become lower-case ASCII first; dalle-mini normalises more, such as punctuation. Raises
+  ValueError or OSError with a one-line message.
+  """
+  path, settings = files.find(folder, 'tokenizer.json', expected=EXPECTED), folder / 'tokenizer_config.json'
+  value = files.config(path)
+  known = files.fields(path, value, 'model.vocab', 'added_tokens')
+  value['model']['vocab'] = {word: i for word, i in known['vocab'].items() if i < words}
+  value['added_tokens'] = [token for token in known['added_tokens'] if token['id'] < words]
+  pieces = value.get('pre_tokenizer') or {}
+  if 'add_prefix_space' in pieces:  # transformers goes by the other file
+    pieces['add_prefix_space'] = settings.is_file() and bool(files.config(settings).get('add_prefix_space'))
+  bpe = files.tokenizer(path, json.dumps(value))
+  if missing := [w for w in (min_dalle.START, min_dalle.PADDING, min_dalle.END) if bpe.token_to_id(w) is None]:
+    raise ValueError(f'{path} has no {missing[0]}; expected the tokenizer of a DALL-E mini.')
+  if normalize:
+    accents = [normalizers.NFKD(), normalizers.StripAccents()]
+    bpe.normalizer = normalizers.Sequence([*accents, *min_dalle.plain_text()])
+  return bpe
+
+
+def read(path: Path) -> Imported:
+  """Reads transformer and tokenizer. Raises ValueError or OSError with a one-line message."""
+  weights = files.find(path, 'flax_model.msgpack', expected=EXPECTED)
+  description = files.find(weights.parent, 'config.json', expected=EXPECTED)
+  config = files.config(description)
+  for name, value in READ.items():
+    if config.get(name, value) != value:
+      raise ValueError(f'{description} has {name} {config[name]!r}; only models with {value!r} can be read.')
+  pairs = {name: [f'{stack}_{name}' for stack in ('encoder', 'decoder')] for name in SAME}
+  numbers = files.integers(description, config, *(name for pair in pairs.values() for name in pair))
+  for one, two in pairs.values():
+    if numbers[one] != numbers[two]:
+      raise ValueError(f'{description} has {one} {numbers[one]} and {two} {numbers[two]}; expected the same number.')
+  theirs = renamed(files.msgpack(weights))
+  known = min_dalle.sizes(weights, theirs, EXPECTED)
+  heads = numbers['encoder_attention_heads']
+  if not heads or known.width % heads:
+    raise ValueError(f'{description} has {heads} attention heads, which do not divide a width of {known.width}.')
+  defaults = {'decoder_start_token_id': known.codes - 1}
+  start = files.integers(description, defaults | config, 'decoder_start_token_id')['decoder_start_token_id']
+  found = min_dalle.transformer(
+    weights,
+    theirs,
+    known,
+    tokenizer(weights.parent, known.words, bool(config.get('normalize_text'))),
+    heads=heads,
+    codes=min(known.codes - 1, CODES),
+    start_token=start,
+    image_size=16 * known.side,
+  )
+  return found
