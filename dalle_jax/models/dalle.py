@@ -25,6 +25,7 @@ from dalle_jax.layers.transformer import GATED, Stack
 from dalle_jax.models import variants
 from dalle_jax.models.image_tokenizer import ImageTokenizer
 from dalle_jax.models.pooling import masked_mean
+from dalle_jax.models.text_image import TextImage
 
 VARIANTS = {
   'test': dict(
@@ -104,14 +105,13 @@ HEADS = {
 }
 
 
-class DALLE(nn.Module):
+class DALLE(TextImage, nn.Module):
   """The transformer with its embeddings and heads.
 
   Attributes:
-    text_vocab: number of text ids, including the padding ids.
-    pad: the padding id; -1 if every text position has its own padding id: the `text_length` highest ids.
+    text_vocab, text_length, pad, grid: see `TextImage`.
+    image_vocab: number of image codes.
     layout: what precedes the image tokens, see `LAYOUTS`.
-    grid: rows and columns of image tokens.
     attention: attention kind of each layer, see `layers.patterns.layer_kinds`.
     image_positions: 'axial', the sum of a row and a column embedding; 'learned', one embedding per position; or
       'rotary', no embeddings, of text neither, but `layers.rotary`.
@@ -121,6 +121,7 @@ class DALLE(nn.Module):
     norms, period, remat, unroll, kernel, head_dim, shift_tokens, reversible: see `layers.transformer.Stack`.
   """
 
+  title = 'DALL-E'
   text_vocab: int = 16_384 + 256
   text_length: int = 256
   image_vocab: int = 8192
@@ -147,10 +148,6 @@ class DALLE(nn.Module):
   dtype: jnp.dtype = jnp.bfloat16
 
   @property
-  def image_length(self) -> int:
-    return self.grid[0] * self.grid[1]
-
-  @property
   def prefix(self) -> int:
     return self.text_length + LAYOUTS[self.layout].start
 
@@ -158,18 +155,6 @@ class DALLE(nn.Module):
   def length(self) -> int:
     """N, the number of input positions."""
     return self.prefix + self.image_length - 1
-
-  @property
-  def words(self) -> int:
-    """Size of the text vocabulary, not counting per-position padding ids."""
-    return self.text_vocab - (self.text_length if self.pad < 0 else 0)
-
-  @property
-  def padding(self) -> np.ndarray:
-    """The ids of the empty caption, int32[T]: the padding id of each position."""
-    if self.pad < 0:
-      return np.arange(self.words, self.text_vocab, dtype=np.int32)
-    return np.full(self.text_length, self.pad, np.int32)
 
   def rotary_angles(self) -> jax.Array:
     """Angles of rotary positions, float32[P + I, R] in radians."""
@@ -223,7 +208,7 @@ class DALLE(nn.Module):
     Row t of each predicts token t. Without a start the first text token is not predicted, and there are T - 1 rows of
     text. `extra` [B, E, D] is prepended to the start of text. Raises ValueError for other lengths.
     """
-    self._check(text, image, (self.image_length,))
+    self.check(text, image, (self.image_length,))
     x = self.features(text, image[:, :-1], extra, context)
     t = self.prefix - 1
     return self.text_logits(x[:, :t]), self.image_logits(x[:, t:])
@@ -261,7 +246,7 @@ class DALLE(nn.Module):
 
     Returns the logits of image token k, float32[B, image_vocab], and the cache.
     """
-    self._check(text, image, range(self.image_length))
+    self.check(text, image, range(self.image_length))
     x, first = self._stream(text, image, extra)
     x, cache = self._run(x, first, KVCache(), context)
     return self.image_logits(self._read(x[:, -1])), cache
@@ -291,16 +276,7 @@ class DALLE(nn.Module):
 
   def embed_caption(self, text: jax.Array) -> jax.Array:
     """Mean word embedding without paddings, int32[B, T] -> float32[B, D]; zeros for an empty caption."""
-    mask = text < self.words if self.pad < 0 else text != self.pad
-    return masked_mean(embedding_lookup(self.text_embed, text), mask)
-
-  def _check(self, text: jax.Array, image: jax.Array, lengths: range | tuple[int, ...]) -> None:
-    if text.shape[1] != self.text_length:
-      raise ValueError(
-        f'DALL-E takes {self.text_length} text tokens, not {text.shape[1]}; pad or truncate the captions.'
-      )
-    if image.shape[1] not in lengths:
-      raise ValueError(f'DALL-E takes {lengths[0]} to {lengths[-1]} image tokens here, not {image.shape[1]}.')
+    return masked_mean(embedding_lookup(self.text_embed, text), self.is_word(text))
 
   def _stream(self, text: jax.Array, image: jax.Array, extra: jax.Array | None) -> tuple[jax.Array, int]:
     """The input sequence, [B, E + P + k, D], and E."""

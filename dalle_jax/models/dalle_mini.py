@@ -34,6 +34,7 @@ from dalle_jax.layers.basic import (
 from dalle_jax.layers.patterns import Pattern
 from dalle_jax.layers.transformer import gelu, residual
 from dalle_jax.models import variants
+from dalle_jax.models.text_image import TextImage
 
 VARIANTS = {
   'test': dict(
@@ -199,22 +200,21 @@ class Stack(nn.Module):
     return scan(*fields, name='blocks')(x, seen, text, stream)
 
 
-class DALLEMini(nn.Module):
+class DALLEMini(TextImage, nn.Module):
   """Encoder and decoder with their embeddings and the head.
 
   Attributes:
-    text_vocab: number of text ids, including the padding ids.
+    text_vocab, text_length, pad, grid: see `TextImage`.
     text_spare: rows of the text embedding that no id uses.
-    pad: the padding id; -1 if every text position has its own padding id: the `text_length` highest ids.
     bos, eos: the ids before and after every caption; -1 for none.
     image_vocab: number of image codes, which the logits are for.
     image_spare: rows of the image embedding and of the head in addition to these.
     start_token: the row of the image embedding that the decoder starts with; -1: the last one.
-    grid: rows and columns of image tokens.
     depth: blocks of the encoder, and of the decoder.
     mlp, remat, kernel: see `Stack`.
   """
 
+  title = 'DALL-E mini'
   text_vocab: int = 50_264
   text_spare: int = 0
   text_length: int = 64
@@ -234,26 +234,16 @@ class DALLEMini(nn.Module):
   dtype: jnp.dtype = jnp.bfloat16
 
   @property
-  def image_length(self) -> int:
-    return self.grid[0] * self.grid[1]
-
-  @property
   def length(self) -> int:
     """Input positions of encoder and decoder."""
     return self.text_length + self.image_length
 
   @property
-  def words(self) -> int:
-    """Size of the text vocabulary, not counting per-position padding ids."""
-    return self.text_vocab - (self.text_length if self.pad < 0 else 0)
-
-  @property
   def padding(self) -> np.ndarray:
     """The ids of the empty caption, int32[T], which guidance contrasts a caption with."""
-    ids = np.arange(self.words, self.text_vocab) if self.pad < 0 else np.full(self.text_length, self.pad)
-    around = [i for i in (self.bos, self.eos) if i >= 0]
+    ids, around = super().padding, [i for i in (self.bos, self.eos) if i >= 0]
     ids[: len(around)] = around
-    return ids.astype(np.int32)
+    return ids
 
   def setup(self):
     if self.d_model % self.heads:
@@ -281,7 +271,7 @@ class DALLEMini(nn.Module):
 
     Row i predicts image token i. Raises ValueError for other lengths.
     """
-    self._check(text, image, (self.image_length,))
+    self.check(text, image, (self.image_length,))
     return self._logits(self.features(text, image[:, :-1]))
 
   def features(self, text: jax.Array, image: jax.Array) -> jax.Array:
@@ -300,7 +290,7 @@ class DALLEMini(nn.Module):
 
     Returns the logits of image token k, float32[B, image_vocab], and the cache.
     """
-    self._check(text, image, range(self.image_length))
+    self.check(text, image, range(self.image_length))
     seen = self._seen(text)
     cache = Cache(seen, (), KVCache())
     x, cache = self.blocks(self._embed_start(image), seen, self.encode(text), Stream(self._patterns), cache)
@@ -320,18 +310,9 @@ class DALLEMini(nn.Module):
     """The decoder's input as a stream: the start token is the prefix, and every position sees all before it."""
     return (Pattern('full', 1, self.grid),)
 
-  def _check(self, text: jax.Array, image: jax.Array, lengths: range | tuple[int, ...]) -> None:
-    if text.shape[1] != self.text_length:
-      raise ValueError(
-        f'DALL-E mini takes {self.text_length} text tokens, not {text.shape[1]}; pad or truncate the captions.'
-      )
-    if image.shape[1] not in lengths:
-      raise ValueError(f'DALL-E mini takes {lengths[0]} to {lengths[-1]} image tokens here, not {image.shape[1]}.')
-
   def _seen(self, text: jax.Array) -> jax.Array:
     """The positions that are not padding, bool[B, T]; the first one always is seen, as attention needs a key."""
-    seen = text < self.words if self.pad < 0 else text != self.pad
-    return seen | (jnp.arange(self.text_length) == 0)
+    return self.is_word(text) | (jnp.arange(self.text_length) == 0)
 
   def _embed_start(self, image: jax.Array) -> jax.Array:
     """The start token and the first k image tokens, int32[B, k] -> [B, k + 1, D]."""
