@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from dalle_jax.training import sharding
+from dalle_jax.training import sharding, state
 from dalle_jax.training.checkpoint import Run, export_run
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +31,15 @@ def one_device():
   make = sharding.make_mesh
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sharding, 'make_mesh', lambda sizes, devices=None: make(sizes, devices or jax.devices()[:1]))
+    yield
+
+
+@contextlib.contextmanager
+def fine_tuning():
+  """Training on one device that starts from another run: its parameters replace zeros, which compile to nothing."""
+  zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
+  with one_device(), pytest.MonkeyPatch.context() as patch:
+    patch.setattr(state, 'init', lambda objective, shape, *_: jax.tree.map(zeros, shape))
     yield
 
 

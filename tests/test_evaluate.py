@@ -1,5 +1,6 @@
 """The evaluation script from end to end, with runs of random parameters: what it writes, counts, and refuses."""
 
+import functools
 import json
 import re
 import shutil
@@ -21,6 +22,7 @@ from dalle_jax.pipelines.dalle import DallE
 from dalle_jax.pipelines.image_tokenizer import ImageTokenizer
 from dalle_jax.pipelines.rerank import Reranker
 from dalle_jax.pipelines.story_dalle import StoryDallE
+from dalle_jax.training import checkpoint
 from tests import runs
 from tests.data.test_story_sources import CLIPS, write_pororo, write_pororo_tables
 
@@ -40,7 +42,8 @@ def root(tmp_path_factory):
   picture, text = np.zeros((1, SIZE, SIZE, 3), np.float32), np.zeros((1, 1, 6), np.int32)
   data = {'image_size': SIZE, 'path': '', 'source': 'story_shapes', 'source_args': {'image_size': SIZE, 'count': 50}}
 
-  fields = dict(variant='test', image_size=SIZE, patch=3)  # 4 x 4 codes of 16
+  # 4 x 4 codes of 16, one level of convolutions, and two layers over the codes: programs that compile quickly
+  fields = dict(variant='test', image_size=SIZE, patch=6, ch_mult=(1,), attn_resolutions=())
   write(root / 'lpips', 'lpips', lpips.build('test'), {'model': {'variant': 'test'}}, picture, picture)
   write(root / 'vqgan', 'vqgan', vqgan.build(**fields), {'model': fields, 'data': data}, picture, frozen=['lpips'])
   c = {'model': {'variant': 'test'}, 'data': data, 'tokenizer': TOKENIZER}
@@ -48,17 +51,18 @@ def root(tmp_path_factory):
   c = {'model': {'variant': 'test', 'labels': 9}, 'data': data}
   write(root / 'classifier', 'classifier', classifier.of_run(c), c, picture)
 
-  model = story_dalle.build('test', text_vocab=WORDS.vocab_size + 6)
+  shallow = {'variant': 'test', 'depth': 2}
+  model = story_dalle.build(**shallow, text_vocab=WORDS.vocab_size + 6)
   codes = np.zeros((1, 1, 16), np.int32)
   pororo = {**data, 'source': 'pororo', 'source_args': {'seed': 1}}
   for name, source in (('story', data), ('pororo', pororo), ('imported', {'image_size': SIZE})):
-    c = {'model': {'variant': 'test'}, 'data': source}
+    c = {'model': shallow, 'data': source}
     write(root / name, 'story_dalle', model, c, text, codes, codes[0], frozen=['vqgan'], players=True)
 
   data = {**data, 'source': 'shapes', 'source_args': {'image_size': SIZE, 'count': 50}}
-  c = {'model': {'variant': 'test'}, 'data': data}
+  c = {'model': shallow, 'data': data}
   sizes = dict(text_vocab=WORDS.vocab_size + 6, text_length=6, image_vocab=16, grid=(4, 4))
-  write(root / 'dalle', 'dalle', dalle.build('test', **sizes), c, text[0], codes[0], frozen=['vqgan'])
+  write(root / 'dalle', 'dalle', dalle.build(**shallow, **sizes), c, text[0], codes[0], frozen=['vqgan'])
   c = {'model': {'variant': 'test'}}
   write(root / 'inception', 'inception', inception.of_run(c), c, picture)
   return root
@@ -68,6 +72,15 @@ def root(tmp_path_factory):
 def few_at_once(monkeypatch):
   """A batch is filled up, and through Inception-v3 each picture takes its time."""
   monkeypatch.setattr(fid, 'BATCH', 8)
+
+
+loaded = functools.cache(checkpoint.load_run)
+
+
+@pytest.fixture(autouse=True)
+def loaded_once(monkeypatch):
+  """The runs are the same for all tests, so each is read once in the same way."""
+  monkeypatch.setattr(checkpoint, 'load_run', loaded)
 
 
 @pytest.fixture

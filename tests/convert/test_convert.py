@@ -29,6 +29,9 @@ from tests import runs
 FIXTURES = Path(__file__).parent / 'fixtures'
 
 
+QUICKLY = ['--config.train.ema=0', '--config.train.eval_every=0', '--config.optim.name=sgd', '--config.data.workers=0']
+
+
 def convert(*arguments, capsys=None):
   status = runs.call(command, *arguments)
   return status, capsys.readouterr() if capsys else None
@@ -46,11 +49,11 @@ def test_an_imported_run_draws_and_is_fine_tuned_into_a_storyteller(mindalle, tm
   drawn = DallE.load(mindalle).sample(['a red circle'], seed=3, top_k=8)[0]
   assert drawn.images.shape == (1, 32, 32, 3) and len(np.unique(drawn.tokens)) > 8
   arguments = [
-    '--config.train.steps=2', '--config.train.eval_every=0', '--config.train.log_every=1', '--config.data.batch_size=8',
+    *QUICKLY, '--config.train.steps=2', '--config.train.log_every=1', '--config.data.batch_size=2',
     '--config.data.source_args.count=16', f'--config.run_dir={tmp_path}/story',
   ]  # fmt: skip
   config = f'configs/finetune_storydalle.py:shapes,base={mindalle},size=32'
-  with runs.one_device():
+  with runs.fine_tuning():
     assert train.main(['train.py', f'--config={config}', *arguments]) == 0
   said = capsys.readouterr().out
   assert 'step 2/2' in said and 'story:' in said
@@ -87,17 +90,17 @@ def test_a_dalle_of_dalle_pytorch_draws_and_is_fine_tuned(words, tmp_path, capsy
   assert model.encode_text('a zebra red').tolist() == [1, 61, 2, *range(63, 72)]  # what is unknown is padding, too
   drawn = model.sample(['a red circle'], n=2, guidance=2.0)[0]
   assert drawn.images.shape == (2, 32, 32, 3) and len(np.unique(drawn.tokens)) > 8
-  again = model.sample(['a red circle'], n=1, first=1, guidance=2.0)[0]
+  again = model.sample(['a red circle'], n=2, first=1, guidance=2.0)[0]
   np.testing.assert_array_equal(again.tokens[0], drawn.tokens[1])
   arguments = [
     f'--config=configs/finetune_mindalle.py:base={out},size=32,batch=2,steps=2', '--config.data.source=shapes',
-    '--config.data.workers=0', '--config.train.eval_every=0', f'--config.run_dir={tmp_path}/tuned',
+    *QUICKLY, f'--config.run_dir={tmp_path}/tuned',
   ]  # fmt: skip
-  with runs.one_device():
+  with runs.fine_tuning():
     assert train.main(['train.py', *arguments]) == 0
   tuned, before = (checkpoint.load_run(path).params['dalle'] for path in (tmp_path / 'tuned', out))
   assert np.abs(np.subtract(tuned['text_embed'], before['text_embed'])).max() > 0
-  assert DallE.load(tmp_path / 'tuned').sample(['a circle'])[0].images.shape == (1, 32, 32, 3)
+  assert DallE.load(tmp_path / 'tuned').sample(['a circle'], n=2, guidance=2.0)[0].images.shape == (2, 32, 32, 3)
 
 
 def test_a_dalle_of_dalle_pytorch_says_what_it_lacks(words, tmp_path, capsys):
@@ -215,11 +218,11 @@ def test_an_imported_vqgan_is_fine_tuned_with_its_discriminator_and_lpips(tmp_pa
     shutil.copy(FIXTURES / 'taming_vqgan' / name, logs / folder)
   assert convert('--from=taming', f'--path={logs}', f'--out={base}')[0] == 0
   arguments = [
-    '--config.data.source=shapes', '--config.data.augment=', '--config.data.workers=0', '--config.data.batch_size=8',
-    '--config.train.steps=1', '--config.train.eval_every=0', '--config.train.log_every=1', f'--config.run_dir={run}',
+    *QUICKLY, '--config.data.source=shapes', '--config.data.augment=', '--config.data.batch_size=2',
+    '--config.train.steps=1', '--config.train.log_every=1', f'--config.run_dir={run}',
   ]  # fmt: skip
   config = f'configs/finetune_vqgan.py:base={base},size=64'
-  with runs.one_device():
+  with runs.fine_tuning():
     assert train.main(['train.py', f'--config={config}', *arguments]) == 0
   said = capsys.readouterr().out
   assert 'lpips: ' in said and 'discriminator: ' in said and 'adaptive_weight' in said
