@@ -81,70 +81,63 @@ def params(path):
   return checkpoint.load_run(path, ema=False).params
 
 
-def test_two_processes_draw_what_one_does(tmp_path):
-  """Over one mesh; process 0 writes."""
+SCORE_AND_ENCODE = """
+import sys
+import evaluate, sample
+from configs import common
+from dalle_jax.data.sources import shapes
+from dalle_jax.pipelines import encode
+from dalle_jax.training import checkpoint, sharding
+from tests import runs
+if __name__ == '__main__':
+  root, *scoring = sys.argv[1:]
+  assert runs.call(evaluate, *scoring) == 0
+  with sharding.use(common.MESHES['data'], common.RULES) as mesh:
+    run = checkpoint.load_run(f'{root}/vqgan', mesh=mesh, rules=common.RULES)
+    encode.encode_dataset(shapes.load('train', image_size=24, count=11), run, f'{root}/two_encoded', 24, 8)
+  print('encoded')
+  runs.call(sample, f'--run={root}/dalle', '--prompt=a')
+"""
+
+
+def test_two_processes_draw_score_and_encode_ahead_what_one_does(tmp_path):
+  """Over one mesh; process 0 writes. Each reads half of the images to encode."""
   words, text = bpe.train(['a red heart'] * 3, 300), np.zeros((1, 6), np.int32)
   c = {'data': {'image_size': 24}, 'tokenizer': {'vocab_size': words.vocab_size, 'length': 6}}
-  fields, picture = dict(variant='test', image_size=24, patch=3), np.zeros((1, 24, 24, 3), np.float32)
+  picture = np.zeros((1, 24, 24, 3), np.float32)
+  fields = dict(variant='test', image_size=24, patch=6, ch_mult=(1,), attn_resolutions=())
   write = functools.partial(runs.write, words=words)
   write(tmp_path / 'vqgan', 'vqgan', vqgan.build(**fields), c | {'model': fields}, picture)
   c['model'] = {'variant': 'test'}
   write(tmp_path / 'clip', 'clip', clip.of_run(c), c, picture, text)
-  model = dalle.build('test', text_vocab=words.vocab_size + 6)
+  c['model'] = {'variant': 'test', 'depth': 2}
+  model = dalle.build('test', depth=2, text_vocab=words.vocab_size + 6)
   write(tmp_path / 'dalle', 'dalle', model, c, text, np.zeros((1, 16), np.int32), frozen=['vqgan'])
-  asked = [f'--run={tmp_path}/dalle', f'--clip={tmp_path}/clip', '--n=3', '--prompt=a red heart', '--prompt=b']
-  over = [*asked, '--mesh=data=2,tensor=2', f'--out={tmp_path}/two']
-  first, second = ends(start('sample.py', *over))
+
+  asked, over = [f'--run={tmp_path}/dalle', f'--clip={tmp_path}/clip', '--n=3'], '--mesh=data=2,tensor=2'
+  drawing = [*asked, '--prompt=a red heart', '--prompt=b', '--prompt=a']
+  running = start('sample.py', *drawing, over, f'--out={tmp_path}/two')
+  assert runs.call(sample, *drawing, '--out', tmp_path / 'one') == 0
+  first, second = ends(running)
   assert (first[0], second[0]) == (0, 0), first[3] + second[3]
-  assert 'devices: 4 x cpu' in first[1] and 'wrote 6 images' in first[1] and 'devices' not in second[1]
-  assert runs.call(sample, *asked, '--out', tmp_path / 'one') == 0
+  assert 'devices: 4 x cpu' in first[1] and 'wrote 9 images' in first[1] and 'devices' not in second[1]
+  scoring = [*asked, '--source=shapes', '--split=val', '--count=3']
+  running = start('-c', SCORE_AND_ENCODE, str(tmp_path), *scoring, over, f'--out={tmp_path}/two_scored', '--save_true')
+  data, run = shapes.load('train', image_size=24, count=11), checkpoint.load_run(tmp_path / 'vqgan')
+  encode.encode_dataset(data, run, tmp_path / 'one_encoded', 24, 8)
+  first, second = ends(running)
+  assert 'encoded' in first[1], first[3] + second[3]
+  assert first[0] and 'several processes sample over one mesh; give it, e.g. --mesh data=-1' in first[3]
+  again = f'--fid_reference={tmp_path}/two_scored/true.npz'
+  assert runs.call(evaluate, *scoring, again, '--out', tmp_path / 'one_scored') == 0
+
   for name in ('000_0.png', '000_2.png', '001_1.png'):
     two, one = (np.asarray(Image.open(tmp_path / k / name), int) for k in ('two', 'one'))
     np.testing.assert_allclose(two, one, atol=1)
-  scored = [*asked[:3], '--source=shapes', '--split=val', '--count=3']
-  first, second = ends(
-    start('evaluate.py', *scored, '--mesh=data=2,tensor=2', f'--out={tmp_path}/two_scored', '--save_true')
-  )
-  assert (first[0], second[0]) == (0, 0), first[3] + second[3]
-  again = f'--fid_reference={tmp_path}/two_scored/true.npz'
-  assert runs.call(evaluate, *scored, again, '--out', tmp_path / 'one_scored') == 0
   two, one = (json.loads((tmp_path / k / 'metrics.json').read_text()) for k in ('two_scored', 'one_scored'))
-  assert two['clip_score'] == pytest.approx(one['clip_score'], abs=1e-3) and two['fid'] == pytest.approx(
-    one['fid'], rel=0.05
-  )
-  refused, _ = ends(start('sample.py', *asked))
-  assert refused[0] == 2 and 'several processes sample over one mesh; give it, e.g. --mesh data=-1' in refused[3]
-
-
-ENCODE = """
-import sys
-from absl import flags
-from configs import common
-from dalle_jax.data.sources import shapes
-from dalle_jax.pipelines import encode
-from dalle_jax.training import checkpoint, distributed, sharding
-if __name__ == '__main__':
-  values = flags.FlagValues()
-  distributed.define_flags(values)
-  _, run, out = values(sys.argv)
-  distributed.join(values)
-  with sharding.use(common.MESHES['data'], common.RULES) as mesh:
-    run = checkpoint.load_run(run, mesh=mesh, rules=common.RULES)
-    encode.encode_dataset(shapes.load('train', image_size=24, count=11), run, out, 24, 8)
-"""
-
-
-def test_two_processes_encode_ahead_what_one_does(tmp_path):
-  """Each reads half of the images."""
-  fields, picture = dict(variant='test', image_size=24, patch=3), np.zeros((1, 24, 24, 3), np.float32)
-  c = {'data': {'image_size': 24}, 'model': fields}
-  runs.write(tmp_path / 'vqgan', 'vqgan', vqgan.build(**fields), c, picture)
-  first, second = ends(start('-c', ENCODE, f'{tmp_path}/vqgan', f'{tmp_path}/two'))
-  assert (first[0], second[0]) == (0, 0), first[3] + second[3]
-  encode.encode_dataset(
-    shapes.load('train', image_size=24, count=11), checkpoint.load_run(tmp_path / 'vqgan'), tmp_path / 'one', 24, 8
-  )
-  one, two = (tokens.Tokens(tmp_path / name) for name in ('one', 'two'))
+  assert two['clip_score'] == pytest.approx(one['clip_score'], abs=1e-3)
+  assert two['fid'] == pytest.approx(one['fid'], rel=0.05)
+  one, two = (tokens.Tokens(tmp_path / f'{name}_encoded') for name in ('one', 'two'))
   assert len(one) == len(two) == 11
   for i in range(11):
     assert one[i]['captions'] == two[i]['captions'] and (one[i]['tokens'] == two[i]['tokens']).all()
@@ -158,20 +151,26 @@ from configs import common
 from dalle_jax.training import layout
 values = flags.FlagValues()
 layout.define_flags(values)
-flags.DEFINE_integer('seed', SEED, '', flag_values=values)
+flags.DEFINE_integer('seed', 0, '', flag_values=values)
 values(sys.argv)
+values.seed = values.process
+try:
+  with layout.asked(values, common.MESHES['data'], common.RULES):
+    print('not refused')
+except ValueError as e:
+  print(e, file=sys.stderr)
+values.seed, values.coordinator, values.processes, values.process = 0, '', 0, -1  # they have joined
 with layout.asked(values, common.MESHES['data'], common.RULES):
   time.sleep(4 if jax.process_index() == 0 else 0)
   print('written')
 """
 
 
-def test_who_writes_may_take_its_time_and_flags_are_those_of_all():
-  first, second = ends(start('-c', LAYOUT.replace('SEED', '0'), '--mesh=data=-1', '--silence=2'))
+def test_flags_are_those_of_all_and_who_writes_may_take_its_time():
+  first, second = ends(start('-c', LAYOUT, '--mesh=data=-1', '--silence=2'))
   assert (first[0], second[0]) == (0, 0), first[3] + second[3]
+  assert 'differ in --seed' in first[3] and 'differ in --seed' in second[3] and 'not refused' not in first[1]
   assert 'written' in first[1]
-  differing = ends(start('-c', LAYOUT.replace('SEED', 'int(sys.argv[-1][-1])'), '--mesh=data=-1'))
-  assert all(status for status, *_ in differing) and any('differ in --seed' in err for *_, err in differing)
 
 
 def test_two_processes_equal_one(tmp_path, straight):
