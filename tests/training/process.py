@@ -2,6 +2,7 @@
 
 `--event=KIND:PROCESS:STEP` makes that process fail ('bad') or send itself SIGKILL ('KILL'), SIGSTOP ('STOP') or SIGTERM
 ('TERM') when it reads the batch of that step, or report a skipped record from the beginning ('skip').
+`--mesh` may name several: then there is a run in RUN_DIR/I for the I-th of them, and the event is in the last one.
 """
 
 import os
@@ -47,6 +48,14 @@ class Rows:
     return self.next()
 
 
+def train(run_dir, steps, mesh, event=''):
+  """Whether a signal asked for a stop."""
+  c = toy.config(run_dir, steps=steps, log_every=1)
+  c.mesh.update(MESHES[mesh])
+  read = sharding.part_to_read(sharding.make_mesh(c.mesh))
+  return toy.train(c, batches=lambda start: Rows(batches(start, event, *read)))[1]
+
+
 def main(argv):
   values = flags.FlagValues()
   distributed.define_flags(values)
@@ -55,10 +64,10 @@ def main(argv):
   _, run_dir, steps = values(argv)
   try:
     distributed.join(values)
-    c = toy.config(run_dir, steps=int(steps), log_every=1)
-    c.mesh.update(MESHES[values.mesh])
-    read = sharding.part_to_read(sharding.make_mesh(c.mesh))
-    _, stopped = toy.train(c, batches=lambda start: Rows(batches(start, values.event, *read)))
+    *before, last = values.mesh.split(',')
+    for i, mesh in enumerate(before):
+      train(f'{run_dir}/{i}', int(steps), mesh)
+    stopped = train(f'{run_dir}/{len(before)}' if before else run_dir, int(steps), last, values.event)
   except errors.EXPECTED as e:
     return errors.report(e, debug=False)
   return 143 if stopped else 0

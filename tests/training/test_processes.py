@@ -173,13 +173,17 @@ def test_flags_are_those_of_all_and_who_writes_may_take_its_time():
   assert 'written' in first[1]
 
 
-def test_two_processes_equal_one(tmp_path, straight):
-  first, second = ends(toys(tmp_path))
-  assert (first[0], second[0]) == (0, 0), first[3] + second[3]
+def test_two_processes_equal_one_and_stop_where_they_read_other_rows(tmp_path, straight):
+  """Also where they share layers, for which they must read the same rows."""
+  first, second = ends(toys(tmp_path, 'skip:1:0', '--mesh=data,across,across'))
   assert 'devices: 4 x cpu' in first[1] and 'step' not in second[1]  # only process 0 prints
-  same(params(tmp_path), straight.params)
-  same(checkpoint.load_run(tmp_path).params, straight.ema)
-  assert [m['step'] for m in metrics.read(tmp_path / 'metrics.jsonl')] == list(range(1, STEPS + 1))
+  assert checkpoint.steps(tmp_path / '0') and checkpoint.steps(tmp_path / '1'), first[3] + second[3]
+  for name in ('0', '1'):
+    same(params(tmp_path / name), straight.params)
+    same(checkpoint.load_run(tmp_path / name).params, straight.ema)
+    assert [m['step'] for m in metrics.read(tmp_path / name / 'metrics.jsonl')] == list(range(1, STEPS + 1))
+  assert (first[0], second[0]) == (2, 2) and not checkpoint.steps(tmp_path / '2')
+  assert 'the processes differ in the records that they could not read' in first[3] + second[3]
 
 
 @pytest.mark.parametrize(
@@ -196,18 +200,6 @@ def test_two_processes_equal_one(tmp_path, straight):
 def test_what_starting_again_does_not_mend_is_no_loss_of_a_process(monkeypatch, text, loss):
   monkeypatch.setattr(distributed, 'joined', lambda: True)
   assert distributed.is_loss(jax.errors.JaxRuntimeError(text)) == loss
-
-
-def test_processes_that_share_layers_read_the_same_rows(tmp_path, straight):
-  first, second = ends(toys(tmp_path, '', '--mesh=across'))
-  assert (first[0], second[0]) == (0, 0), first[3] + second[3]
-  same(params(tmp_path), straight.params)
-
-
-def test_processes_that_share_layers_and_read_other_rows_stop(tmp_path):
-  first, second = ends(toys(tmp_path, 'skip:1:0', '--mesh=across'))
-  assert (first[0], second[0]) == (2, 2), first[3] + second[3]
-  assert 'the processes differ in the records that they could not read' in first[3] + second[3]
 
 
 def test_a_run_that_loses_processes_again_and_again_equals_one_left_alone(tmp_path, straight):
@@ -275,11 +267,13 @@ def test_train_with_an_objective_evaluation_and_pictures(tmp_path):
     {'variant': 'test', 'patch': 9, 'layers': 1, 'text_layers': 1},
     {'batch_size': 16, 'source_args.count': 64},
   )
-  often = {'steps': 2, 'log_every': 1, 'eval_every': 2, 'eval_batches': 2}
-  small = {f'{k}.{name}': v for k, d in dict(model=model, data=data, train=often).items() for name, v in d.items()}
+  often = {'steps': 2, 'log_every': 1, 'eval_every': 2, 'eval_batches': 2, 'ema': 0}
+  parts = dict(model=model, data=data, train=often, optim={'name': 'sgd'})
+  small = {f'{k}.{name}': v for k, d in parts.items() for name, v in d.items()}
   options = [f'--config.{k}={v}' for k, v in small.items()]
   running = start(*command, *options, f'--config.root={tmp_path}/two', devices=1)
-  assert train.main([*command, *options, f'--config.root={tmp_path}/one']) == 0
+  with runs.one_device():
+    assert train.main([*command, *options, f'--config.root={tmp_path}/one']) == 0
   first, second = ends(running)
   assert (first[0], second[0]) == (0, 0), first[3] + second[3]
   one, two = (metrics.read(tmp_path / n / 'clip' / 'metrics.jsonl') for n in ('one', 'two'))
