@@ -3,6 +3,7 @@
 A folder has a public checkpoint, inputs (in_*) and the outputs of the original code (out_*), NCHW as in PyTorch.
 """
 
+import functools
 import json
 from pathlib import Path
 
@@ -59,9 +60,13 @@ nhwc = lambda x: jnp.asarray(x).transpose(0, 2, 3, 1)
 nchw = lambda x: np.asarray(x).transpose(0, 3, 1, 2)
 
 
-def applied(module, params, *args, method=None, jit=True):
-  f = lambda p, *x: module.apply({'params': p}, *x, method=method)
-  return (jax.jit(f) if jit else f)(params, *map(jnp.asarray, args))
+@functools.cache
+def compiled(module, method):
+  return jax.jit(lambda params, *args: module.apply({'params': params}, *args, method=method))
+
+
+def applied(module, params, *args, method=None):
+  return compiled(module, method)(params, *map(jnp.asarray, args))
 
 
 def taming(folder, arrays, source='taming'):
@@ -88,23 +93,29 @@ def taming(folder, arrays, source='taming'):
     found |= {'out_proj_logits': nchw(logits), 'out_codes_gumbel': noisy, 'out_quant_gumbel': nchw(table[noisy])}
   found['out_kl_loss' if gumbel else 'out_codebook_loss'] = loss
   judge = patchgan.build(config['loss']['disc_variant'], **config['loss']['disc'])
-  logits = lambda x: applied(judge, run.network('discriminator'), x, jit=False)
+  logits = lambda x: judge.apply({'params': run.network('discriminator')}, x)
   near, seen = run.frozen['lpips'], lpips.build(**run.frozen['lpips'].config['model'])
   distance = lambda x: seen.apply({'params': near.network('lpips')}, x, image)
-  nll = lambda x: jnp.abs(x - image).mean() + config['loss']['lpips_weight'] * distance(x).mean()
-  fake, real = logits(out.recon), logits(image)
+  nll = lambda x, far: jnp.abs(x - image).mean() + config['loss']['lpips_weight'] * far.mean()
+  fake, real, far = jax.jit(lambda x: (logits(x), logits(image), distance(x)))(out.recon)
 
   def head(kernel):
     variables = {'params': {'conv_out': {**params['conv_out'], 'kernel': kernel}}}
     return model.apply(variables, out.features, method='to_pixels')
 
   fool = lambda x: gan.hinge_generator(logits(x))
-  weight = jax.jit(lambda kernel: gan.adaptive_weight(head, kernel, nll, fool))(params['conv_out']['kernel'])
+  weight = jax.jit(lambda kernel: gan.adaptive_weight(head, kernel, lambda x: nll(x, distance(x)), fool))(
+    params['conv_out']['kernel']
+  )
   weight = weight * config['loss']['disc_weight']
-  found |= {'out_disc_logits': fake[:, None], 'out_disc_logits_real': real[:, None], 'out_nll_loss': nll(out.recon)}
-  found |= {'out_lpips': distance(out.recon)[:, None, None, None], 'out_g_loss': -fake.mean(), 'out_d_weight': weight}
+  found |= {
+    'out_disc_logits': fake[:, None],
+    'out_disc_logits_real': real[:, None],
+    'out_nll_loss': nll(out.recon, far),
+  }
+  found |= {'out_lpips': far[:, None, None, None], 'out_g_loss': -fake.mean(), 'out_d_weight': weight}
   described = files.config(next(folder.glob('*.yaml')))['model']['params']['lossconfig']['params']
-  found['out_total_loss'] = nll(out.recon) - weight * fake.mean() + described.get('codebook_weight', 1.0) * loss
+  found['out_total_loss'] = nll(out.recon, far) - weight * fake.mean() + described.get('codebook_weight', 1.0) * loss
   found['out_disc_loss'] = gan.hinge_discriminator(real, fake)
   return found
 
@@ -153,7 +164,9 @@ def mindalle(folder, arrays):
   apply = lambda p: lambda *args, method: model.apply({'params': p}, *args, method=method)
   drawn = jax.jit(lambda p, t: greedy(apply(p), t, length))(params, text)
   prequant, own, recon, pictures = image_tokens(run, arrays['in_image'], codes)
-  logits = decoding.filter_logits(jnp.asarray(arrays['in_logits']) / 0.7, top_k=24)
+  probable = jax.jit(
+    lambda logits: jax.nn.softmax(decoding.filter_logits(decoding.filter_logits(logits / 0.7, top_k=24), top_p=0.8))
+  )
   return {
     'out_token_ids': texts(run, json.loads((folder / 'captions.json').read_text())),
     'out_logits_img': image_logits,
@@ -165,7 +178,7 @@ def mindalle(folder, arrays):
     'out_image_codes': own,
     'out_recon': recon,
     'out_prequant': prequant,
-    'out_topk_topp_probs': jax.nn.softmax(decoding.filter_logits(logits, top_p=0.8)),
+    'out_topk_topp_probs': probable(arrays['in_logits']),
   }
 
 
@@ -252,19 +265,21 @@ def rudalle(folder, arrays):
     text = np.where(arrays['in_text'] == 0, model.padding, arrays['in_text'])
     n = codes.shape[1] if version == 'v3' else codes.shape[1] - 1  # v2 has a start token in front
 
-    def joint(params, text, image, model=model):
-      x = model.apply({'params': params}, text, image, method='features')
-      heads = (model.apply({'params': params}, x, method=f'{kind}_logits') for kind in ('text', 'image'))
-      return jnp.concatenate([*heads], -1)
-
-    logits, words = jax.jit(joint)(params, text, codes[:, :n]), params['text_embed'].shape[0]
     labels = np.concatenate([text, codes], 1)[:, int(version == 'v3') :]
+    words = params['text_embed'].shape[0]
     ends = (
       (slice(0, model.text_length), slice(0, words)),
       (slice(model.text_length, labels.shape[1]), slice(words, None)),
     )
-    # In v3 the first image code is among the labels of the text, as if it were a text token: a bug of the original.
-    text_loss, image_loss = (losses.token_loss(logits[:, at, ids], labels[:, at])[0] for at, ids in ends)
+
+    def joint(params, text, image, labels, model=model, ends=ends):
+      x = model.apply({'params': params}, text, image, method='features')
+      heads = (model.apply({'params': params}, x, method=f'{kind}_logits') for kind in ('text', 'image'))
+      logits = jnp.concatenate([*heads], -1)
+      # In v3 the first image code is among the labels of the text, as if it were a text token: a bug of the original.
+      return logits, [losses.token_loss(logits[:, at, ids], labels[:, at])[0] for at, ids in ends]
+
+    logits, (text_loss, image_loss) = jax.jit(joint)(params, text, codes[:, :n], labels)
     loss = (text_loss + 7 * image_loss) / 8
     found |= {f'out_{version}_logits': logits, f'out_{version}_loss': np.array([loss, text_loss, image_loss])}
     for theirs, ours in (('row', 'row'), ('col', 'column'), ('conv', 'wrapped' if version == 'v2' else 'conv')):
@@ -304,7 +319,6 @@ def dalle_pytorch_outputs(model, params, arrays, guided):
   text, codes = np.where(arrays['in_text'] == 0, model.padding, arrays['in_text']), arrays['in_codes']
   t, words = model.text_length, model.text_vocab
 
-  @jax.jit
   def joint(codes):
     """Logits of all ids at all positions; 0 for image at the positions of text, and the other way round."""
     run = lambda *x, method: model.apply({'params': params}, *x, method=method)
@@ -313,21 +327,20 @@ def dalle_pytorch_outputs(model, params, arrays, guided):
     pad = lambda x, left, right: jnp.pad(x, ((0, 0), (0, 0), (left, right)))
     return jnp.concatenate([pad(of_text, 0, model.image_vocab), pad(of_image, words, 0)], 1)
 
+  @jax.jit
+  def forward(codes):
+    logits, given = joint(codes[:, :-1]), codes.shape[1] // 2 + 1
+    text_loss, _ = losses.token_loss(logits[:, :t, :words], text)
+    image_loss, _ = losses.token_loss(logits[:, t:, words:], codes)
+    return logits, (text_loss + 7 * image_loss) / 8, joint(codes[:, :given])[:, -3:]
+
   def draw(guidance):
     apply = lambda *args, method: model.apply({'params': layers}, *args, method=method)
     return jax.jit(lambda text: greedy(apply, text, codes.shape[1], model.padding, guidance))(text)
 
   layers = decode_params.by_layer(params)
-  logits, given, drawn = joint(codes[:, :-1]), codes.shape[1] // 2 + 1, draw(1.0)
-  text_loss, _ = losses.token_loss(logits[:, :t, :words], text)
-  image_loss, _ = losses.token_loss(logits[:, t:, words:], codes)
-  found = {
-    'logits': logits,
-    'loss': (text_loss + 7 * image_loss) / 8,
-    'logits_prefix': joint(codes[:, :given])[:, -3:],
-    'greedy': drawn,
-    'greedy_cached': drawn,
-  }
+  (logits, loss, prefix), drawn = forward(codes), draw(1.0)
+  found = {'logits': logits, 'loss': loss, 'logits_prefix': prefix, 'greedy': drawn, 'greedy_cached': drawn}
   return found | ({'cond3_intended': draw(3.0)} if guided else {})
 
 
@@ -408,6 +421,7 @@ def clip_hf(folder, arrays):
   seen, ids = jnp.asarray(arrays['in_attention_mask'], bool), arrays['in_input_ids']
   image = nhwc(arrays['in_pixel_values']) * np.array(STD) * 2 + np.array(MEAN) * 2 - 1
 
+  @functools.partial(jax.jit, static_argnums=(0, 2))
   def tower(model, params, name, *inputs):
     run = lambda m, *x: getattr(m, name)(*x)
     features, state = model.apply({'params': params}, *inputs, method=run, mutable='hidden')
@@ -493,12 +507,14 @@ def unclip_diffusers(folder, arrays):
   first, last = (of(parts['upsampler'], name) for name in ('upsampler', 'last'))
   prompts = json.loads((folder / 'prompts.json').read_text())
   ids = texts(words, prompts)
-  caption, empty = (reader.encode_text(clip_params, jnp.asarray(x)) for x in (ids, np.tile(reader.empty_ids, (2, 1))))
+  read_text = jax.jit(reader.encode_text)
+  caption, empty = (read_text(clip_params, x) for x in (ids, np.tile(reader.empty_ids, (2, 1))))
   predict = jax.jit(lambda x, t, c: guess.apply({'params': guess_params}, x, jnp.full(len(x), t), c))
   paint = jax.jit(lambda x, t, e, c, k: model.apply({'params': params}, x, jnp.full(len(x), t), e, c, k))
   sharpen = jax.jit(lambda p, x, t, low: up.apply({'params': p}, x, jnp.full(len(x), t), low))
   widen = lambda low: jax.image.resize(jnp.clip(low, -1, 1), (*low.shape[:1], up.image_size, up.image_size, 3), 'cubic')
-  back = diffusion.reverse_step
+  back = jax.jit(diffusion.reverse_step, static_argnums=(0, 3, 4))
+  guide = jax.jit(diffusion.guide, static_argnums=0)
 
   def down(d, step_of, x, noise, count):
     steps = d.timesteps(count)
@@ -508,7 +524,7 @@ def unclip_diffusers(folder, arrays):
 
   def paint_guided(embed, about, scale):
     known = lambda value: jnp.full(2, value)
-    return lambda i, x, t: diffusion.guide(
+    return lambda i, x, t: guide(
       model.diffusion, paint(x, t, embed, about, known(True)), paint(x, t, embed, empty, known(False)), scale
     )
 
@@ -520,8 +536,8 @@ def unclip_diffusers(folder, arrays):
 
   t, latents, picture = arrays['in_t'], arrays['in_prior_latents'], nhwc(arrays['in_decoder_latents'])
   large, counts = nhwc(arrays['in_super_res_latents']), arrays['in_steps']
-  embedding = lambda x: guess.apply({'params': guess_params}, x, method='embedding')
-  conditions = lambda e, c, known: model.apply({'params': params}, e, c, known, method='conditions')
+  embedding = jax.jit(lambda x: guess.apply({'params': guess_params}, x, method='embedding'))
+  conditions = jax.jit(lambda e, c, known: model.apply({'params': params}, e, c, known, method='conditions'))
   # The same embedding for both prompts: the first row ignores it, the second uses it.
   embed, half = np.tile(latents[:1], (2, 1)), jnp.array([False, True])
   tokens, time, _ = conditions(embed, caption, half)
@@ -548,14 +564,14 @@ def unclip_diffusers(folder, arrays):
   for name, later, then in (('decoder', 666, 333), ('decoder_t1', 1, 0), ('decoder_t0', 0, -1)):
     found[f'out_step_{name}'] = nchw(back(model.diffusion, seen, picture, later, then, nhwc(noises['decoder'])))
   # Both pipelines, from captions and from images
-  guided = lambda i, x, t: diffusion.guide(guess.diffusion, predict(x, t, caption), predict(x, t, empty), 4.0)
+  guided = lambda i, x, t: guide(guess.diffusion, predict(x, t, caption), predict(x, t, empty), 4.0)
   drawn = down(guess.diffusion, guided, latents, arrays['in_noise_prior'], int(counts[0]))
   noise, unit = [nhwc(x) for x in arrays['in_noise_decoder']], lambda x: jnp.clip(x * 0.5 + 0.5, 0, 1)
   small = down(model.diffusion, paint_guided(embedding(drawn), caption, 3.0), picture, noise, int(counts[1]))
   sharp = finish(small)
   found |= {'out_pipe_prior': drawn, 'out_pipe_decoder': nchw(small), 'out_pipe_sr': nchw(sharp)}
   pixels = nhwc(arrays['in_pixel_values']) * np.array(STD) * 2 + np.array(MEAN) * 2 - 1
-  embeds = reader.encode_image(clip_params, pixels)
+  embeds = jax.jit(reader.encode_image)(clip_params, pixels)
   varied = finish(down(model.diffusion, paint_guided(embeds, empty, 3.0), picture, noise, int(counts[1])))
   return found | {'out_pipe_image': unit(sharp), 'out_var_image_embeds': embeds, 'out_var_image': unit(varied)}
 
