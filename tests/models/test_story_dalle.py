@@ -18,15 +18,17 @@ B, T, N, I = 3, 4, 6, 16
 TEXT = jax.random.randint(jax.random.key(0), (B, T, N), 0, 34)
 IMAGE = jax.random.randint(jax.random.key(1), (B, T, I), 0, 16)
 SOURCE = jax.random.randint(jax.random.key(2), (B, I), 0, 16)
-FORMS = [dict(), dict(prompt=3, sentences='data', sentence_dim=5), dict(retro=2, period=2, attention='row,column')]
+FORMS = [
+  dict(), dict(prompt=3, sentences='data', sentence_dim=5), dict(depth=4, retro=2, period=2, attention='row,column')
+]  # fmt: skip
 ROTARY = dict(image_positions='rotary', shift_tokens=True, reversible=True, heads=3, head_dim=12)  # as of DALLE-pytorch
 FORMS.append(ROTARY)
 
 
 @functools.cache
 def built(**fields):
-  """The model, random parameters, and sentence embeddings if it needs them."""
-  model = story_dalle.build('test', **fields)
+  """The model, of two layers unless `fields` say otherwise, random parameters, and sentence embeddings if needed."""
+  model = story_dalle.build('test', **{'depth': 2, **fields})
   dim = fields.get('sentence_dim')
   sentences = jax.random.normal(jax.random.key(3), (B, T, dim)) if dim else None
   params = runs.parameters(model.init, TEXT, IMAGE, SOURCE, sentences)['params']
@@ -39,11 +41,11 @@ def forward(**fields):
   model, params, sentences = built(**fields)
 
   @jax.jit
-  def logits(text=TEXT, image=IMAGE, source=SOURCE):
+  def logits(text, image, source):
     both = model.apply({'params': params}, text, image, source, sentences)
     return tuple(x.reshape(*text.shape[:2], *x.shape[1:]) for x in both)
 
-  return logits
+  return lambda text=TEXT, image=IMAGE, source=SOURCE: logits(text, image, source)
 
 
 def changed(a, b, axis=-1):
@@ -52,7 +54,7 @@ def changed(a, b, axis=-1):
 
 def test_retrofitting_is_a_strict_merge_that_gives_the_pretrained_logits():
   """(Released: the cross-attention is no parameter at all.)"""
-  base = dalle.build('test')
+  base = dalle.build('test', depth=2)
   rows = TEXT.reshape(-1, N), IMAGE.reshape(-1, I)
   pretrained = {'dalle': runs.parameters(base.init, *rows)['params']}
   model, _, _ = built(story_encoder='')
