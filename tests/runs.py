@@ -54,12 +54,6 @@ def parameters(init, *inputs, scale=0.3, seed=0):
   return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def larger(params, seed=0, scale=0.3):
-  """Parameters with noise on all of them, so that what is zero at the start counts, too; nothing is compiled."""
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda x: np.asarray(x + rng.normal(0, scale, x.shape), x.dtype), jax.device_get(params))
-
-
 def write(path, kind, model, config, *inputs, words=None, frozen=(), players=False):
   """A run of the objective `kind` in `path`; `frozen` ones lie beside it; with `players` parameters are by player."""
   params = parameters(model.init, *inputs)['params']

@@ -249,7 +249,7 @@ def test_a_tokenizer_of_youtokentome(tmp_path):
   path.write_text('\n'.join(lines))
   words = rudalle.youtokentome(path)
   assert words.encode('AB  ba').ids == [8, 4, 6, 5] and words.encode('z').ids[-1] == 1
-  assert rudalle.youtokentome(path, lowercase=False).encode('Ab').ids == [4, 1, 6]
+  assert dalle_pytorch.tokenizer(path, words.get_vocab_size()).encode('Ab').ids == [4, 1, 6]  # it keeps case
   path.write_text('3 2\n1 2')
   with pytest.raises(ValueError, match=r'cannot be read .*; expected a YouTokenToMe model'):
     rudalle.youtokentome(path)
@@ -277,7 +277,7 @@ def test_a_run_may_be_named_by_its_repository(mindalle, tmp_path, monkeypatch):
   [
     (
       ['--from=dallemini', '--path=x'],
-      "--from 'dallemini' is unknown; there are clip, dalle_pytorch, inception,",
+      "--from 'dallemini' is unknown; there are clip, dalle_mini, dalle_pytorch,",
     ),
     (['--from=mindalle', '--path=/none'], '/none does not exist; expected the folder of minDALL-E'),
     (['--from=taming', f'--path={FIXTURES}/clip_hf'], 'has no model.yaml or'),

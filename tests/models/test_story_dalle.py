@@ -75,8 +75,9 @@ def test_retrofitting_is_a_strict_merge_that_gives_the_pretrained_logits():
 
 @pytest.mark.parametrize('fields', [{}, ROTARY], ids=str)
 def test_the_source_is_no_bag_of_tokens(fields):
-  logits = forward(**fields)
-  assert changed(logits()[1], logits(source=SOURCE[:, ::-1])[1]).mean() > 0.9
+  logits, grid = forward(**fields), SOURCE.reshape(B, 4, 4)
+  for other in (grid[:, ::-1], grid[:, :, ::-1]):  # its rows and its columns in another order
+    assert changed(logits()[1], logits(source=other.reshape(B, I))[1]).mean() > 0.9
 
 
 @pytest.mark.parametrize('fields', FORMS, ids=str)
