@@ -84,15 +84,16 @@ def test_over_time_is_a_3d_convolution():
   np.testing.assert_allclose(ours.reshape(theirs.shape), theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize('frames', [2, 3, 4, 5])
+@pytest.mark.parametrize('frames', [2, 5])
 def test_the_story_discriminator_takes_two_to_five_frames_and_depends_on_their_order(frames):
   _, discriminator = storyganc.discriminators(MODEL)
   story = jnp.asarray(RNG.normal(size=(2, frames, 16, 16, 3)), jnp.float32)
   about = jnp.asarray(RNG.normal(size=(2, 7)), jnp.float32)
   params = runs.parameters(discriminator.init, story, about, scale=0.1)
-  logits, labels = discriminator.apply(params, story, about)
+  apply = jax.jit(discriminator.apply)
+  logits, labels = apply(params, story, about)
   assert logits.shape == (2,) and labels is None
-  moved_by = lambda *inputs: float(jnp.abs(discriminator.apply(params, *inputs)[0] - logits).max())
+  moved_by = lambda *inputs: float(jnp.abs(apply(params, *inputs)[0] - logits).max())
   least = 1e-3 * float(jnp.abs(logits).max())
   assert moved_by(story[:, ::-1], about) > least and moved_by(story, -about) > least
 

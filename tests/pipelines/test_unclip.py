@@ -85,10 +85,11 @@ def test_pictures_depend_on_prompt_seed_and_number_alone(model):
 
 
 def test_a_mesh_draws_the_same_pictures(root, model):
-  expected = model.sample(PROMPTS, n=2, seed=1, guidance=2.0, **QUICK)
+  options = dict(n=3, seed=1, guidance=2.0, **QUICK)
+  expected = model.sample(PROMPTS, **options)
   with sharding.use(dict(data=2, fsdp=2, tensor=2), common.RULES) as mesh:
     split = UnCLIP.load(root / 'unclip', clip=root / 'clip', mesh=mesh, rules=common.RULES)
-    equal(split.sample(PROMPTS, n=2, seed=1, guidance=2.0, **QUICK), expected)
+    equal(split.sample(PROMPTS, **options), expected)
 
 
 def test_each_argument_of_drawing_changes_the_pictures(model):
