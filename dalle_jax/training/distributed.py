@@ -276,6 +276,9 @@ def check_same(facts: Mapping[str, str], among: int = 0) -> None:
       )
 
 
+_written = itertools.count(1)
+
+
 def wait_for_first() -> None:
   """Makes the others wait until process 0 gets here too, however long it takes to write the results.
 
@@ -283,10 +286,11 @@ def wait_for_first() -> None:
   """
   if not joined():
     return
+  written = f'{PREFIX}written/{next(_written)}'
   if _runtime().process_id == 0:
-    _runtime().client.key_value_set(f'{PREFIX}written', 'yes')
+    _runtime().client.key_value_set(written, 'yes')
   else:
-    _runtime().client.blocking_key_value_get(f'{PREFIX}written', FOREVER)
+    _runtime().client.blocking_key_value_get(written, FOREVER)
 
 
 def check_shared(directory: Path, seconds: float = 10.0) -> None:
