@@ -4,9 +4,8 @@
   python -m dalle_jax.convert --from dalle_mini --path dalle-mini/ --vqgan runs/vqgan --out runs/dalle_mini
   python train.py --config configs/finetune_dalle_mini.py --config.data.path=IMAGES --config.run_dir=runs/mine
 Architecture, tokenizer and VQGAN are those of the run (`base=runs/dalle_mini`). Encoding images takes the whole VQGAN;
-the files of min-dalle have only its decoder. 4.4e8 parameters (mega: 2.6e9) with AdamW and
-gradients in float32 take 7 GB (mega: 41 GB) without activations (calculated, not tried); `config.mesh` shards them over
-devices.
+the files of min-dalle have only its decoder. 4.4e8 parameters (mega: 2.6e9) with AdamW and gradients in float32 take
+7 GB (mega: 41 GB) without activations (calculated, not tried); `config.mesh` shards them over devices.
 """
 
 from configs import common

@@ -80,6 +80,13 @@ def msgpack(path: Path) -> dict[str, np.ndarray]:
   return arrays
 
 
+def add(path: Path, tensors: dict[str, Any], name: str, x: Any) -> None:
+  """Adds the tensor x of the file `path` under a new name. Raises ValueError if another one has it."""
+  if name in tensors:
+    raise ValueError(f'{path} has two tensors for {name}; expected one.')
+  tensors[name] = x
+
+
 def config(path: Path) -> dict[str, Any]:
   """Reads a mapping from a .yaml, .yml or .json file. Raises ValueError with a one-line message for other content."""
   try:

@@ -9,6 +9,7 @@ class TextImage:
 
   Attributes:
     text_vocab: number of text ids, including the padding ids.
+    text_length: number of text tokens.
     pad: the padding id; -1 if every text position has its own padding id: the `text_length` highest ids.
     grid: rows and columns of image tokens.
   """

@@ -99,7 +99,7 @@ def test_a_dalle_of_dalle_pytorch_draws_and_is_fine_tuned(words, tmp_path, capsy
   with runs.fine_tuning():
     assert train.main(['train.py', *arguments]) == 0
   tuned, before = (checkpoint.load_run(path).params['dalle'] for path in (tmp_path / 'tuned', out))
-  assert np.abs(np.subtract(tuned['text_embed'], before['text_embed'])).max() > 0
+  assert 0 < np.abs(np.subtract(tuned['text_embed'], before['text_embed'])).max() < 0.01 < before['text_embed'].std()
   assert DallE.load(tmp_path / 'tuned').sample(['a circle'], n=2, guidance=2.0)[0].images.shape == (2, 32, 32, 3)
 
 
@@ -228,7 +228,7 @@ def test_an_imported_vqgan_is_fine_tuned_with_its_discriminator_and_lpips(tmp_pa
   assert 'lpips: ' in said and 'discriminator: ' in said and 'adaptive_weight' in said
   before, after = (checkpoint.load_run(path).network('discriminator') for path in (base, run))
   assert (before['norm_1']['mean'] == after['norm_1']['mean']).all()
-  assert (before['norm_1']['scale'] != after['norm_1']['scale']).any()
+  assert 0 < np.abs(np.subtract(before['norm_1']['scale'], after['norm_1']['scale'])).max() < 0.01
 
 
 def test_a_rudalle_file_that_does_not_name_its_version_gets_a_note(tmp_path):
@@ -249,7 +249,7 @@ def test_a_tokenizer_of_youtokentome(tmp_path):
   path.write_text('\n'.join(lines))
   words = rudalle.youtokentome(path)
   assert words.encode('AB  ba').ids == [8, 4, 6, 5] and words.encode('z').ids[-1] == 1
-  assert dalle_pytorch.tokenizer(path, words.get_vocab_size()).encode('Ab').ids == [4, 1, 6]  # it keeps case
+  assert dalle_pytorch.captions(path, words.get_vocab_size()).encode('Ab').ids == [4, 1, 6]  # it keeps case
   path.write_text('3 2\n1 2')
   with pytest.raises(ValueError, match=r'cannot be read .*; expected a YouTokenToMe model'):
     rudalle.youtokentome(path)

@@ -84,6 +84,22 @@ def expected():
   return min_dalle.read(MIN_DALLE)
 
 
+def test_the_names_are_those_of_the_published_mini():
+  """Which were printed by its users; only some norms have no scale there."""
+  names = {('lm_head', 'kernel')}
+  for stack, attentions in (('encoder', 1), ('decoder', 2)):
+    outer = ['embed_positions.embedding', 'embed_tokens.embedding', 'final_ln.bias']
+    outer += [f'layernorm_embedding.{leaf}' for leaf in ('bias', 'scale')]
+    layer = [f'GLU_0.Dense_{i}.kernel' for i in range(3)] + [f'GLU_0.LayerNorm_{i}.bias' for i in range(2)]
+    for i in range(attentions):
+      layer += [f'FlaxBartAttention_{i}.{part}_proj.kernel' for part in ('q', 'k', 'v', 'out')]
+      layer += [f'LayerNorm_{2 * i}.bias', f'LayerNorm_{2 * i + 1}.bias', f'LayerNorm_{2 * i + 1}.scale']
+    layer = [f'layers.FlaxBart{stack.title()}Layers.{name}' for name in layer]
+    names |= {('model', stack, *name.split('.')) for name in outer + layer}
+  ours = set(published(stacked=True))
+  assert names <= ours and {name[-1] for name in ours - names} <= {'scale'}
+
+
 def test_the_weights_are_those_of_min_dalle(folder, expected):
   for stacked in (True, False):
     write(folder, published(stacked), CONFIG)
@@ -98,13 +114,20 @@ def test_the_weights_are_those_of_min_dalle(folder, expected):
 
 
 def test_captions_become_plain_text(folder, expected):
-  ids = lambda bpe, text: Tokenizer.from_str(bpe).encode(text, add_special_tokens=False).ids
-  found = dalle_mini.read(folder).tokenizer
-  text = 'a small dog on the table'
-  assert ids(found, text) == ids(expected.tokenizer, text) and len(ids(found, text)) > 3
-  assert ids(found, ' A  Small D\u00f4g on\u200b the \u2603table ') == ids(found, text)
-  write(folder, published(True), CONFIG | {'normalize_text': False})
-  assert ids(dalle_mini.read(folder).tokenizer, text.upper()) != ids(found, text)
+  """And begin with a space, whatever the tokenizer does by itself."""
+  ids = lambda bpe, text: Tokenizer.from_str(bpe).encode(text).ids
+  text, settings = 'a small dog on the table', folder / 'tokenizer_config.json'
+  known = ids(expected.tokenizer, text)
+  assert len(known) > 6
+  for spaced in ('true', 'false', None):
+    settings.write_text(f'{{"add_prefix_space": {spaced}}}') if spaced else settings.unlink()
+    found = dalle_mini.tokenizer(folder, 420, True).to_str()
+    assert ids(found, text) == ids(found, ' A  Small <b>D\u00f4g\ton\u200b the \u2603table\n') == known
+    assert ids(found, 'a\u2014b \u00f8') == ids(found, 'a--b o')
+    plain = dalle_mini.tokenizer(folder, 420, False).to_str()
+    assert (ids(plain, text) == known) == (spaced == 'true') and ids(plain, text.upper()) != ids(plain, text)
+  for word in ('<pad>', '</s>', '<mask>'):  # no caption may have these tokens
+    assert not {0, 1, 2, 420} & set(ids(plain, f'a {word} dog')) and Tokenizer.from_str(plain).token_to_id('<pad>') == 1
 
 
 def flax_names(theirs):
@@ -129,9 +152,20 @@ def test_the_vqgan_is_that_of_taming(tmp_path):
   assert set(found.params) == kept
   for name in kept:
     np.testing.assert_array_equal(found.params[name], expected.params[name], err_msg=name)
-  write(tmp_path / 'vqgan', tree, described['ddconfig'] | sizes | {'give_pre_end': True})
-  with pytest.raises(ValueError, match='has give_pre_end or resamp_with_conv=false'):
-    vqgan_jax.read(tmp_path / 'vqgan')
+  for change, message in (
+    ({'give_pre_end': True}, 'has give_pre_end or resamp_with_conv=false'),
+    ({'ch_mult': None}, 'has ch_mult None; expected a list of whole numbers'),
+    ({'ch_mult': []}, 'has a size of 0 or no ch_mult'),
+    ({'attn_resolutions': 8}, 'has attn_resolutions 8; expected a list of whole numbers'),
+    ({'z_channels': 0}, 'has a size of 0'),
+    ({'resolution': 'x'}, "has resolution 'x'; expected a whole number"),
+  ):
+    write(tmp_path / 'vqgan', tree, described['ddconfig'] | sizes | change)
+    with pytest.raises(ValueError, match=message):
+      vqgan_jax.read(tmp_path / 'vqgan')
+  twice = tree | {('decoder', 'up', '0', 'block', '0', 'conv1', 'bias'): np.ones(3)}
+  with pytest.raises(ValueError, match=r'two tensors for decoder[.]up[.]0[.]block'):
+    vqgan_jax.read(write(tmp_path / 'vqgan', twice, described['ddconfig'] | sizes))
 
 
 def test_the_command_gives_it_a_vqgan_with_pixels_from_0_to_1(folder, tmp_path):
@@ -151,6 +185,9 @@ def test_the_command_gives_it_a_vqgan_with_pixels_from_0_to_1(folder, tmp_path):
     ({f'{stack}_attention_heads': 5 for stack in STACKS}, 'has 5 attention heads, which do not divide a width of 32'),
     ({f'{stack}_attention_heads': 0 for stack in STACKS}, 'has 0 attention heads'),
     ({'decoder_start_token_id': 65}, 'start_token is 65; the image embedding has only 65 rows'),
+    ({'use_final_ln_decoder': False}, 'has use_final_ln_decoder False; only models with True'),
+    ({'normalize_text': 'no'}, "has normalize_text 'no'; expected true or false"),
+    ({f'{stack}_layers': 3 for stack in STACKS}, r'FlaxBart\S+ has the shape .2, .*; expected 3 layers'),
     ({'encoder_ffn_dim': 'x'}, "has encoder_ffn_dim 'x'; expected a whole number"),
   ],
 )
@@ -168,8 +205,14 @@ def test_configs_of_other_models_are_one_line(folder, change, message):
     ('flax_model.msgpack', b'', 'cannot be read'),
     ('flax_model.msgpack', serialization.msgpack_serialize({'a': 1}), 'has a, which is no array'),
     ('flax_model.msgpack', serialization.msgpack_serialize({'a': np.ones(2)}), 'has no tensor encoder.embed_tokens.w'),
-    ('tokenizer.json', b'{}', 'has no field model.vocab'),
-    ('tokenizer.json', b'{"model": {"vocab": {}}, "added_tokens": []}', 'tokenizer.json'),
+    ('tokenizer.json', b'{}', "expected a JSON file of Hugging Face's tokenizers"),
+    (
+      'tokenizer.json',
+      b'{"model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": null}',
+      'tokenizer',
+    ),
+    ('tokenizer.json', Tokenizer(models.WordLevel({'<s>': 0}, '<s>')).to_str().encode(), 'has no <pad>; expected the'),
+    ('tokenizer.json', Tokenizer(models.Unigram()).to_str().encode(), 'is no BPE; expected the tokenizer'),
     ('tokenizer_config.json', b'[]', 'tokenizer_config.json holds list'),
   ],
 )
@@ -180,9 +223,32 @@ def test_damaged_files_are_one_line(folder, name, content, message):
   assert '\n' not in str(e.value)
 
 
-def test_tensors_of_other_models_are_named(folder):
-  tree = published(stacked=True)
-  tree['model', 'decoder', 'layers', 'FlaxBartDecoderLayers', 'FlaxBartAttention_0', 'tau'] = np.ones((2, 1, 4, 1, 1))
-  write(folder, tree, CONFIG)
-  with pytest.raises(ValueError, match=r'unexpected decoder\.layers\.0\.self_attn\.tau'):
+LAYERS = ('model', 'decoder', 'layers')
+
+
+@pytest.mark.parametrize(
+  ('name', 'x', 'message'),
+  [
+    (
+      (*LAYERS, 'FlaxBartDecoderLayers', 'FlaxBartAttention_0', 'tau'),
+      np.ones((2, 1, 4, 1, 1)),
+      r'unexpected decoder\.layers\.0\.self_attn\.tau',
+    ),
+    ((*LAYERS, 'FlaxBartDecoderLayers', 'LayerNorm_0', 'bias'), np.ones(()), r'has the shape \[\]; expected 2 layers'),
+    ((*LAYERS, 'FlaxBartDecoderLayers', 'bias'), np.ones(2), 'unexpected decoder.layers.FlaxBartDecoderLayers.bias'),
+    ((*LAYERS, 'FlaxBartDecoderLayer_0', 'LayerNorm_0', 'bias'), np.ones(32), 'has two tensors for decoder.layers.0.p'),
+    (
+      (*LAYERS, 'FlaxBartDecoderLayer_0', 'LayerNorm_4', 'bias'),
+      np.ones(32),
+      'unexpected decoder.layers.0.LayerNorm',
+    ),
+    (('model', 'lm_head', 'kernel'), np.ones((32, 65)), 'has two tensors for decoder.lm_head.weight'),
+    (('lm_head', 'kernel'), np.ones(65), 'image_head'),
+    (('model', 'encoder', 'final_ln', 'bias'), None, 'missing encoder.final_ln.bias'),
+  ],
+)
+def test_tensors_of_other_models_are_named(folder, name, x, message):
+  tree = published(stacked=True) | {name: x}
+  write(folder, {k: v for k, v in tree.items() if v is not None}, CONFIG)
+  with pytest.raises(ValueError, match=message):
     dalle_mini.read(folder)

@@ -123,6 +123,8 @@ def test_samples_are_ranked_and_depend_on_prompt_seed_and_number_alone(model):
     np.testing.assert_allclose(scores, s.scores, atol=1e-5)
   again = model.sample(PROMPTS[1:], n=3, seed=5, guidance=2.0, temperature=0.9, top_k=12, batch_size=2)
   equal(again, samples[1:])
+  (alone,) = model.sample(PROMPTS[:1], n=1, first=2, seed=5, guidance=2.0, temperature=0.9, top_k=12)
+  np.testing.assert_array_equal(alone.tokens[0], samples[0].tokens[samples[0].candidates.tolist().index(2)])
   other = model.sample(PROMPTS, n=3, seed=6, guidance=2.0, temperature=0.9, top_k=12)
   assert (other[0].tokens != samples[0].tokens).any()
 

@@ -96,7 +96,7 @@ if __name__ == '__main__':
     run = checkpoint.load_run(f'{root}/vqgan', mesh=mesh, rules=common.RULES)
     encode.encode_dataset(shapes.load('train', image_size=24, count=11), run, f'{root}/two_encoded', 24, 8)
   print('encoded')
-  runs.call(sample, f'--run={root}/dalle', '--prompt=a')
+  sys.exit(runs.call(sample, f'--run={root}/dalle', '--prompt=a'))
 """
 
 
@@ -105,13 +105,12 @@ def test_two_processes_draw_score_and_encode_ahead_what_one_does(tmp_path):
   words, text = bpe.train(['a red heart'] * 3, 300), np.zeros((1, 6), np.int32)
   c = {'data': {'image_size': 24}, 'tokenizer': {'vocab_size': words.vocab_size, 'length': 6}}
   picture = np.zeros((1, 24, 24, 3), np.float32)
-  fields = dict(variant='test', image_size=24, patch=6, ch_mult=(1,), attn_resolutions=())
   write = functools.partial(runs.write, words=words)
-  write(tmp_path / 'vqgan', 'vqgan', vqgan.build(**fields), c | {'model': fields}, picture)
+  write(tmp_path / 'vqgan', 'vqgan', vqgan.build(**runs.VQGAN), c | {'model': runs.VQGAN}, picture)
   c['model'] = {'variant': 'test'}
   write(tmp_path / 'clip', 'clip', clip.of_run(c), c, picture, text)
-  c['model'] = {'variant': 'test', 'depth': 2}
-  model = dalle.build('test', depth=2, text_vocab=words.vocab_size + 6)
+  c['model'] = runs.DALLE
+  model = dalle.build(**runs.DALLE, text_vocab=words.vocab_size + 6)
   write(tmp_path / 'dalle', 'dalle', model, c, text, np.zeros((1, 16), np.int32), frozen=['vqgan'])
 
   asked, over = [f'--run={tmp_path}/dalle', f'--clip={tmp_path}/clip', '--n=3'], '--mesh=data=2,tensor=2'
@@ -126,8 +125,8 @@ def test_two_processes_draw_score_and_encode_ahead_what_one_does(tmp_path):
   data, run = shapes.load('train', image_size=24, count=11), checkpoint.load_run(tmp_path / 'vqgan')
   encode.encode_dataset(data, run, tmp_path / 'one_encoded', 24, 8)
   first, second = ends(running)
-  assert 'encoded' in first[1], first[3] + second[3]
-  assert first[0] and 'several processes sample over one mesh; give it, e.g. --mesh data=-1' in first[3]
+  assert 'encoded' in first[1] and (first[0], second[0]) == (2, 2), first[3] + second[3]
+  assert 'several processes sample over one mesh; give it, e.g. --mesh data=-1' in first[3]
   again = f'--fid_reference={tmp_path}/two_scored/true.npz'
   assert runs.call(evaluate, *scoring, again, '--out', tmp_path / 'one_scored') == 0
 

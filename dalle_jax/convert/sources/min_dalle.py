@@ -33,9 +33,9 @@ START, PADDING, END, UNKNOWN = '<s>', '<pad>', '</s>', '<unk>'
 SPACE = '\u0120'  # in front of every word
 
 
-def optional_norm(ours: str, theirs: str) -> list[Row]:
-  """Scale and bias of a LayerNorm, either of which may be absent."""
-  return [row(f'{ours}/scale', f'{theirs}.weight', None, 1.0), row(f'{ours}/bias', f'{theirs}.bias', None, 0.0)]
+def layer_norm(ours: str, theirs: str) -> list[Row]:
+  """Scale, which may be absent, and bias of a LayerNorm."""
+  return [row(f'{ours}/scale', f'{theirs}.weight', None, 1.0), row(f'{ours}/bias', f'{theirs}.bias')]
 
 
 def block(ours: str, theirs: str, cross: bool) -> list[Row]:
@@ -44,14 +44,14 @@ def block(ours: str, theirs: str, cross: bool) -> list[Row]:
   table = []
   for our, their, place in (('attention', 'self_attn', 'norm_1'), ('cross', 'encoder_attn', 'norm_cross'))[: 1 + cross]:
     table += [row(f'{ours}/{our}/{a}/kernel', f'{theirs}.{their}.{b}.weight', linear) for a, b in names.items()]
-    table += optional_norm(f'{ours}/{place}', f'{theirs}.pre_{their}_layer_norm')
-    table += optional_norm(f'{ours}/{place}_after', f'{theirs}.{their}_layer_norm')
+    table += layer_norm(f'{ours}/{place}', f'{theirs}.pre_{their}_layer_norm')
+    table += layer_norm(f'{ours}/{place}_after', f'{theirs}.{their}_layer_norm')
   # Self-attention of the original has no biases.
   table += [row(f'{ours}/attention/{a}/bias', f'{theirs}.self_attn.{b}.bias', None, 0.0) for a, b in names.items()]
   for a, b in (('mlp_gate', 'fc0'), ('mlp_in', 'fc1'), ('mlp_out', 'fc2')):
     table.append(row(f'{ours}/{a}/kernel', f'{theirs}.glu.{b}.weight', linear))
-  table += optional_norm(f'{ours}/norm_2', f'{theirs}.glu.ln0')
-  return [*table, *optional_norm(f'{ours}/norm_mlp', f'{theirs}.glu.ln1')]
+  table += layer_norm(f'{ours}/norm_2', f'{theirs}.glu.ln0')
+  return [*table, *layer_norm(f'{ours}/norm_mlp', f'{theirs}.glu.ln1')]
 
 
 def rows(depth: int) -> list[Row]:
@@ -60,8 +60,8 @@ def rows(depth: int) -> list[Row]:
   for kind, stack, file in (('text', 'encoder', 'encoder'), ('image', 'blocks', 'decoder')):
     table.append(row(f'{kind}_embed', f'{file}.embed_tokens.weight'))
     table.append(row(f'{kind}_positions', f'{file}.embed_positions.weight'))
-    table += optional_norm(f'norm_{kind}_in', f'{file}.layernorm_embedding')
-    table += optional_norm(f'norm_{kind}_out', f'{file}.final_ln')
+    table += layer_norm(f'norm_{kind}_in', f'{file}.layernorm_embedding')
+    table += layer_norm(f'norm_{kind}_out', f'{file}.final_ln')
     table += stacked(block(f'{stack}/blocks', f'{file}.layers.{{i}}', file == 'decoder'), depth)
   return table
 

@@ -44,18 +44,14 @@ def rows(names: Sequence[str], gumbel: bool) -> list[Row]:
 
 def fields(path: Path, sizes: Mapping[str, Any], embed_dim: int, n_embed: int, gumbel: bool = False) -> dict[str, Any]:
   """Returns the fields of our VQGAN for their ddconfig or hparams. Raises ValueError for an unsupported one."""
-  known = files.fields(
-    path,
-    sizes,
-    'resolution',
-    'ch',
-    'ch_mult',
-    'num_res_blocks',
-    'attn_resolutions',
-    'z_channels',
-    'in_channels',
-    'out_ch',
-  )
+  lists = files.fields(path, sizes, 'ch_mult', 'attn_resolutions')
+  whole = ('resolution', 'ch', 'num_res_blocks', 'z_channels', 'in_channels', 'out_ch')
+  known = files.integers(path, sizes, *whole)
+  for name, value in lists.items():
+    if not isinstance(value, (list, tuple)) or any(type(n) is not int or n < 1 for n in value):
+      raise ValueError(f'{path} has {name} {str(value)[:50]}; expected a list of whole numbers.')
+  if not lists['ch_mult'] or not all(known[name] for name in whole):
+    raise ValueError(f'{path} has a size of 0 or no ch_mult; expected {", ".join(whole)} of 1 or more.')
   if known['in_channels'] != 3 or known['out_ch'] != 3 or sizes.get('double_z'):
     raise ValueError(
       f'{path} describes a network that is not RGB or has double_z; expected 3 channels and double_z: false.'
@@ -64,9 +60,9 @@ def fields(path: Path, sizes: Mapping[str, Any], embed_dim: int, n_embed: int, g
     variant='f16_1024',
     image_size=known['resolution'],
     ch=known['ch'],
-    ch_mult=tuple(known['ch_mult']),
+    ch_mult=tuple(lists['ch_mult']),
     num_res_blocks=known['num_res_blocks'],
-    attn_resolutions=tuple(known['attn_resolutions']),
+    attn_resolutions=tuple(lists['attn_resolutions']),
     z_channels=known['z_channels'],
     code_dim=embed_dim,
     num_codes=n_embed,
