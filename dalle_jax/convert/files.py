@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from dalle_jax.convert import torch_file
 
+FLAX_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias'}  # as PyTorch names them
 STATE_KEYS = ('state_dict', 'model_state_dict', 'model')  # under which trainers store the tensors of the network
 
 

@@ -29,7 +29,6 @@ READ = {  # the only value of a field of config.json that can be read
   'tie_word_embeddings': False, 'sinkhorn_iters': 1,
 }  # fmt: skip
 SAME = ('layers', 'attention_heads', 'ffn_dim')  # of encoder and decoder
-LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias'}
 LAYER = {  # modules of a layer; names of min-dalle
   'LayerNorm_0': 'pre_self_attn_layer_norm',
   'FlaxBartAttention_0': 'self_attn',
@@ -64,7 +63,7 @@ def renamed(path: Path, theirs: Mapping[str, np.ndarray], depth: int) -> dict[st
   put = lambda x, *names: files.add(path, found, '.'.join(names), x)
   for name, x in theirs.items():
     *parts, leaf = name.removeprefix('model.').split('.')
-    leaf = LEAVES.get(leaf, leaf)
+    leaf = files.FLAX_LEAVES.get(leaf, leaf)
     x = x.swapaxes(-1, -2) if name.endswith('.kernel') and x.ndim > 1 else x
     of_layer = len(parts) > 3 and parts[1] == 'layers'
     layer = re.fullmatch(r'\w*FlaxBart(?:En|De)coderLayer(?:s|_(\d+))', parts[2]) if of_layer else None

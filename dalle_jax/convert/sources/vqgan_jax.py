@@ -13,7 +13,6 @@ from dalle_jax.convert.engine import Imported
 from dalle_jax.convert.sources import taming
 
 EXPECTED = 'flax_model.msgpack and config.json of vqgan-jax'
-LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bias': 'bias'}
 
 
 def read(path: Path) -> Imported:
@@ -31,5 +30,5 @@ def read(path: Path) -> Imported:
     parent = re.sub(r'\.(up|down)_(\d+)', r'.\1.\2', parent)
     parent = re.sub(r'(\.(?:up|down)\.\d+)\.(block|attn)_(\d+)', r'\1.\2.\3', parent)
     x = x.transpose(3, 2, 0, 1) if leaf == 'kernel' and x.ndim == 4 else x
-    files.add(weights, theirs, f'{parent}.{LEAVES.get(leaf, leaf)}', x)
+    files.add(weights, theirs, f'{parent}.{files.FLAX_LEAVES.get(leaf, leaf)}', x)
   return taming.tokenizer(str(weights), model, theirs)
