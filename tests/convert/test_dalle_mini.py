@@ -24,6 +24,15 @@ CONFIG = dict(
   decoder_start_token_id=64, image_vocab_size=64, ln_positions='normformer', use_glu=True, normalize_text=True,
 )  # fmt: skip
 
+# By the order in which dalle-mini's modules make them; written out, as a test of a table by itself tests nothing.
+MODULES = {
+  'pre_self_attn_layer_norm': 'LayerNorm_0', 'self_attn': 'FlaxBartAttention_0', 'self_attn_layer_norm': 'LayerNorm_1',
+  'pre_encoder_attn_layer_norm': 'LayerNorm_2', 'encoder_attn': 'FlaxBartAttention_1',
+  'encoder_attn_layer_norm': 'LayerNorm_3', 'glu': 'GLU_0',
+}  # fmt: skip
+OF_GLU = {'ln0': 'LayerNorm_0', 'fc0': 'Dense_0', 'fc1': 'Dense_1', 'ln1': 'LayerNorm_1', 'fc2': 'Dense_2'}
+LAST_NORM = {'encoder': 'LayerNorm_2', 'decoder': 'LayerNorm_4'}
+
 
 def leaf(name, x):
   """The last name and the array of a tensor of PyTorch as Flax has them."""
@@ -37,8 +46,6 @@ def leaf(name, x):
 def published(stacked):
   """The tree of parameters of dalle-mini."""
   tree = {}
-  names = {stack: {v: k for k, v in dalle_mini.LAYER.items()} for stack in STACKS}
-  inner = {v: k for k, v in dalle_mini.GLU.items()}
   for stack in STACKS:
     for name, x in files.state_dict(MIN_DALLE / 'dalle_bart_mini' / f'{stack}.pt').items():
       end, x = leaf(name, x.numpy())
@@ -46,12 +53,12 @@ def published(stacked):
       if parts == ['lm_head']:
         tree['lm_head', end] = x
       elif parts[0] != 'layers':
-        last = ('layers', f'FlaxBart{stack.title()}Layer_1', dalle_mini.FINAL[stack])
+        last = ('layers', f'FlaxBart{stack.title()}Layer_1', LAST_NORM[stack])
         own = last if parts == ['final_ln'] and not stacked else tuple(parts)
         tree['model', stack, *own, end] = x
       else:
         _, i, module, *rest = parts
-        where = names[stack][module], *(inner[part] if module == 'glu' else part for part in rest), end
+        where = MODULES[module], *(OF_GLU[part] if module == 'glu' else part for part in rest), end
         if stacked:
           tree.setdefault(('model', stack, 'layers', f'FlaxBart{stack.title()}Layers', *where), []).append(x)
         else:

@@ -210,6 +210,14 @@ def test_state_that_is_not_finite_is_never_saved(tmp_path, capsys):
   assert 'stopped at step 7 without saving; the checkpoint of step 4 is kept' in out
 
 
+def test_an_array_that_is_not_finite_is_named_although_the_metrics_are(tmp_path):
+  objective = toy.Toy()
+  objective.after_update = lambda params, _: jax.tree.map(lambda x: x / 0.0 if x.shape == (16, 8) else x, params)
+  with pytest.raises(loop.Diverged, match=r'params/net/down/kernel is not finite after step 1'):
+    toy.run(toy.config(tmp_path, checkpoint_every=1, ema=0.0), objective)
+  assert checkpoint.steps(tmp_path) == []
+
+
 def test_accumulation_equals_full_batch(tmp_path):
   states = [toy.run(toy.config(tmp_path / str(n), accum=n), toy.Toy()) for n in (1, 2)]
   close(*(s.params for s in states))
