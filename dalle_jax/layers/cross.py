@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from dalle_jax.layers import kernels
-from dalle_jax.layers.basic import boxed, constrain, layer_norm, normal_init, num_shards, product
+from dalle_jax.layers.basic import constrain, layer_norm, normal_init, num_shards, param, product
 
 AXES = ('batch', 'heads', None, None)  # of keys and values in one layer
 
@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
     of_heads = ('layers', 'embed', 'heads', 'head_dim')
 
     def table(name, init, shape, axes):
-      return self.param(name, boxed(init, axes), (self.layers, *shape), jnp.float32)
+      return param(self, name, init, axes, (self.layers, *shape))
 
     def project(name):
       kernel = table(f'{name}_kernel', inner, (d, *heads), of_heads)

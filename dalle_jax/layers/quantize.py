@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from dalle_jax.layers.basic import Conv, boxed
+from dalle_jax.layers.basic import Conv, param
 
 State = dict[str, jax.Array]
 
@@ -43,7 +43,7 @@ class NearestQuantizer(nn.Module):
   def setup(self):
     bound = 1 / self.num_codes
     init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
-    self.embedding = self.param('embedding', boxed(init, ('codes', None)), (self.num_codes, self.code_dim), jnp.float32)
+    self.embedding = param(self, 'embedding', init, ('codes', None), (self.num_codes, self.code_dim))
 
   def __call__(self, z: jax.Array, rng: jax.Array | None = None, temperature: float = 1.0) -> Quantized:
     """Quantises `[B, h, w, D]`; `rng` and `temperature` are unused, see `GumbelQuantizer`."""
@@ -74,7 +74,7 @@ class GumbelQuantizer(nn.Module):
   def setup(self):
     self.proj = Conv(self.num_codes, 1)
     init = nn.initializers.normal(1.0)
-    self.embedding = self.param('embedding', boxed(init, ('codes', None)), (self.num_codes, self.code_dim), jnp.float32)
+    self.embedding = param(self, 'embedding', init, ('codes', None), (self.num_codes, self.code_dim))
 
   def __call__(self, z: jax.Array, rng: jax.Array | None = None, temperature: float | jax.Array = 1.0) -> Quantized:
     """Quantises `[B, h, w, D]`. Codes are sampled with `rng`, and the most probable ones without."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.layers.basic import Embed, LayerNorm, boxed, normal_init
+from dalle_jax.layers.basic import Embed, LayerNorm, normal_init, param
 from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import clip, roberta
 from dalle_jax.models.pooling import masked_mean
@@ -134,7 +134,7 @@ class CaptionEncoder(nn.Module):
     count = self.text_vocab - (self.text_length if self.pad < 0 else 0)
     ids, mask, own = mark_captions(text, SpecialIds(count, self.text_vocab, self.pad))
     shape = (self.frames * self.text_length + 1, self.width)
-    positions = self.param('positions', boxed(normal_init(0.02), (None, 'embed')), shape, jnp.float32)
+    positions = param(self, 'positions', normal_init(0.02), (None, 'embed'), shape)
     x = Embed(self.text_vocab + 1, self.width, dtype=self.dtype, name='embed')(jnp.where(mask, ids, 0))
     x = x + positions[: x.shape[1]].astype(self.dtype)
     x, _ = Stack(self.layers, self.heads, dtype=self.dtype, name='encoder')(x, mask[:, None])

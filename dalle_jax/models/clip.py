@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.layers.basic import Conv, Dense, Embed, LayerNorm, boxed, normal_init
+from dalle_jax.layers.basic import Conv, Dense, Embed, LayerNorm, normal_init, param
 from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import variants
 from dalle_jax.models.pooling import normalize
@@ -69,11 +69,11 @@ class ImageTower(nn.Module):
     )
     x = conv(images).reshape(images.shape[0], -1, self.width)
     if self.pool == 'class':
-      token = self.param('class_token', boxed(init, ('embed',)), (self.width,), jnp.float32)
+      token = param(self, 'class_token', init, ('embed',), (self.width,))
       x = jnp.concatenate([jnp.broadcast_to(token.astype(self.dtype), (len(x), 1, self.width)), x], 1)
     elif self.pool != 'all':
       raise ValueError(f'CLIP image_pool {self.pool!r} is unknown; expected class or all.')
-    positions = self.param('positions', boxed(init, (None, 'embed')), x.shape[1:], jnp.float32)
+    positions = param(self, 'positions', init, (None, 'embed'), x.shape[1:])
     x = LayerNorm(self.eps, self.dtype, name='norm_in')(x + positions.astype(self.dtype))
     encoder = stack(self)
     x, _ = encoder(x)
@@ -107,8 +107,7 @@ class TextTower(nn.Module):
     """`mask` bool[B, N]: the positions that may be attended to; by default all."""
     if ids.shape[1] != self.length:
       raise ValueError(f'CLIP takes {self.length} text tokens, not {ids.shape[1]}; pad or truncate the captions.')
-    init, shape = boxed(normal_init(0.01), (None, 'embed')), (self.length, self.width)
-    positions = self.param('positions', init, shape, jnp.float32)
+    positions = param(self, 'positions', normal_init(0.01), (None, 'embed'), (self.length, self.width))
     x = Embed(self.vocab_size, self.width, dtype=self.dtype, name='embed')(ids) + positions.astype(self.dtype)
     visible = np.tri(self.length, dtype=bool) if self.causal else None
     if mask is not None:
@@ -190,7 +189,7 @@ class CLIP(nn.Module):
       self.end,
       self.eps,
     )
-    self.logit_scale = self.param('logit_scale', nn.initializers.constant(math.log(1 / 0.07)), (), jnp.float32)
+    self.logit_scale = param(self, 'logit_scale', nn.initializers.constant(math.log(1 / 0.07)), (), ())
 
   def __call__(self, images: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Image and text embeddings, and the scale of their dot products as logits, float32[]."""

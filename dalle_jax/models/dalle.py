@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.layers.attention import KVCache, Stream
-from dalle_jax.layers.basic import LayerNorm, boxed, constrain, embedding_lookup, normal_init, product
+from dalle_jax.layers.basic import LayerNorm, constrain, embedding_lookup, normal_init, param, product
 from dalle_jax.layers.cross import Context
 from dalle_jax.layers.patterns import Pattern, layer_kinds
 from dalle_jax.layers.rotary import Rotary
@@ -169,7 +169,7 @@ class DALLE(TextImage, nn.Module):
     if self.head not in HEADS:
       raise ValueError(f'head {self.head!r} is unknown; expected one of {", ".join(HEADS)}.')
     d, init = self.d_model, normal_init(0.02)
-    table = lambda name, size, axes: self.param(name, boxed(init, axes), (*size, d), jnp.float32)
+    table = lambda name, size, axes: param(self, name, init, axes, (*size, d))
     if LAYOUTS[self.layout].start:
       self.start = table('start', (), ('embed',))
     self.text_embed = table('text_embed', (self.text_vocab,), ('vocab', 'embed'))
@@ -197,7 +197,7 @@ class DALLE(TextImage, nn.Module):
       self.norm_head = LayerNorm(dtype=self.dtype)
     self.text_bias = self.image_bias = None
     if HEADS[self.head].bias:
-      bias = lambda name, size: self.param(name, boxed(nn.initializers.zeros, ('vocab',)), (size,), jnp.float32)
+      bias = lambda name, size: param(self, name, nn.initializers.zeros, ('vocab',), (size,))
       self.text_bias, self.image_bias = bias('text_bias', self.text_vocab), bias('image_bias', self.image_vocab)
 
   def __call__(

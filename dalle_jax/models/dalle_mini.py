@@ -24,10 +24,10 @@ from dalle_jax.layers.basic import (
   Dense,
   Einsum,
   LayerNorm,
-  boxed,
   constrain,
   embedding_lookup,
   normal_init,
+  param,
   product,
   recomputed,
 )
@@ -254,9 +254,7 @@ class DALLEMini(TextImage, nn.Module):
     if self.start_token >= codes:
       raise ValueError(f'start_token is {self.start_token}; the image embedding has only {codes} rows.')
     self.start = self.start_token if self.start_token >= 0 else codes - 1
-    table = lambda name, rows, axis: self.param(
-      name, boxed(normal_init(0.02), (axis, 'embed')), (rows, self.d_model), jnp.float32
-    )
+    table = lambda name, rows, axis: param(self, name, normal_init(0.02), (axis, 'embed'), (rows, self.d_model))
     self.text_embed, self.image_embed = table('text_embed', words, 'vocab'), table('image_embed', codes, 'vocab')
     self.text_positions = table('text_positions', self.text_length, None)
     self.image_positions = table('image_positions', self.image_length, None)

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layers.basic import Conv, boxed
+from dalle_jax.layers.basic import Conv, param
 from dalle_jax.models import variants
 
 VARIANTS = {'test': dict(width=4, levels=2, blocks=1, code_dim=4, num_codes=16), 'dalle_pytorch': dict()}
@@ -33,8 +33,8 @@ class UpConv(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     axes, init = (None, None, 'conv_in', 'conv_out'), nn.initializers.lecun_normal()
-    kernel = self.param('kernel', boxed(init, axes), (4, 4, x.shape[-1], self.features), jnp.float32)
-    bias = self.param('bias', boxed(nn.initializers.zeros, axes[-1:]), (self.features,), jnp.float32)
+    kernel = param(self, 'kernel', init, axes, (4, 4, x.shape[-1], self.features))
+    bias = param(self, 'bias', nn.initializers.zeros, axes[-1:], (self.features,))
     # Every output pixel is reached by 2 x 2 of the kernel; a padding of 2 keeps the image centred.
     y = jax.lax.conv_transpose(x, kernel.astype(self.dtype), (2, 2), ((2, 2), (2, 2)))
     return y + bias.astype(self.dtype)
@@ -66,8 +66,8 @@ class DiscreteVAE(nn.Module):
 
   def setup(self):
     conv = lambda features, size=1, stride=1, padding='SAME': Conv(features, size, stride, padding, dtype=self.dtype)
-    self.codebook = self.param(
-      'codebook', boxed(nn.initializers.normal(1.0), ('vocab', 'embed')), (self.num_codes, self.code_dim), jnp.float32
+    self.codebook = param(
+      self, 'codebook', nn.initializers.normal(1.0), ('vocab', 'embed'), (self.num_codes, self.code_dim)
     )
     self.down = [conv(self.width, 4, 2, ((1, 1), (1, 1))) for _ in range(self.levels)]
     self.encoder_blocks = [ResBlock(self.dtype) for _ in range(self.blocks)]

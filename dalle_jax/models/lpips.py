@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layers.basic import Conv
+from dalle_jax.layers.basic import Conv, param
 from dalle_jax.models import variants
 
 VARIANTS = {'test': dict(widths=(4, 4), depths=(1, 1)), 'vgg16': dict()}
@@ -30,7 +30,7 @@ class LPIPS(nn.Module):
     conv = lambda stage, i: Conv(self.widths[stage], dtype=self.dtype, name=f'conv_{stage}_{i}')
     self.convs = [[conv(stage, i) for i in range(depth)] for stage, depth in enumerate(self.depths)]
     self.weights = [
-      self.param(f'lin_{stage}', nn.initializers.constant(1 / width), (width,), jnp.float32)
+      param(self, f'lin_{stage}', nn.initializers.constant(1 / width), (None,), (width,))
       for stage, width in enumerate(self.widths)
     ]
 

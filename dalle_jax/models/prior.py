@@ -13,7 +13,7 @@ import numpy as np
 
 from dalle_jax.functional import diffusion
 from dalle_jax.functional.diffusion import Diffusion
-from dalle_jax.layers.basic import Dense, LayerNorm, boxed, constrain, normal_init
+from dalle_jax.layers.basic import Dense, LayerNorm, constrain, normal_init, param
 from dalle_jax.layers.timesteps import TimeEmbed
 from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import clip_reader, variants
@@ -64,11 +64,11 @@ class Prior(nn.Module):
     self.text_in, self.caption_in, self.image_in = (linear((None, 'embed')) for _ in range(3))
     self.time = TimeEmbed(self.width, self.width, self.dtype)
     init, length = normal_init(0.01), self.text_length + ADDED
-    self.positions = self.param('positions', boxed(init, (None, 'embed')), (length, self.width), jnp.float32)
-    self.query = self.param('query', boxed(init, ('embed',)), (self.width,), jnp.float32)
+    self.positions = param(self, 'positions', init, (None, 'embed'), (length, self.width))
+    self.query = param(self, 'query', init, ('embed',), (self.width,))
     self.blocks = Stack(self.depth, self.heads, dtype=self.dtype, remat=self.remat, unroll=self.unroll)
     self.norm_out, self.out = LayerNorm(), Dense(self.embed_dim, ('embed', None))  # in float32, like the prediction
-    statistic = lambda name, init: self.param(name, boxed(init, (None,)), (self.embed_dim,), jnp.float32)
+    statistic = lambda name, init: param(self, name, init, (None,), (self.embed_dim,))
     self.mean, self.std = statistic('mean', nn.initializers.zeros), statistic('std', nn.initializers.ones)
 
   def __call__(self, noisy: jax.Array, t: jax.Array, caption: Caption) -> jax.Array:

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layers.basic import Dense, Embed, LayerNorm, boxed, normal_init
+from dalle_jax.layers.basic import Dense, Embed, LayerNorm, normal_init, param
 from dalle_jax.layers.transformer import Stack
 from dalle_jax.models import variants
 from dalle_jax.models.pooling import masked_mean
@@ -41,10 +41,10 @@ class RoBERTa(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   def setup(self):
-    init = boxed(normal_init(0.02), (None, 'embed'))
+    init = normal_init(0.02)
     self.embed = Embed(self.vocab_size, self.width, dtype=self.dtype)
-    self.positions = self.param('positions', init, (self.length + self.pad + 1, self.width), jnp.float32)
-    self.type_embed = self.param('type_embed', boxed(normal_init(0.02), ('embed',)), (self.width,), jnp.float32)
+    self.positions = param(self, 'positions', init, (None, 'embed'), (self.length + self.pad + 1, self.width))
+    self.type_embed = param(self, 'type_embed', init, ('embed',), (self.width,))
     self.norm_in = LayerNorm(self.eps, self.dtype)
     self.encoder = Stack(self.layers, self.heads, self.activation, self.dtype, norms='post', mlp=self.mlp, eps=self.eps)
     self.pooler = Dense(self.width, ('embed', None))

@@ -20,7 +20,7 @@ import numpy as np
 from flax import struct
 
 from dalle_jax.layers.attention import Attention, KVCache
-from dalle_jax.layers.basic import Dense, LayerNorm, boxed, normal_init, sinusoid
+from dalle_jax.layers.basic import Dense, LayerNorm, normal_init, param, sinusoid
 from dalle_jax.layers.cross import Context, CrossAttention
 from dalle_jax.layers.transformer import Block
 from dalle_jax.models import clip, dalle, variants
@@ -46,8 +46,7 @@ class Prompt(nn.Module):
   @nn.compact
   def __call__(self, rng: jax.Array | None) -> jax.Array:
     """Returns float[length, width], with dropout if `rng` is given."""
-    init = boxed(normal_init(1.0), (None, 'embed'))
-    x = self.param('embedding', init, (self.length, self.width), jnp.float32)
+    x = param(self, 'embedding', normal_init(1.0), (None, 'embed'), (self.length, self.width))
     dense = lambda name: Dense(
       self.width, ('embed', None), dtype=self.dtype, kernel_init=normal_init(self.width**-0.5), name=name
     )
@@ -80,7 +79,7 @@ class StoryEncoder(nn.Module):
     y = Dense(4 * self.width, ('embed', 'mlp'), dtype=self.dtype, kernel_init=inner, name='mlp_in')(y)
     outer = normal_init((8 * self.width) ** -0.5)
     x = x + Dense(self.width, ('mlp', 'embed'), dtype=self.dtype, kernel_init=outer, name='mlp_out')(jax.nn.gelu(y))
-    scale = self.param('scale', boxed(nn.initializers.constant(TOKEN_SCALE), ()), (), jnp.float32)
+    scale = param(self, 'scale', nn.initializers.constant(TOKEN_SCALE), (), ())
     return x * scale.astype(self.dtype)
 
 

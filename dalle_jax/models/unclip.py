@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dalle_jax.functional import diffusion
 from dalle_jax.functional.diffusion import Diffusion
-from dalle_jax.layers.basic import Dense, LayerNorm, boxed
+from dalle_jax.layers.basic import Dense, LayerNorm, param
 from dalle_jax.models import clip_reader, variants
 from dalle_jax.models.clip_reader import Caption, ClipReader
 from dalle_jax.models.unet import UNet
@@ -73,7 +73,7 @@ class UnCLIP(nn.Module):
     self.image_time, self.caption_time = linear(4 * self.channels[0]), linear(4 * self.channels[0])
     self.image_tokens, self.text_in = linear(self.extra_tokens * self.context_dim), linear(self.context_dim)
     self.text_norm = LayerNorm(dtype=self.dtype)
-    self.no_image = self.param('no_image', boxed(nn.initializers.zeros, (None,)), (self.embed_dim,), jnp.float32)
+    self.no_image = param(self, 'no_image', nn.initializers.zeros, (None,), (self.embed_dim,))
     self.unet = UNet(
       3 * self.diffusion.outputs, self.channels, self.num_res_blocks, self.attention, self.head_dim,
       self.patch, self.positions, 'scale', self.norm_groups, remat=self.remat, dtype=self.dtype,

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layers.basic import Conv, GroupNorm, boxed
+from dalle_jax.layers.basic import Conv, GroupNorm, param
 from dalle_jax.layers.convnet import AttnBlock, ResBlock, depth_to_space, shard_height, space_to_depth
 from dalle_jax.layers.timesteps import TimeEmbed
 
@@ -84,8 +84,8 @@ class UNet(nn.Module):
       raise ValueError(f'UNet patch {self.patch} does not divide images of {x.shape[1]} x {x.shape[2]} pixels.')
     x = Conv(self.channels[0], dtype=self.dtype, name='conv_in')(space_to_depth(x, self.patch))
     if self.positions:
-      init = boxed(nn.initializers.normal(0.1), (None, None, 'conv_out'))
-      x = x + self.param('positions', init, x.shape[1:], jnp.float32).astype(x.dtype)
+      axes = (None, None, 'conv_out')
+      x = x + param(self, 'positions', nn.initializers.normal(0.1), axes, x.shape[1:]).astype(x.dtype)
     last, skips = len(self.channels) - 1, [x]
     for level, features in enumerate(self.channels):
       for i in range(self.num_res_blocks):

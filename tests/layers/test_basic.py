@@ -1,9 +1,10 @@
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.layers.basic import BatchNorm, Einsum, layer_norm, product, update_statistics
+from dalle_jax.layers.basic import BatchNorm, Dense, Einsum, layer_norm, product, update_statistics
 
 
 @pytest.mark.parametrize(('shapes', 'axes', 'eqn'), [
@@ -17,6 +18,16 @@ def test_product_and_its_gradients_are_those_of_einsum(shapes, axes, eqn):
   theirs = lambda x, k: jnp.sin(jnp.einsum(eqn, x, k)).sum()
   for a, b in zip(jax.grad(ours, (0, 1))(x, kernel), jax.grad(theirs, (0, 1))(x, kernel), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_given_parameter_of_another_shape_is_refused():
+  layer, given = Dense(3, (None, None)), {'kernel': jnp.ones((4, 3)), 'bias': jnp.ones(3)}
+  assert (layer.apply({'params': given}, jnp.ones((2, 4))) == 5).all()
+  for name, shape in (('kernel', (3, 4)), ('bias', (1,))):
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=f'"{name}"'):
+      layer.apply({'params': {**given, name: jnp.ones(shape)}}, jnp.ones((2, 4)))
+  with pytest.raises(flax.errors.ScopeParamNotFoundError, match='"bias"'):
+    layer.apply({'params': {'kernel': given['kernel']}}, jnp.ones((2, 4)))
 
 
 def test_an_einsum_that_is_no_product_is_refused():
