@@ -17,7 +17,7 @@ os.environ['XLA_FLAGS'] = (
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', 'true')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', str(Path(__file__).parents[1] / '.pytest_cache' / 'jax'))
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')  # to write many small ones takes long
 
 import jax
 import pytest
