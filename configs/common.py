@@ -146,6 +146,23 @@ def vqgan(arg: ConfigDict) -> ConfigDict:
   return c
 
 
+def finetune(objective: str, arg: ConfigDict, run_dir: str, **loss: float) -> ConfigDict:
+  """Fine-tuning of the run `arg.base` on a folder of captioned images, with its architecture, tokenizer and VQGAN."""
+  c = base()
+  c.objective = objective
+  c.run_dir = run_dir
+  c.model = dict(variant='init')
+  c.init.path = arg.base
+  c.frozen = dict(vqgan=f'{arg.base}/frozen/vqgan')
+  c.tokenizer.update(vocab_size=1, dropout=0.0)  # any number but 0; the tokenizer is that of the run
+  c.loss = loss
+  c.data.update(source='folder', image_size=arg.size, augment='random_crop', batch_size=arg.batch, workers=8)
+  c.optim.update(lr=arg.lr, b1=0.9, b2=0.95, weight_decay=1e-4, warmup=500, clip=4.0, schedule='cosine')
+  c.train.update(steps=arg.steps, log_every=50, checkpoint_every=1_000, eval_every=1_000, pictures=4)
+  c.mesh.update(MESHES['fsdp'])
+  return c
+
+
 def story(
   source: str, arg: ConfigDict, *, stories: int, new_tokens: tuple[str, ...] = (), frames: int = 4
 ) -> ConfigDict:

@@ -13,16 +13,5 @@ from configs import common
 
 def get_config(arg: str = ''):
   arg = common.parse_arg(arg, base='runs/dalle_mini', batch=16, steps=10_000, size=256, lr=1e-5)
-  c = common.base()
-  c.objective = 'dalle_mini'
-  c.run_dir = 'runs/dalle_mini_finetuned'
-  c.model = dict(variant='init')
-  c.init.path = arg.base
-  c.frozen = dict(vqgan=f'{arg.base}/frozen/vqgan')
-  c.tokenizer.update(vocab_size=1, dropout=0.0)  # any number but 0; the tokenizer is that of the run
-  c.loss = dict(caption_dropout=0.1, guidance=4.0)  # guidance contrasts a caption with the empty one
-  c.data.update(source='folder', image_size=arg.size, augment='random_crop', batch_size=arg.batch, workers=8)
-  c.optim.update(lr=arg.lr, b1=0.9, b2=0.95, weight_decay=1e-4, warmup=500, clip=4.0, schedule='cosine')
-  c.train.update(steps=arg.steps, log_every=50, checkpoint_every=1_000, eval_every=1_000, pictures=4)
-  c.mesh.update(common.MESHES['fsdp'])
-  return c
+  # guidance contrasts a caption with the empty one
+  return common.finetune('dalle_mini', arg, 'runs/dalle_mini_finetuned', caption_dropout=0.1, guidance=4.0)
