@@ -1,4 +1,5 @@
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +29,18 @@ def test_a_given_parameter_of_another_shape_is_refused():
       layer.apply({'params': {**given, name: jnp.ones(shape)}}, jnp.ones((2, 4)))
   with pytest.raises(flax.errors.ScopeParamNotFoundError, match='"bias"'):
     layer.apply({'params': {'kernel': given['kernel']}}, jnp.ones((2, 4)))
+
+
+def test_a_layer_that_is_used_twice_has_one_set_of_parameters_with_names_of_axes():
+  class Twice(nn.Module):
+    def setup(self):
+      self.dense = Dense(4, ('embed', 'mlp'))
+
+    def __call__(self, x):
+      return self.dense(self.dense(x))
+
+  kernel = Twice().init(jax.random.key(0), jnp.ones((2, 4)))['params']['dense']['kernel']
+  assert kernel.names == ('embed', 'mlp') and kernel.value.shape == (4, 4)
 
 
 def test_an_einsum_that_is_no_product_is_refused():
