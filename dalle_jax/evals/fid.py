@@ -6,7 +6,6 @@ so a reference carries a hash of all of them. Published ones use the Inception-v
 """
 
 import dataclasses
-import functools
 import hashlib
 import zipfile
 import zlib
@@ -207,14 +206,8 @@ class FeatureExtractor:
     for name, value in sorted(sharding.flatten(self._params).items()):
       digest.update(f'{name} {value.dtype}{list(value.shape)}'.encode() + np.asarray(value).tobytes())
     self.sha256 = digest.hexdigest()
-    jit = functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
-
-    def apply(method: str) -> Any:
-      forward = lambda p, x: self.model.apply({'params': p}, to_float(x), method=method)
-      return jit(jax.default_matmul_precision('highest')(forward))
-
-    self._features = apply(method)
-    self._logits = apply('__call__')
+    self._features = sharding.program(forward, self.model, method, mesh=mesh)
+    self._logits = sharding.program(forward, self.model, '__call__', mesh=mesh)
 
   @classmethod
   def load(cls, path: str | Path, mesh: Mesh | None = None) -> 'FeatureExtractor':
@@ -252,3 +245,9 @@ class FeatureExtractor:
       batch = sharding.put_whole(batch, self._mesh) if self._mesh else batch
       results.append(np.asarray(function(self._params, batch['image']))[: len(part)])
     return np.concatenate(results)
+
+
+@jax.default_matmul_precision('highest')
+def forward(model: Any, method: str, params: Any, images: jax.Array) -> jax.Array:
+  """What `method` of the network makes of images uint8[B, H, W, 3]; under jit."""
+  return model.apply({'params': params}, to_float(images), method=method)

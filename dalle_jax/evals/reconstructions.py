@@ -36,12 +36,8 @@ class Reconstructions(ImageEvaluation):
     self.counts = np.zeros(model.num_codes, np.int64)
     self.distance = None
     if run := settings.lpips:
-      network = lpips.build(**run.config['model'])
-      one = lambda params, pair: network.apply({'params': params}, *(to_float(x)[None] for x in pair))[0]
-      one = jax.default_matmul_precision('highest')(one)  # see fid.FeatureExtractor
-      every = lambda params, *pairs: jax.lax.map(functools.partial(one, params), pairs, batch_size=LPIPS_BATCH)
-      jitted = jax.jit(every, out_shardings=sharding.whole(model.mesh))
-      self.distance = functools.partial(jitted, run.network('lpips'))
+      distances = sharding.program(lpips_of_pairs, lpips.build(**run.config['model']), mesh=model.mesh)
+      self.distance = functools.partial(distances, run.network('lpips'))
 
   def records_per_call(self) -> int:
     return self.settings.batch_size
@@ -84,3 +80,10 @@ class Reconstructions(ImageEvaluation):
 def psnr(squares: np.ndarray) -> np.ndarray:
   """Decibels for mean squared errors of pixels in [0, 255]; at most 100, which is that of equal images."""
   return 10 * np.log10(255.0**2 / np.maximum(squares, 255.0**2 * 1e-10))
+
+
+@jax.default_matmul_precision('highest')  # see fid.FeatureExtractor
+def lpips_of_pairs(network: lpips.LPIPS, params: Any, true: jax.Array, drawn: jax.Array) -> jax.Array:
+  """Distances float32[B] between images uint8[B, H, W, 3], a few at a time; under jit."""
+  one = lambda pair: network.apply({'params': params}, *(to_float(x)[None] for x in pair))[0]
+  return jax.lax.map(one, (true, drawn), batch_size=LPIPS_BATCH)

@@ -6,7 +6,7 @@ Axis legend: B sequences, V vocabulary.
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,9 +15,13 @@ import jax.numpy as jnp
 MASKED = -1e30  # the logit of a token that must not be sampled
 
 
+@jax.tree_util.register_pytree_node_class
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How the next token is sampled; hashable, a static argument under jit.
+  """How the next token is sampled; a pytree, so that one program serves all values of an option that is in use.
+
+  Under jit the numbers are traced, but for top_k and for those that stand for an option that is off (greedy sampling,
+  no top-p, no guidance), which leave that option out of the program.
 
   Attributes:
     temperature: divides the logits; 0.0 is greedy.
@@ -48,15 +52,36 @@ class Sampling:
 
   @property
   def guided(self) -> bool:
-    return self.guidance != 1.0
+    return not _is(self.guidance, 1)
+
+  def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    off = {'temperature': 0, 'top_p': 1, 'guidance': 1}
+    values = {name: getattr(self, name) for name in off}
+    values = {name: float(v) if isinstance(v, numbers.Real) else v for name, v in values.items()}
+    traced = tuple(name for name in off if not _is(values[name], off[name]))
+    fixed = tuple((name, value) for name, value in values.items() if name not in traced)
+    return tuple(values[name] for name in traced), (traced, (*fixed, ('top_k', self.top_k)))
+
+  @classmethod
+  def tree_unflatten(cls, names: tuple[Any, ...], values: Sequence[Any]) -> 'Sampling':
+    traced, fixed = names
+    new = object.__new__(cls)  # not by __init__, which cannot check tracers
+    for name, value in (*zip(traced, values, strict=True), *fixed):
+      object.__setattr__(new, name, value)
+    return new
 
 
-def filter_logits(logits: jax.Array, top_k: int = 0, top_p: float = 1.0) -> jax.Array:
+def _is(value: Any, number: float) -> bool:
+  """Whether an option is known to be that number; a traced one is not."""
+  return isinstance(value, numbers.Real) and value == number
+
+
+def filter_logits(logits: jax.Array, top_k: int = 0, top_p: float | jax.Array = 1.0) -> jax.Array:
   """Sets float32[B, V] to MASKED for tokens outside of top-k and top-p; the most probable one always stays."""
   if 0 < top_k < logits.shape[-1]:
     threshold = jax.lax.top_k(logits, top_k)[0][:, -1:]
     logits = jnp.where(logits < threshold, MASKED, logits)
-  if top_p < 1:
+  if not _is(top_p, 1):
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probs = jax.nn.softmax(ordered)
     before = jnp.cumsum(probs, axis=-1) - probs  # the total probability of more probable tokens
@@ -65,7 +90,7 @@ def filter_logits(logits: jax.Array, top_k: int = 0, top_p: float = 1.0) -> jax.
   return logits
 
 
-def guide(logits: jax.Array, scale: float) -> jax.Array:
+def guide(logits: jax.Array, scale: float | jax.Array) -> jax.Array:
   """Classifier-free guidance of float32[2 * B, V], conditional rows first: float32[B, V]."""
   cond, uncond = jnp.split(logits, 2)
   return uncond + scale * (cond - uncond)
@@ -75,7 +100,7 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
   """The next token of each sequence, int32[B], from float32[B, V] ([2 * B, V] when guided) and keys[B]."""
   if sampling.guided:
     logits = guide(logits, sampling.guidance)
-  if sampling.temperature == 0:
+  if _is(sampling.temperature, 0):
     return first_largest(logits)
   logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
   noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)  # Gumbel-max, as categorical does

@@ -123,7 +123,7 @@ def _to_x0(d: Diffusion, prediction: jax.Array, x_t: jax.Array, alpha: jax.Array
 # --- Classifier-free guidance
 
 
-def guide(d: Diffusion, cond: jax.Array, uncond: jax.Array, scale: float) -> jax.Array:
+def guide(d: Diffusion, cond: jax.Array, uncond: jax.Array, scale: float | jax.Array) -> jax.Array:
   """uncond + scale * (cond - uncond) of the predictions (Ho and Salimans, 2021); the variance is that of `cond`."""
   prediction, variance = _split(d, cond)
   other, _ = _split(d, uncond)
@@ -131,7 +131,7 @@ def guide(d: Diffusion, cond: jax.Array, uncond: jax.Array, scale: float) -> jax
   return prediction if variance is None else jnp.concatenate([prediction, variance], -1)
 
 
-def guided(d: Diffusion, apply: Predict, scale: float) -> Predict:
+def guided(d: Diffusion, apply: Predict, scale: float | jax.Array) -> Predict:
   """A guided `predict` for `sample`, from a network that is given every row with, then without its condition."""
 
   def predict(x: jax.Array, t: jax.Array) -> jax.Array:
@@ -181,7 +181,7 @@ def _ancestral_step(d: Diffusion, out: jax.Array, x_t: jax.Array, c: dict[str, A
 
 
 def _ddim_step(
-  d: Diffusion, out: jax.Array, x_t: jax.Array, c: dict[str, Any], eps: jax.Array, eta: float
+  d: Diffusion, out: jax.Array, x_t: jax.Array, c: dict[str, Any], eps: jax.Array, eta: float | jax.Array
 ) -> jax.Array:
   """x at the earlier timestep by DDIM, equations 12 and 16; a learned variance is not used."""
   prediction, _ = _split(d, out)
@@ -206,7 +206,7 @@ def sample(
   keys: jax.Array,
   steps: Sequence[int],
   last: Predict | None = None,
-  eta: float | None = None,
+  eta: float | jax.Array | None = None,
 ) -> jax.Array:
   """x0, float32[B, ...], from noise x at the first of `steps` (see `Diffusion.timesteps`).
 

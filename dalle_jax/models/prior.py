@@ -115,7 +115,7 @@ def sample(
   empty: Caption,
   keys: jax.Array,
   steps: Sequence[int],
-  guidance: float,
+  guidance: float | jax.Array | None = None,
 ) -> jax.Array:
   """Sample CLIP image embeddings float32[B, E] for captions, from noise by keys[B].
 
@@ -123,7 +123,7 @@ def sample(
   """
   d = model.diffusion
   predict = lambda x, t: apply(x, t, caption)
-  if guidance != 1:
+  if guidance is not None:
     both = jax.tree.map(lambda *rows: jnp.concatenate(rows), caption, empty)
     predict = diffusion.guided(d, lambda x, t: apply(x, t, both), guidance)
   x = diffusion.sample(d, predict, diffusion.initial_noise(keys, (model.embed_dim,)), keys, steps)

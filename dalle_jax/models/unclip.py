@@ -124,18 +124,18 @@ def sample(
   empty: Caption,
   keys: jax.Array,
   steps: Sequence[int],
-  guidance: float,
-  eta: float | None = None,
+  guidance: float | jax.Array | None = None,
+  eta: float | jax.Array | None = None,
 ) -> jax.Array:
   """Sample images float32[B, H, W, 3] in [-1, 1] for image embeddings [B, E] and captions, from noise by keys[B].
 
-  `apply` is the model's `apply` bound to its parameters; `steps` are those of `Diffusion.timesteps`. A guidance scale s
-  other than 1 is classifier-free guidance, uncond + s (cond - uncond), where uncond has the null embedding and `empty`,
-  the caption '', in place of the caption. For `eta` see `functional.diffusion.sample`.
+  `apply` is the model's `apply` bound to its parameters; `steps` are those of `Diffusion.timesteps`. With
+  `guidance`, the scale s of classifier-free guidance, the prediction is uncond + s (cond - uncond), where uncond has
+  the null embedding and `empty`, the caption '', in place of the caption. For `eta` see `functional.diffusion.sample`.
   """
   d, b = model.diffusion, len(embed)
   predict = lambda x, t: apply(x, t, embed, caption)
-  if guidance != 1:
+  if guidance is not None:
     twice, known = jnp.concatenate([embed, embed]), jnp.arange(2 * b) < b
     both = jax.tree.map(lambda *rows: jnp.concatenate(rows), caption, empty)
     predict = diffusion.guided(d, lambda x, t: apply(x, t, twice, both, known), guidance)

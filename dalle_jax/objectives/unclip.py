@@ -68,7 +68,8 @@ class UnCLIPObjective:
     empty = self.reader.encode_text(frozen, jnp.broadcast_to(self.reader.empty_ids, batch['clip_text'].shape))
     apply = lambda *args: self.model.apply({'params': params['unclip']}, *args)
     steps = self.model.diffusion.timesteps(self.c.sampling_steps)
-    samples = unclip.sample(self.model, apply, embed, caption, empty, keys, steps, self.c.guidance)
+    guidance = None if self.c.guidance == 1 else self.c.guidance
+    samples = unclip.sample(self.model, apply, embed, caption, empty, keys, steps, guidance)
     return jnp.concatenate([to_uint8(x) for x in (resized(images, self.model.image_size), samples)], 2)
 
 

@@ -29,9 +29,8 @@ class DallE(TokenGenerator, ImageGenerator):
     super().__init__(run, frozen, setup)
     self.model = self._network()
     self._prepare_params(self.model.dtype)
-    self._draw = self._jit(functools.partial(draw, self.model, self.vqgan.network), static_argnames='sampling')
-    end = self.config['tokenizer'].get('end', -1)
-    self._complete = self._jit(functools.partial(complete, self.model, end), static_argnames='sampling')
+    self._draw = self._program(draw, self.model, self.vqgan.network)
+    self._complete = self._program(complete, self.model, self.config['tokenizer'].get('end', -1))
 
   def sample(
     self,
@@ -152,7 +151,7 @@ def draw(
     n=n,
     sampling=sampling,
   )
-  images = decode_codes(vqgan, params['vqgan'], tokens, model.grid)
+  images = decode_codes(vqgan, model.grid, params['vqgan'], tokens)
   return images.reshape(-1, n, *images.shape[1:]), tokens.reshape(-1, n, tokens.shape[-1])
 
 

@@ -57,7 +57,7 @@ class Generator:
     text_run = frozen[self.TEXT_FROM] if self.TEXT_FROM else run
     self.encode_text = text_encoder(text_run.tokenizer, text_run.config['tokenizer'])
     self.image_size = self.config['data']['image_size']
-    self._jit = functools.partial(jax.jit, out_shardings=sharding.whole(self.mesh))
+    self._program = functools.partial(sharding.program, mesh=self.mesh, rules=self.rules)
 
   @classmethod
   def load(

@@ -40,8 +40,9 @@ class ImageTokenizer:
     self.image_size = image_size or run.config['data']['image_size']
     self.grid, self.num_codes = self.network.grid(self.image_size), int(self.network.num_codes)
     self.params = run.network('vqgan')
-    jit = functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
-    self._encode, self._decode = jit(self._encode_images), jit(self._decode_tokens)
+    program = functools.partial(sharding.program, mesh=mesh, rules=rules)
+    self._encode = program(encode_images, self.network)
+    self._decode = program(decode_codes, self.network, self.grid)
 
   @classmethod
   def load(
@@ -88,18 +89,18 @@ class ImageTokenizer:
     """Images, as `encode` takes them, encoded to image tokens and decoded again: uint8[B, H, W, 3]."""
     return self.decode(self.encode(images))
 
-  # --- Under jit
 
-  def _encode_images(self, params: Any, images: jax.Array) -> jax.Array:
-    codes = self.network.apply({'params': params}, to_float(images), method='encode')
-    return codes.reshape(len(images), -1)
+# --- Under jit
 
-  def _decode_tokens(self, params: Any, tokens: jax.Array) -> jax.Array:
-    return decode_codes(self.network, params, tokens, self.grid)
+
+def encode_images(network: image_tokenizer.ImageTokenizer, params: Any, images: jax.Array) -> jax.Array:
+  """Images uint8[B, H, W, 3] -> image tokens int32[B, I]."""
+  codes = network.apply({'params': params}, to_float(images), method='encode')
+  return codes.reshape(len(images), -1)
 
 
 def decode_codes(
-  network: image_tokenizer.ImageTokenizer, params: Any, tokens: jax.Array, grid: tuple[int, int]
+  network: image_tokenizer.ImageTokenizer, grid: tuple[int, int], params: Any, tokens: jax.Array
 ) -> jax.Array:
-  """Image tokens int32[B, I] -> images uint8[B, H, W, 3]; under jit."""
+  """Image tokens int32[B, I] -> images uint8[B, H, W, 3]."""
   return to_uint8(network.apply({'params': params}, tokens.reshape(-1, *grid), method='decode_codes'))

@@ -21,14 +21,14 @@ class Reranker:
 
   BATCH = 256  # images or captions at once
 
-  def __init__(self, run: checkpoint.Run, mesh: Mesh | None = None):
+  def __init__(self, run: checkpoint.Run, mesh: Mesh | None = None, rules: sharding.Rules = ()):
     """Raises ValueError for a CLIP without an image tower."""
-    self.config, self.step, self.mesh = run.config, run.step, mesh
+    self.config, self.step, self.mesh, self.rules = run.config, run.step, mesh, rules
     self.model, self.params = clip.of_run(run.config), run.network('clip')
     self.image_size = self.model.side
     self._tokenize = text_encoder(run.tokenizer, run.config['tokenizer'])
-    jit = functools.partial(jax.jit, out_shardings=sharding.whole(mesh))
-    self._encode_text, self._encode_images = jit(self._text_embeds), jit(self._image_embeds)
+    program = functools.partial(sharding.program, mesh=mesh, rules=rules)
+    self._encode_text, self._encode_images = program(text_embeds, self.model), program(image_embeds, self.model)
 
   @classmethod
   def load(
@@ -44,7 +44,7 @@ class Reranker:
       raise ValueError(f'{path} is a run of {found!r}; reranking needs one of the objective clip.')
     if not run.tokenizer:
       raise ValueError(f'{path} has no tokenizer, which reading captions needs; convert it again with one.')
-    return cls(run, mesh)
+    return cls(run, mesh, rules)
 
   def scores(self, prompts: Sequence[str], images: np.ndarray) -> np.ndarray:
     """Cosine similarities float32[B, n] between each of B prompts and its n images, uint8[B, n, H, W, 3]."""
@@ -61,20 +61,23 @@ class Reranker:
     if not len(prompts):
       raise ValueError('there are no prompts to compare with images; give at least one.')
     ids = np.stack([self._tokenize(p) for p in prompts])
-    return in_batches(lambda x: self._encode_text(self.params, x), ids, self.BATCH)
+    with sharding.within(self.mesh, self.rules):
+      return in_batches(lambda x: self._encode_text(self.params, x), ids, self.BATCH)
 
   def encode_images(self, images: np.ndarray) -> np.ndarray:
     """Square images uint8[B, H, W, 3] of any size -> embeddings float32[B, E] of unit length."""
-    return in_batches(lambda x: self._encode_images(self.params, x), images, self.BATCH)
+    with sharding.within(self.mesh, self.rules):
+      return in_batches(lambda x: self._encode_images(self.params, x), images, self.BATCH)
 
-  # --- Under jit
 
-  def _text_embeds(self, params: Any, ids: jax.Array) -> jax.Array:
-    return self.model.apply({'params': params}, ids, method='encode_text')
+def text_embeds(model: clip.CLIP, params: Any, ids: jax.Array) -> jax.Array:
+  """Captions int32[B, N] -> embeddings float32[B, E] of unit length; under jit."""
+  return model.apply({'params': params}, ids, method='encode_text')
 
-  def _image_embeds(self, params: Any, images: jax.Array) -> jax.Array:
-    images = resized(to_float(images), self.image_size)
-    return self.model.apply({'params': params}, images, method='encode_image')
+
+def image_embeds(model: clip.CLIP, params: Any, images: jax.Array) -> jax.Array:
+  """Square images uint8[B, H, W, 3] of any size -> embeddings float32[B, E] of unit length; under jit."""
+  return model.apply({'params': params}, resized(to_float(images), model.side), method='encode_image')
 
 
 def in_batches(function: Any, rows: np.ndarray, batch: int) -> np.ndarray:

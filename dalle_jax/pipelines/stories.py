@@ -2,7 +2,7 @@
 
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from dalle_jax.data import ops
 from dalle_jax.data.bpe import TextEncoder, text_encoder
 from dalle_jax.functional.decoding import Sampling
-from dalle_jax.pipelines.generator import Generator, Setup, check_numbers, is_list_of_strings, rows_per_call
+from dalle_jax.pipelines.generator import Generator, check_numbers, is_list_of_strings, rows_per_call
 from dalle_jax.training import checkpoint, sharding
 
 
@@ -37,15 +37,13 @@ class StorySample:
 class StoryGenerator(Generator):
   """A generator that continues stories, by at most `model.frames` frames after the source.
 
-  `encode_tower_text` is the tokenizer of a frozen text tower that reads the captions, if there is one.
+  `encode_tower_text` is the tokenizer of a frozen text tower that reads the captions, if there is one. `_draw` is the
+  program (params, batch, seed, numbers, sampling) -> the candidates with these numbers, uint8[B, T, n, H, W, 3].
   """
 
   model: Any
   encode_tower_text: TextEncoder | None = None
-
-  def __init__(self, run: checkpoint.Run, frozen: Mapping[str, checkpoint.Run], setup: Setup | None = None):
-    super().__init__(run, frozen, setup)
-    self._draw = self._jit(self._draw_frames, static_argnames='sampling')
+  _draw: Callable[..., jax.Array]
 
   def continue_story(
     self, source: Any, captions: Sequence[str], n: int = 4, seed: int = 0, *, vectors: Any = None, **options: Any
@@ -165,10 +163,4 @@ class StoryGenerator(Generator):
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None
   ) -> dict[str, np.ndarray]:
     """What the network reads in addition to the tokens of the captions, one row per story."""
-    raise NotImplementedError
-
-  def _draw_frames(
-    self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, numbers: jax.Array, *, sampling: Sampling
-  ) -> jax.Array:
-    """The candidates with these numbers, uint8[B, T, n, H, W, 3]; under jit."""
     raise NotImplementedError

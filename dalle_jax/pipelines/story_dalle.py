@@ -9,7 +9,7 @@ import numpy as np
 
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
-from dalle_jax.models import clip, story_dalle
+from dalle_jax.models import clip, image_tokenizer, story_dalle
 from dalle_jax.pipelines.generator import Setup, TokenGenerator, request_keys
 from dalle_jax.pipelines.image_tokenizer import decode_codes
 from dalle_jax.pipelines.stories import StoryGenerator
@@ -28,8 +28,9 @@ class StoryDallE(StoryGenerator, TokenGenerator):
       self.tower = clip.of_run(self._add_tower(frozen, 'clip').config)
       fields['sentence_dim'] = self.tower.embed_dim
     self.model = story_dalle.build(**fields)
-    self.additions = ['story'] if 'story' in self.params else []  # a model may add no parameters to its DALL-E
-    self._prepare_params(self.model.dalle.dtype, *self.additions)
+    additions = ('story',) if 'story' in self.params else ()  # a model may add no parameters to its DALL-E
+    self._prepare_params(self.model.dalle.dtype, *additions)
+    self._draw = self._program(draw, self.model, self.tower, self.vqgan.network)
 
   def _inputs(
     self, sources: np.ndarray, captions: Sequence[Sequence[str]], vectors: np.ndarray | None
@@ -45,26 +46,35 @@ class StoryDallE(StoryGenerator, TokenGenerator):
       inputs['sentences'] = np.asarray(vectors, np.float32)
     return inputs
 
-  def _draw_frames(
-    self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, numbers: jax.Array, *, sampling: Sampling
-  ) -> jax.Array:
-    text, model, sentences = batch['text'], self.model, batch.get('sentences')
-    b, t, length = text.shape
-    if self.tower:
-      sentences = story_dalle.embed_sentences(self.tower, params['tower'], sentences)
-    networks = {name: params[name] for name in ('dalle', *self.additions)}
-    tokens = decoding.sample(
-      story_dalle.sampler(model, networks, text, batch['source'], sentences),
-      text.reshape(b * t, length),
-      jnp.zeros((b * t, 0), jnp.int32),
-      request_keys(seed, batch['name'].ravel(), numbers),
-      empty=model.dalle.padding,
-      length=model.dalle.image_length,
-      n=len(numbers),
-      sampling=sampling,
-    )
-    images = decode_codes(self.vqgan.network, params['vqgan'], tokens, self.vqgan.grid)
-    return images.reshape(b, t, len(numbers), *images.shape[1:])
+
+def draw(
+  model: story_dalle.StoryDALLE,
+  tower: clip.CLIP | None,
+  vqgan: image_tokenizer.ImageTokenizer,
+  params: Any,
+  batch: dict[str, jax.Array],
+  seed: jax.Array,
+  numbers: jax.Array,
+  sampling: Sampling,
+) -> jax.Array:
+  """The candidates with these numbers, int32[n], for each frame: uint8[B, T, n, H, W, 3]; under jit."""
+  text, sentences = batch['text'], batch.get('sentences')
+  b, t, length = text.shape
+  if tower:
+    sentences = story_dalle.embed_sentences(tower, params['tower'], sentences)
+  networks = {name: params[name] for name in ('dalle', 'story') if name in params}
+  tokens = decoding.sample(
+    story_dalle.sampler(model, networks, text, batch['source'], sentences),
+    text.reshape(b * t, length),
+    jnp.zeros((b * t, 0), jnp.int32),
+    request_keys(seed, batch['name'].ravel(), numbers),
+    empty=model.dalle.padding,
+    length=model.dalle.image_length,
+    n=len(numbers),
+    sampling=sampling,
+  )
+  images = decode_codes(vqgan, model.dalle.grid, params['vqgan'], tokens)
+  return images.reshape(b, t, len(numbers), *images.shape[1:])
 
 
 load = StoryDallE.load

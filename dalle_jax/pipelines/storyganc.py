@@ -10,6 +10,7 @@ import numpy as np
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.models import storyganc
+from dalle_jax.models.caption_encoder import Tower
 from dalle_jax.pipelines.generator import Setup, request_keys
 from dalle_jax.pipelines.stories import StoryGenerator
 from dalle_jax.training import checkpoint
@@ -33,6 +34,7 @@ class StoryGANc(StoryGenerator):
     self.model, self.tower = storyganc.of_run(self.config, {name: r.config for name, r in frozen.items()})
     if self.tower:
       self._add_tower(frozen, self.model.captions)
+    self._draw = self._program(draw, self.model, self.tower)
 
   def _check(self, sampling: Sampling) -> None:
     changed = [k for k in ('top_k', 'top_p', 'guidance') if getattr(sampling, k) != getattr(Sampling, k)]
@@ -49,21 +51,29 @@ class StoryGANc(StoryGenerator):
       inputs['tower_text'] = self._tower_text(captions)
     return inputs
 
-  def _draw_frames(
-    self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, numbers: jax.Array, *, sampling: Sampling
-  ) -> jax.Array:
-    (b, t), n = batch['name'].shape, len(numbers)
-    captions = self.tower(params['tower'], batch['tower_text']) if self.tower else batch['text']
-    keys = request_keys(seed, batch['name'].ravel(), numbers).reshape(b, t, n).swapaxes(1, 2)  # (B, n, T)
-    first_keys = jax.vmap(jax.random.fold_in, (0, None))(keys[..., 0].ravel(), 1)
-    normal = lambda keys, width: jax.vmap(lambda key: jax.random.normal(key, (width,)))(keys.ravel())
-    noise = sampling.temperature * normal(keys, self.model.noise).reshape(b * n, t, self.model.noise)
-    eps = sampling.temperature * normal(first_keys, self.model.code)
-    repeat = lambda x: jnp.repeat(x, n, axis=0)
-    variables, source = {'params': params['generator']}, to_float(batch['source'])
-    out = self.model.apply(variables, repeat(captions), repeat(source), eps, noise)
-    frames = to_uint8(out.frames)
-    return frames.reshape(b, n, t, *frames.shape[2:]).swapaxes(1, 2)
+
+def draw(
+  model: storyganc.StoryGANc,
+  tower: Tower | None,
+  params: Any,
+  batch: dict[str, jax.Array],
+  seed: jax.Array,
+  numbers: jax.Array,
+  sampling: Sampling,
+) -> jax.Array:
+  """The candidates with these numbers, int32[n], for each frame: uint8[B, T, n, H, W, 3]; under jit."""
+  (b, t), n = batch['name'].shape, len(numbers)
+  captions = tower(params['tower'], batch['tower_text']) if tower else batch['text']
+  keys = request_keys(seed, batch['name'].ravel(), numbers).reshape(b, t, n).swapaxes(1, 2)  # (B, n, T)
+  first_keys = jax.vmap(jax.random.fold_in, (0, None))(keys[..., 0].ravel(), 1)
+  normal = lambda keys, width: jax.vmap(lambda key: jax.random.normal(key, (width,)))(keys.ravel())
+  noise = sampling.temperature * normal(keys, model.noise).reshape(b * n, t, model.noise)
+  eps = sampling.temperature * normal(first_keys, model.code)
+  repeat = lambda x: jnp.repeat(x, n, axis=0)
+  variables, source = {'params': params['generator']}, to_float(batch['source'])
+  out = model.apply(variables, repeat(captions), repeat(source), eps, noise)
+  frames = to_uint8(out.frames)
+  return frames.reshape(b, n, t, *frames.shape[2:]).swapaxes(1, 2)
 
 
 load = StoryGANc.load

@@ -16,7 +16,7 @@ from dalle_jax.data import ops
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.functional.pixels import to_float, to_uint8
 from dalle_jax.models import prior, unclip, upsampler
-from dalle_jax.models.clip_reader import Caption
+from dalle_jax.models.clip_reader import Caption, ClipReader
 from dalle_jax.models.decode_params import compute_params
 from dalle_jax.models.pooling import normalize
 from dalle_jax.pipelines.generator import Setup, request_keys
@@ -97,10 +97,13 @@ class UnCLIP(ImageGenerator):
           f'the {name} takes images of {low} pixels a side, but gets images of {self.image_size}; choose another one.'
         )
       self.image_size = self.upsamplers[name].image_size
-    self._sample_embeds = self._jit(self._prior_embeds, static_argnames=('steps', 'guidance', 'priors'))
-    self._decode = self._jit(self._decode_embeds, static_argnames=('steps', 'guidance', 'eta'))
-    self._upsample = self._jit(self._upsample_images, static_argnames=('name', 'steps'))
-    self._encode = self._jit(lambda params, images: self.reader.encode_image(params['clip'], to_float(images)))
+    self._encode = self._program(encode_images, self.reader)
+    self._sample_embeds = self._program(sample_embeds, self.reader, self.prior, static=('steps', 'priors'))
+    self._decode = self._program(decode_embeds, self.reader, self.model, static=('steps',))
+    self._upsample = [
+      functools.partial(self._program(upsample, module, place, static=('steps',)), self.params[name])
+      for place, (name, module) in enumerate(self.upsamplers.items())
+    ]
 
   @classmethod
   def load(
@@ -204,73 +207,101 @@ class UnCLIP(ImageGenerator):
     if plan.priors < 1:
       raise ValueError(f'priors is {plan.priors}; expected one embedding per image or more.')
 
-    # Each network is a program of its own, so another number of steps for one of them recompiles only that one.
+    # Each network is a program of its own, so another number of steps for one of them recompiles only that one. Whether
+    # there is guidance is part of a program, its scale is not.
+    scale = lambda guidance: None if guidance == 1 else float(guidance)
+
     def call(batch: dict[str, Any], seed: np.uint32) -> tuple[jax.Array, None]:
       params = lambda *names: {name: self.params[name] for name in names}
       embeds = batch.pop('embed', None)
       if embeds is None:
-        options = dict(steps=plan.prior_steps, guidance=plan.prior_guidance, priors=plan.priors)
+        options = dict(steps=plan.prior_steps, guidance=scale(plan.prior_guidance), priors=plan.priors)
         embeds = self._sample_embeds(params('clip', 'prior'), batch, seed, **options)
       else:
         embeds = jnp.repeat(embeds, batch['number'].shape[1], axis=0)
       images = self._decode(
-        params('clip', 'unclip'), batch, seed, embeds, steps=plan.steps, guidance=plan.guidance, eta=plan.eta
+        params('clip', 'unclip'), batch, seed, embeds, steps=plan.steps, guidance=scale(plan.guidance), eta=plan.eta
       )
-      for name in self.upsamplers:
-        images = self._upsample(self.params[name], batch, seed, images, name=name, steps=plan.upsampler_steps)
+      for enlarge in self._upsample:
+        images = enlarge(batch, seed, images, steps=plan.upsampler_steps)
       return to_uint8(images).reshape(*batch['number'].shape, *images.shape[1:]), None
 
     return call
 
-  # --- Under jit: `batch` has text int32[B, N], name uint32[B] and number int32[B, n]
 
-  def _prior_embeds(
-    self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, *, steps: int, guidance: float, priors: int
-  ) -> jax.Array:
-    """Image embeddings [B * n, E]: of `priors` samples, the one nearest in direction to the caption's embedding."""
-    caption, empty = self._captions(params['clip'], batch)
-    tile = lambda x: jnp.tile(x, (priors, *(1,) * (x.ndim - 1)))  # (P B n, ...)
-    keys = jnp.concatenate([stage_keys(batch, seed, 1 + i) for i in range(priors)])
-    captions, empties = (jax.tree.map(tile, c) for c in (caption, empty))
-    apply = functools.partial(self.prior.apply, {'params': params['prior']})
-    timesteps = self.prior.diffusion.timesteps(steps)
-    embeds = self.reader.scaled(prior.sample(self.prior, apply, captions, empties, keys, timesteps, guidance))
-    embeds = embeds.reshape(priors, len(caption.embed), -1)
-    best = jnp.einsum('pbe,be->pb', normalize(embeds), caption.embed).argmax(0)
-    return jnp.take_along_axis(embeds, best[None, :, None], 0)[0]
+# --- Under jit: `batch` has text int32[B, N], name uint32[B] and number int32[B, n]
 
-  def _decode_embeds(
-    self,
-    params: Any,
-    batch: dict[str, jax.Array],
-    seed: jax.Array,
-    embeds: jax.Array,
-    *,
-    steps: int,
-    guidance: float,
-    eta: float | None,
-  ) -> jax.Array:
-    """Image embeddings [B * n, E] -> images float32[B * n, H, W, 3]."""
-    caption, empty = self._captions(params['clip'], batch)
-    apply = functools.partial(self.model.apply, {'params': params['unclip']})
-    keys, timesteps = stage_keys(batch, seed, 0), self.model.diffusion.timesteps(steps)
-    return unclip.sample(self.model, apply, embeds, caption, empty, keys, timesteps, guidance, eta)
 
-  def _upsample_images(
-    self, params: Any, batch: dict[str, jax.Array], seed: jax.Array, images: jax.Array, *, name: str, steps: int
-  ) -> jax.Array:
-    """Enlarges images with the upsampler of that name: float32[B * n, H, W, 3] -> [B * n, 2 H or more, ...]."""
-    module, place = self.upsamplers[name], list(self.upsamplers).index(name)
-    apply = {player: functools.partial(module.apply, {'params': p}) for player, p in params.items()}
-    keys, timesteps = stage_keys(batch, seed, 2**20 + place), module.diffusion.timesteps(steps)
-    return upsampler.sample(module, apply['upsampler'], images, keys, timesteps, apply.get('last'))
+def encode_images(reader: ClipReader, params: Any, images: jax.Array) -> jax.Array:
+  """CLIP's embeddings float32[B, E] of images uint8[B, H, W, 3]."""
+  return reader.encode_image(params['clip'], to_float(images))
 
-  def _captions(self, params: Any, batch: dict[str, jax.Array]) -> tuple[Caption, Caption]:
-    """The captions, and as many empty ones, as CLIP encodes them; one row per image."""
-    count, n = batch['number'].shape
-    rows = lambda caption, times: jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), caption)
-    empty = self.reader.encode_text(params, jnp.asarray(self.reader.empty_ids)[None])
-    return rows(self.reader.encode_text(params, batch['text']), n), rows(empty, count * n)
+
+def sample_embeds(
+  reader: ClipReader,
+  model: prior.Prior,
+  params: Any,
+  batch: dict[str, jax.Array],
+  seed: jax.Array,
+  *,
+  steps: int,
+  guidance: jax.Array | None,
+  priors: int,
+) -> jax.Array:
+  """Image embeddings [B * n, E]: of `priors` samples, the one nearest in direction to the caption's embedding."""
+  caption, empty = encode_captions(reader, params['clip'], batch)
+  tile = lambda x: jnp.tile(x, (priors, *(1,) * (x.ndim - 1)))  # (P B n, ...)
+  keys = jnp.concatenate([stage_keys(batch, seed, 1 + i) for i in range(priors)])
+  captions, empties = (jax.tree.map(tile, c) for c in (caption, empty))
+  apply = functools.partial(model.apply, {'params': params['prior']})
+  timesteps = model.diffusion.timesteps(steps)
+  embeds = reader.scaled(prior.sample(model, apply, captions, empties, keys, timesteps, guidance))
+  embeds = embeds.reshape(priors, len(caption.embed), -1)
+  best = jnp.einsum('pbe,be->pb', normalize(embeds), caption.embed).argmax(0)
+  return jnp.take_along_axis(embeds, best[None, :, None], 0)[0]
+
+
+def decode_embeds(
+  reader: ClipReader,
+  model: unclip.UnCLIP,
+  params: Any,
+  batch: dict[str, jax.Array],
+  seed: jax.Array,
+  embeds: jax.Array,
+  *,
+  steps: int,
+  guidance: jax.Array | None,
+  eta: jax.Array | None,
+) -> jax.Array:
+  """Image embeddings [B * n, E] -> images float32[B * n, H, W, 3]."""
+  caption, empty = encode_captions(reader, params['clip'], batch)
+  apply = functools.partial(model.apply, {'params': params['unclip']})
+  keys, timesteps = stage_keys(batch, seed, 0), model.diffusion.timesteps(steps)
+  return unclip.sample(model, apply, embeds, caption, empty, keys, timesteps, guidance, eta)
+
+
+def upsample(
+  model: upsampler.Upsampler,
+  place: int,
+  params: Any,
+  batch: dict[str, jax.Array],
+  seed: jax.Array,
+  images: jax.Array,
+  *,
+  steps: int,
+) -> jax.Array:
+  """Images float32[B * n, h, w, 3] -> [B * n, H, W, 3], larger ones, by the upsampler at that place in the chain."""
+  apply = {player: functools.partial(model.apply, {'params': p}) for player, p in params.items()}
+  keys, timesteps = stage_keys(batch, seed, 2**20 + place), model.diffusion.timesteps(steps)
+  return upsampler.sample(model, apply['upsampler'], images, keys, timesteps, apply.get('last'))
+
+
+def encode_captions(reader: ClipReader, params: Any, batch: dict[str, jax.Array]) -> tuple[Caption, Caption]:
+  """The captions, and as many empty ones, as CLIP encodes them; one row per image."""
+  count, n = batch['number'].shape
+  rows = lambda caption, times: jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), caption)
+  empty = reader.encode_text(params, jnp.asarray(reader.empty_ids)[None])
+  return rows(reader.encode_text(params, batch['text']), n), rows(empty, count * n)
 
 
 def stage_keys(batch: dict[str, jax.Array], seed: jax.Array, stage: int) -> jax.Array:

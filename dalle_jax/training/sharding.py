@@ -7,8 +7,9 @@ divisible is replicated.
 """
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -48,7 +49,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
 def use(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Device] | None = None) -> Iterator[Mesh]:
   """Makes a mesh and sets it and the rules within the context, where `constrain` in the layers finds them.
 
-  The rules are not part of jit's cache key, so create jitted functions inside. Raises ValueError like `make_mesh`.
+  The rules are not part of jit's cache key, so create jitted functions inside, or by `program`. Raises ValueError like
+  `make_mesh`.
   """
   mesh = make_mesh(sizes, devices)
   unknown = sorted({a for _, axes in rules for a in _as_tuple(axes)} - set(mesh.axis_names))
@@ -183,6 +185,24 @@ def part_to_read(mesh: Mesh) -> tuple[int, int]:
 def whole(mesh: Mesh | None) -> NamedSharding | None:
   """The sharding of results that every process reads: a copy on each device of the mesh; None without a mesh."""
   return NamedSharding(mesh, PartitionSpec()) if mesh else None
+
+
+def program(
+  function: Callable[..., Any], *fixed: Any, mesh: Mesh | None = None, rules: Rules = (), static: tuple[str, ...] = ()
+) -> Callable[..., Any]:
+  """`function` after the arguments `fixed`, under jit, with results that every process can read.
+
+  The same arguments give the same program, so that loading another checkpoint of a run compiles nothing. `fixed` are
+  hashable (networks without their parameters), `static` names further arguments that are. Call it `within` the mesh
+  and the rules.
+  """
+  return _program(function, fixed, mesh, logical_rules(rules), static)
+
+
+@functools.lru_cache(maxsize=256)
+def _program(function: Any, fixed: Any, mesh: Mesh | None, rules: Any, static: tuple[str, ...]) -> Callable[..., Any]:
+  del rules  # what they change is in the compiled programs
+  return jax.jit(functools.partial(function, *fixed), static_argnames=static, out_shardings=whole(mesh))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

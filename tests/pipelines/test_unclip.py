@@ -25,7 +25,9 @@ from tests import runs
 SOURCE = shapes.load('test', image_size=24)
 WORDS = bpe.train((SOURCE[k]['caption'] for k in range(30)), 280)
 PROMPTS = ['a small red circle', 'two blue hearts', '']
+# The same steps and shapes wherever they do not matter, as each combination is compiled.
 QUICK = dict(steps=4, prior_steps=3, upsampler_steps=2)
+USUAL = dict(n=3, guidance=2.0, **QUICK)
 
 
 @pytest.fixture(scope='module')
@@ -71,21 +73,21 @@ def near(a, b):
 
 
 def test_pictures_depend_on_prompt_seed_and_number_alone(model):
-  options = dict(seed=5, guidance=2.0, **QUICK)
-  samples = model.sample(PROMPTS, n=3, **options)
+  options = dict(USUAL, seed=5)
+  samples = model.sample(PROMPTS, **options)
   for s in samples:
     assert s.images.shape == (3, 32, 32, 3) and s.images.dtype == np.uint8 and s.tokens is None
     assert sorted(s.candidates) == [0, 1, 2] and (np.diff(s.scores) <= 0).all()
     assert (s.images[0] != s.images[1]).any()
-  equal(model.sample(PROMPTS[1:], n=3, batch_size=2, **options), samples[1:])
-  later = model.sample(PROMPTS, n=3, first=2, **options)[0]
+  equal(model.sample(PROMPTS[1:], batch_size=2, **options), samples[1:])
+  later = model.sample(PROMPTS, first=2, **options)[0]
   of_number_2 = [s.images[s.candidates.tolist().index(2)] for s in (later, samples[0])]
   near(*of_number_2)
-  assert (model.sample(PROMPTS, n=3, **options | {'seed': 6})[0].images != samples[0].images).any()
+  assert (model.sample(PROMPTS, **options | {'seed': 6})[0].images != samples[0].images).any()
 
 
 def test_a_mesh_draws_the_same_pictures(root, model):
-  options = dict(n=3, seed=1, guidance=2.0, **QUICK)
+  options = dict(USUAL, seed=1)
   expected = model.sample(PROMPTS, **options)
   with sharding.use(dict(data=2, fsdp=2, tensor=2), common.RULES) as mesh:
     split = UnCLIP.load(root / 'unclip', clip=root / 'clip', mesh=mesh, rules=common.RULES)
@@ -93,12 +95,23 @@ def test_a_mesh_draws_the_same_pictures(root, model):
 
 
 def test_each_argument_of_drawing_changes_the_pictures(model):
-  draw = lambda **more: model.sample(PROMPTS[:1], n=1, **{**QUICK, **more})[0].images
-  base = draw()
-  for more in (dict(guidance=3.0, prior_guidance=1.0), dict(prior_guidance=3.0), dict(steps=5), dict(eta=0.0)):
+  draw = lambda **more: np.stack([sample.images for sample in model.sample(PROMPTS, **{**USUAL, **more})])
+  programs = (model._sample_embeds, model._decode)
+  base, compiled = draw(), [program._cache_size() for program in programs]
+  own = dict(guidance=3.0, prior_guidance=2.0), dict(prior_guidance=3.0)
+  for more in own:
     assert (draw(**more) != base).any(), more
-  assert (draw(prior_steps=4) != base).any() and (draw(upsampler_steps=3) != base).any()
-  assert (draw(priors=1) != draw(priors=4)).any()  # the nearest of several is not always the first
+  assert [program._cache_size() for program in programs] == compiled  # other numbers need no other program
+  for more in (dict(guidance=1.0, prior_guidance=2.0), dict(steps=5), dict(prior_steps=4), dict(upsampler_steps=3)):
+    assert (draw(**more) != base).any(), more
+  assert (draw(priors=1) != base).any()  # the nearest of several is not always the first
+  assert (draw(eta=0.0) != draw(eta=1.0)).any()
+
+
+def test_another_checkpoint_of_a_run_is_loaded_without_compiling(root, model):
+  again = UnCLIP.load(root / 'unclip')
+  assert again._decode is model._decode and again._sample_embeds is model._sample_embeds
+  assert UnCLIP.load(root / 'unclip', rules=common.RULES)._decode is not model._decode
 
 
 def test_variations_are_of_the_picture(model):
@@ -191,14 +204,14 @@ def test_what_is_refused(root, model, tmp_path):
 
 
 def test_scripts(root, tmp_path, capsys):
-  flags = ['--steps', 3, '--prior_steps', 2, '--upsampler_steps', 2]
+  flags = [f'--{name}={count}' for name, count in QUICK.items()]
   draw = lambda *more: runs.call(sample, '--out', tmp_path / 'out', '--n', 2, *more)
   assert draw(*flags, '--run', root / 'unclip', '--clip', root / 'clip', '--prompt', 'a red circle') == 0
   files = {'000_0.png', '000_1.png', 'grid.png', 'samples.json'}
   assert {p.name for p in (tmp_path / 'out').iterdir()} == files
-  assert json.loads((tmp_path / 'out' / 'samples.json').read_text())['prior_steps'] == 2
+  assert json.loads((tmp_path / 'out' / 'samples.json').read_text())['prior_steps'] == 3
   picture = tmp_path / 'out' / '000_0.png'
-  assert draw('--run', root / 'bare', '--vary', picture, '--steps', 3, '--upsampler', root / 'upsampler') == 0
+  assert draw('--run', root / 'bare', '--vary', picture, *(flags[0], flags[2]), '--upsampler', root / 'upsampler') == 0
   assert Image.open(tmp_path / 'out' / '000_1.png').size == (32, 32)
   capsys.readouterr()
   for arguments, message in (
@@ -218,7 +231,7 @@ def test_scripts(root, tmp_path, capsys):
   score = ['--run', root / 'unclip', '--clip', root / 'clip', '--count', 3, '--split', 'test']
   assert runs.call(evaluate, *score, *flags, '--out', tmp_path / 'scores') == 0
   metrics = json.loads((tmp_path / 'scores' / 'metrics.json').read_text())
-  assert metrics['pictures'] == 3 and 0 <= metrics['all'] <= 1 and metrics['settings']['steps'] == 3
+  assert metrics['pictures'] == 3 and 0 <= metrics['all'] <= 1 and metrics['settings']['steps'] == 4
 
 
 def test_an_imported_karlo_draws_and_varies(tmp_path, capsys):
@@ -229,7 +242,12 @@ def test_an_imported_karlo_draws_and_varies(tmp_path, capsys):
   model = generator.load(out)
   (found,) = model.sample(['a quiet river'], n=2, guidance=4.0, **QUICK)
   assert found.images.shape == (2, 32, 32, 3)
-  assert model.variations([found.images[0]], steps=3, upsampler_steps=2)[0].images.shape == (1, 32, 32, 3)
+  assert model.variations([found.images[0]], n=2, guidance=4.0, steps=4, upsampler_steps=2)[0].images.shape == (
+    2,
+    32,
+    32,
+    3,
+  )
   assert read(tmp_path / 'words') == 0
   assert 'makes no variations of images' in capsys.readouterr().out
   for what in (
