@@ -127,6 +127,22 @@ def test_captions_are_completed_up_to_their_padding():
   assert greedy([1, 2, 5], end=3) == [[2, 3, 12, 13, 14], [0, 1, 2, 3, 14], [7, 7, 7, 7, 7]]
 
 
+def test_one_program_serves_all_numbers_of_the_options_in_use():
+  logits, keys = jax.random.normal(jax.random.key(0), (6, V)), jax.random.split(jax.random.key(1), 3)
+  choose = jax.jit(lambda keys, sampling: decoding.choose(logits if sampling.guided else logits[:3], keys, sampling))
+  every = [Sampling(t, 0, p, g) for t in (0.5, 1.0, 2) for p in (0.5, 0.9) for g in (0.0, 3.0)]
+  for sampling in every:
+    expected = decoding.choose(logits, keys, sampling)
+    np.testing.assert_array_equal(choose(keys, sampling), expected)
+  assert choose._cache_size() == 1
+  assert len({choose(keys, sampling).tobytes() for sampling in every}) > 1
+  for i, off in enumerate((Sampling(0.0), Sampling(0.5), Sampling(0.5, top_k=2), Sampling(0.5, guidance=2.0)), 2):
+    np.testing.assert_array_equal(choose(keys, off), decoding.choose(logits if off.guided else logits[:3], keys, off))
+    assert choose._cache_size() == i
+  found = jax.tree.unflatten(jax.tree.structure(every[0]), jax.tree.leaves(every[0]))
+  assert found == every[0] and hash(found) == hash(every[0])
+
+
 def test_guidance():
   cond, uncond = jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 4.0]])
   np.testing.assert_allclose(decoding.guide(jnp.concatenate([cond, uncond]), 3.0), [[3.0, -2.0]])

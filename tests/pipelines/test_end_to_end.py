@@ -142,8 +142,8 @@ def test_captions_are_completed(model):
 def test_a_mesh_draws_the_same_pictures(root, model):
   expected = model.sample(PROMPTS, n=2, seed=1, guidance=2.0)
   compiled = model._draw._cache_size()
-  model.sample(['one', 'prompt', 'more', 'than before'], n=2, seed=2, guidance=2.0)
-  assert model._draw._cache_size() == compiled
+  model.sample(['one', 'prompt', 'more', 'than before'], n=2, seed=2, guidance=3.0, temperature=0.5)
+  assert model._draw._cache_size() == compiled and DallE.load(root / 'dalle')._draw is model._draw
   with sharding.use(dict(data=2, fsdp=2, tensor=2), common.RULES) as mesh:
     split = DallE.load(root / 'dalle', clip=root / 'clip', mesh=mesh, rules=common.RULES)
     equal(split.sample(PROMPTS, n=2, seed=1, guidance=2.0), expected)

@@ -63,6 +63,21 @@ def test_boxes_and_constraints():
     assert jax.jit(lambda x: nn.with_logical_constraint(x, ('batch', 'mlp')))(jnp.ones((3, 5))).shape == (3, 5)
 
 
+def test_equal_networks_share_a_program_and_other_rules_have_their_own():
+  seen, mesh = [], sharding.make_mesh(dict(data=2), jax.devices()[:2])
+
+  def double(network, x):
+    seen.append((network.features, nn.get_logical_axis_rules()))
+    return 2 * nn.with_logical_constraint(x, ('batch', None))
+
+  for features, rules in ((3, RULES), (4, RULES), (3, [('batch', None)]), (3, RULES), (3, list(RULES))):
+    double_rows = sharding.program(double, nn.Dense(features), mesh=mesh, rules=rules)
+    with sharding.within(mesh, rules):
+      found = double_rows(jnp.ones((4, 2)))
+    assert found.sharding.is_fully_replicated and (found == 2).all()
+  assert seen == [(n, sharding.logical_rules(r)) for n, r in ((3, RULES), (4, RULES), (3, [('batch', None)]))]
+
+
 def test_peak_flops_by_device_kind():
   class Device:
     def __init__(self, kind):
