@@ -1,6 +1,7 @@
 """The training step and the sampler of a config, compiled for devices that need not be present."""
 
 import dataclasses
+import functools
 import math
 import re
 import time
@@ -165,8 +166,8 @@ class Plan:
     cast = jax.eval_shape(lambda params: decode_params.compute_params(params, model.dtype), stored)
     cast = decode_params.by_layer(jax.tree.map(lambda x, y: _placed(x, y.sharding), cast, stored), _layer)
     params = {'dalle': cast, 'vqgan': self.frozen['vqgan']}
-    inputs = params, self._put(batch), _placed(jax.ShapeDtypeStruct((), jnp.uint32), replicated)
-    draw = jax.jit(lambda *inputs: pipeline.draw(model, vqgan, *inputs, sampling=decoding.Sampling()))
+    inputs = params, self._put(batch), _placed(jax.ShapeDtypeStruct((), jnp.uint32), replicated), decoding.Sampling()
+    draw = jax.jit(functools.partial(pipeline.draw, model, vqgan))
     return self._compiled('sampler', draw, *inputs)
 
   def _shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:

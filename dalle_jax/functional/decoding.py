@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 MASKED = -1e30  # the logit of a token that must not be sampled
+SMALLEST = 1e-9  # temperature other than 0, and top_p; still smaller ones would be 0 or overflow in float32
 
 
 @jax.tree_util.register_pytree_node_class
@@ -45,10 +46,12 @@ class Sampling:
       raise ValueError(f'top_k is {self.top_k!r}; expected a whole number.')
     if self.temperature < 0:
       raise ValueError(f'temperature {self.temperature} is negative; use 0.0 (greedy) or more.')
+    if 0 < self.temperature < SMALLEST:
+      raise ValueError(f'temperature {self.temperature} is too small; use 0.0 (greedy), or {SMALLEST} or more.')
     if self.top_k < 0:
       raise ValueError(f'top_k {self.top_k} is negative; use 0 for all tokens.')
-    if not 0 < self.top_p <= 1:
-      raise ValueError(f'top_p {self.top_p} is not in (0, 1]; use 1.0 for all tokens.')
+    if not SMALLEST <= self.top_p <= 1:
+      raise ValueError(f'top_p {self.top_p} is not in [{SMALLEST}, 1]; use 1.0 for all tokens.')
 
   @property
   def guided(self) -> bool:

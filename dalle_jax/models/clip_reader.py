@@ -64,7 +64,7 @@ class ClipReader:
       raise ValueError(f'config.frozen.clip is a run of {config["objective"]!r}; expected a run of the objective clip.')
     c = config['tokenizer']
     special = {name: c.get(name, -1) for name in ('pad', 'start', 'end')}
-    return cls(clip.of_run(config).clone(dtype=dtype), c['vocab_size'], **special, raw=raw)
+    return cls(clip.of_run(config).clone(dtype=jnp.dtype(dtype)), c['vocab_size'], **special, raw=raw)
 
   @property
   def sizes(self) -> dict[str, int]:

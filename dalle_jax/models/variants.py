@@ -84,8 +84,9 @@ def build(module: type[Module], variants: Mapping[str, Mapping[str, Any]], varia
     least = 0 if defaults.get(field) == 0 else 1
     if field in overrides and overrides[field] < least:
       raise ValueError(f'{name}.{field} is {overrides[field]}; expected {least} or more.')
-  if isinstance(values.get('dtype'), str):
-    if values['dtype'] not in ('float32', 'bfloat16'):
-      raise ValueError(f'{name}: dtype {values["dtype"]!r} is unknown; expected float32 or bfloat16.')
-    values['dtype'] = jnp.dtype(values['dtype'])
+  if 'dtype' in defaults:
+    dtype = values.get('dtype', defaults['dtype'])
+    if isinstance(dtype, str) and dtype not in ('float32', 'bfloat16'):
+      raise ValueError(f'{name}: dtype {dtype!r} is unknown; expected float32 or bfloat16.')
+    values['dtype'] = jnp.dtype(dtype)  # in one form, so that equal networks have equal hashes
   return module(**values)

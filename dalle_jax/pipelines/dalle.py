@@ -133,7 +133,6 @@ def draw(
   params: Any,
   batch: dict[str, jax.Array],
   seed: jax.Array,
-  *,
   sampling: Sampling,
 ) -> tuple[jax.Array, jax.Array]:
   """Images uint8[B, n, H, W, 3] and their tokens int32[B, n, I] by a `DALLE` or `DALLEMini`; under jit.

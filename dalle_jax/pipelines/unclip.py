@@ -100,10 +100,10 @@ class UnCLIP(ImageGenerator):
     self._encode = self._program(encode_images, self.reader)
     self._sample_embeds = self._program(sample_embeds, self.reader, self.prior, static=('steps', 'priors'))
     self._decode = self._program(decode_embeds, self.reader, self.model, static=('steps',))
-    self._upsample = [
-      functools.partial(self._program(upsample, module, place, static=('steps',)), self.params[name])
+    self._upsample = {
+      name: self._program(upsample, module, place, static=('steps',))
       for place, (name, module) in enumerate(self.upsamplers.items())
-    ]
+    }
 
   @classmethod
   def load(
@@ -210,6 +210,7 @@ class UnCLIP(ImageGenerator):
     # Each network is a program of its own, so another number of steps for one of them recompiles only that one. Whether
     # there is guidance is part of a program, its scale is not.
     scale = lambda guidance: None if guidance == 1 else float(guidance)
+    eta = None if plan.eta is None else float(plan.eta)
 
     def call(batch: dict[str, Any], seed: np.uint32) -> tuple[jax.Array, None]:
       params = lambda *names: {name: self.params[name] for name in names}
@@ -220,10 +221,10 @@ class UnCLIP(ImageGenerator):
       else:
         embeds = jnp.repeat(embeds, batch['number'].shape[1], axis=0)
       images = self._decode(
-        params('clip', 'unclip'), batch, seed, embeds, steps=plan.steps, guidance=scale(plan.guidance), eta=plan.eta
+        params('clip', 'unclip'), batch, seed, embeds, steps=plan.steps, guidance=scale(plan.guidance), eta=eta
       )
-      for enlarge in self._upsample:
-        images = enlarge(batch, seed, images, steps=plan.upsampler_steps)
+      for name, enlarge in self._upsample.items():
+        images = enlarge(self.params[name], batch, seed, images, steps=plan.upsampler_steps)
       return to_uint8(images).reshape(*batch['number'].shape, *images.shape[1:]), None
 
     return call

@@ -192,17 +192,22 @@ def program(
 ) -> Callable[..., Any]:
   """`function` after the arguments `fixed`, under jit, with results that every process can read.
 
-  The same arguments give the same program, so that loading another checkpoint of a run compiles nothing. `fixed` are
-  hashable (networks without their parameters), `static` names further arguments that are. Call it `within` the mesh
-  and the rules.
+  The same arguments give the same program, so that loading another checkpoint of a run compiles nothing; it is kept
+  until `jax.clear_caches()`, or until many others have been made. `fixed` are hashable (networks without their
+  parameters), `static` names further arguments that are. Within it `rules` hold, whatever the caller's are; the mesh
+  is set by the caller (`within`).
   """
-  return _program(function, fixed, mesh, logical_rules(rules), static)
+  return _program(function, fixed, mesh, logical_rules(rules) if mesh else (), static)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def _program(function: Any, fixed: Any, mesh: Mesh | None, rules: Any, static: tuple[str, ...]) -> Callable[..., Any]:
-  del rules  # what they change is in the compiled programs
-  return jax.jit(functools.partial(function, *fixed), static_argnames=static, out_shardings=whole(mesh))
+  @functools.wraps(function)
+  def traced(*args: Any, **kwargs: Any) -> Any:
+    with nn.logical_axis_rules(rules):
+      return function(*fixed, *args, **kwargs)
+
+  return jax.jit(traced, static_argnames=static, out_shardings=whole(mesh))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

@@ -120,6 +120,12 @@ def test_frames_depend_on_story_seed_and_number_alone(root, model):
   np.testing.assert_allclose(alone.frames.astype(int), samples[1].frames.astype(int), atol=1)
   other = model.continue_story(FIRSTS[1], CAPTIONS[1], **{**options, 'seed': 6})
   assert (other.frames != alone.frames).any()
+  again, compiled = StoryDallE.load(root / 'story', clip=root / 'clip'), model._draw._cache_size()
+  warmer = again.continue_story(FIRSTS[1], CAPTIONS[1], **{**options, 'temperature': 2.0, 'guidance': 3.0})
+  assert (warmer.frames != alone.frames).any()
+  assert again._draw is model._draw and model._draw._cache_size() == compiled
+  programs = lambda m: (m.vqgan._encode, m.vqgan._decode, m.reranker._encode_text, m.reranker._encode_images)
+  assert programs(again) == programs(model)
   with sharding.use(dict(data=2, fsdp=2, tensor=2), common.RULES) as mesh:
     split = StoryDallE.load(root / 'story', clip=root / 'clip', mesh=mesh, rules=common.RULES)
     for a, b in zip(split.continue_stories(FIRSTS, CAPTIONS, **options), samples, strict=True):

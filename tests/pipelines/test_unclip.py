@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -105,13 +106,23 @@ def test_each_argument_of_drawing_changes_the_pictures(model):
   for more in (dict(guidance=1.0, prior_guidance=2.0), dict(steps=5), dict(prior_steps=4), dict(upsampler_steps=3)):
     assert (draw(**more) != base).any(), more
   assert (draw(priors=1) != base).any()  # the nearest of several is not always the first
-  assert (draw(eta=0.0) != draw(eta=1.0)).any()
+  compiled, noisy = model._decode._cache_size(), draw(eta=1)
+  assert (draw(eta=0.0) != noisy).any() and (draw(eta=0.5) != noisy).any()
+  assert model._decode._cache_size() == compiled + 1
 
 
-def test_another_checkpoint_of_a_run_is_loaded_without_compiling(root, model):
-  again = UnCLIP.load(root / 'unclip')
-  assert again._decode is model._decode and again._sample_embeds is model._sample_embeds
-  assert UnCLIP.load(root / 'unclip', rules=common.RULES)._decode is not model._decode
+def test_other_parameters_of_the_same_networks_are_drawn_by_the_same_programs(root, model, tmp_path):
+  run = checkpoint.load_run(root / 'unclip')
+  run = dataclasses.replace(run, params=jax.tree.map(lambda x: 0.9 * x, run.params))
+  run.config['model'] = {**run.config['model'], 'dtype': 'float32'}  # as by default
+  checkpoint.export_run(tmp_path / 'other', run)
+  other, expected = UnCLIP.load(tmp_path / 'other'), model.sample(PROMPTS, **USUAL)
+  programs = model._sample_embeds, model._decode, model._upsample['upsampler'], model._encode
+  assert programs == (other._sample_embeds, other._decode, other._upsample['upsampler'], other._encode)
+  compiled = [program._cache_size() for program in programs]
+  found = other.sample(PROMPTS, **USUAL)
+  assert [program._cache_size() for program in programs] == compiled
+  assert (found[0].images[0] != expected[0].images[0]).any()
 
 
 def test_variations_are_of_the_picture(model):

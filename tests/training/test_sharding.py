@@ -72,10 +72,14 @@ def test_equal_networks_share_a_program_and_other_rules_have_their_own():
 
   for features, rules in ((3, RULES), (4, RULES), (3, [('batch', None)]), (3, RULES), (3, list(RULES))):
     double_rows = sharding.program(double, nn.Dense(features), mesh=mesh, rules=rules)
-    with sharding.within(mesh, rules):
+    with sharding.within(mesh, [('batch', 'tensor')]):  # its own rules hold
       found = double_rows(jnp.ones((4, 2)))
     assert found.sharding.is_fully_replicated and (found == 2).all()
   assert seen == [(n, sharding.logical_rules(r)) for n, r in ((3, RULES), (4, RULES), (3, [('batch', None)]))]
+  # Rules mean nothing without a mesh, and a static argument is part of the program.
+  power = sharding.program(lambda network, x, n: x**n, nn.Dense(3), rules=RULES, static=('n',))
+  assert [float(power(jnp.float32(2), n=n)) for n in (2, 3, 2)] == [4, 8, 4] and power._cache_size() == 2
+  assert sharding.program(double, nn.Dense(3), rules=RULES) is sharding.program(double, nn.Dense(3))
 
 
 def test_peak_flops_by_device_kind():
