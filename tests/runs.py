@@ -1,6 +1,7 @@
 """Run directories of networks with random parameters, for tests of what is done with a run: nothing is trained."""
 
 import contextlib
+import functools
 from pathlib import Path
 
 import flax.linen as nn
@@ -45,13 +46,20 @@ def fine_tuning():
 
 def parameters(init, *inputs, scale=0.3, seed=0):
   """Random parameters for what `init(key, *inputs)` makes; nothing is compiled. Norms begin as they always do."""
-  shapes, rng = nn.unbox(jax.eval_shape(init, jax.random.key(0), *inputs)), np.random.default_rng(seed)
+  leaves, tree = jax.tree.flatten(inputs)
+  rng, shapes = np.random.default_rng(seed), _shapes(init, tuple(jax.typeof(x) for x in leaves), tree)
 
   def leaf(path, x):
     ones = jax.tree_util.keystr(path, simple=True, separator='/').endswith(('scale', 'var'))
     return np.ones(x.shape, x.dtype) if ones else rng.normal(0, scale, x.shape).astype(x.dtype)
 
   return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+@functools.cache
+def _shapes(init, leaves, tree):
+  inputs = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves])
+  return nn.unbox(jax.eval_shape(init, jax.random.key(0), *inputs))
 
 
 def write(path, kind, model, config, *inputs, words=None, frozen=(), players=False):
