@@ -258,12 +258,12 @@ class ModuleSpec:
   @classmethod
   def of(cls, module: Any, *inputs: Any, method: str | None = None) -> 'ModuleSpec':
     """Initialises the module abstractly; each input is a shape (of float32), an array or a `jax.ShapeDtypeStruct`."""
-    arrays = [jax.ShapeDtypeStruct(x, np.float32) if type(x) is tuple else x for x in inputs]
+    arrays = [jax.ShapeDtypeStruct(x, np.float32) if isinstance(x, tuple) else x for x in inputs]
     leaves, tree = jax.tree.flatten(arrays)
     return _spec(module, method or '__call__', tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves), tree)
 
 
-@functools.lru_cache(maxsize=32)  # tracing a network takes as long as reading a small checkpoint
+@functools.lru_cache(maxsize=32)  # a network that is imported again is not traced again
 def _spec(module: Any, method: str, leaves: tuple[jax.ShapeDtypeStruct, ...], tree: Any) -> ModuleSpec:
   init = lambda key, *inputs: module.init(key, *inputs, method=method)['params']
   boxed = jax.eval_shape(init, jax.random.key(0), *jax.tree.unflatten(tree, leaves))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 MASKED = -1e30  # the logit of a token that must not be sampled
 SMALLEST = 1e-9  # temperature other than 0, and top_p; still smaller ones would be 0 or overflow in float32
+OFF = {'temperature': 0, 'top_p': 1, 'guidance': 1}  # the numbers that leave an option of `Sampling` out of a program
 
 
 @jax.tree_util.register_pytree_node_class
@@ -55,26 +56,24 @@ class Sampling:
 
   @property
   def guided(self) -> bool:
-    return not _is(self.guidance, 1)
+    return not _known(self.guidance, OFF['guidance'])
 
-  def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    off = {'temperature': 0, 'top_p': 1, 'guidance': 1}
-    values = {name: getattr(self, name) for name in off}
-    values = {name: float(v) if isinstance(v, numbers.Real) else v for name, v in values.items()}
-    traced = tuple(name for name in off if not _is(values[name], off[name]))
-    fixed = tuple((name, value) for name, value in values.items() if name not in traced)
-    return tuple(values[name] for name in traced), (traced, (*fixed, ('top_k', self.top_k)))
+  def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[int, tuple[str, ...]]]:
+    traced = tuple(name for name, off in OFF.items() if not _known(getattr(self, name), off))
+    values = (getattr(self, name) for name in traced)
+    # Integers would make another program than floats.
+    return tuple(float(v) if isinstance(v, numbers.Real) else v for v in values), (self.top_k, traced)
 
   @classmethod
-  def tree_unflatten(cls, names: tuple[Any, ...], values: Sequence[Any]) -> 'Sampling':
-    traced, fixed = names
+  def tree_unflatten(cls, fixed: tuple[int, tuple[str, ...]], values: Sequence[Any]) -> 'Sampling':
+    top_k, traced = fixed
     new = object.__new__(cls)  # not by __init__, which cannot check tracers
-    for name, value in (*zip(traced, values, strict=True), *fixed):
+    for name, value in {**OFF, 'top_k': top_k, **dict(zip(traced, values, strict=True))}.items():
       object.__setattr__(new, name, value)
     return new
 
 
-def _is(value: Any, number: float) -> bool:
+def _known(value: Any, number: float) -> bool:
   """Whether an option is known to be that number; a traced one is not."""
   return isinstance(value, numbers.Real) and value == number
 
@@ -84,7 +83,7 @@ def filter_logits(logits: jax.Array, top_k: int = 0, top_p: float | jax.Array = 
   if 0 < top_k < logits.shape[-1]:
     threshold = jax.lax.top_k(logits, top_k)[0][:, -1:]
     logits = jnp.where(logits < threshold, MASKED, logits)
-  if not _is(top_p, 1):
+  if not _known(top_p, OFF['top_p']):
     ordered = jnp.sort(logits, axis=-1, descending=True)
     probs = jax.nn.softmax(ordered)
     before = jnp.cumsum(probs, axis=-1) - probs  # the total probability of more probable tokens
@@ -103,7 +102,7 @@ def choose(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
   """The next token of each sequence, int32[B], from float32[B, V] ([2 * B, V] when guided) and keys[B]."""
   if sampling.guided:
     logits = guide(logits, sampling.guidance)
-  if _is(sampling.temperature, 0):
+  if _known(sampling.temperature, OFF['temperature']):
     return first_largest(logits)
   logits = filter_logits(logits / sampling.temperature, sampling.top_k, sampling.top_p)
   noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)  # Gumbel-max, as categorical does

@@ -155,6 +155,7 @@ def test_guidance():
     (dict(temperature=-1.0), r'temperature -1.0 is negative'),
     (dict(top_k=-1), 'top_k -1 is negative'),
     (dict(top_p=0.0), r'top_p 0.0 is not in \[1e-09, 1\]'),
+    (dict(top_p=1e-46), r'top_p 1e-46 is not in \[1e-09, 1\]'),
     (dict(temperature=1e-38), 'temperature 1e-38 is too small'),
     (dict(temperature=float('nan')), 'temperature is nan; expected a finite number'),
     (dict(guidance=float('inf')), 'guidance is inf; expected a finite number'),

@@ -99,8 +99,7 @@ def test_each_argument_of_drawing_changes_the_pictures(model):
   draw = lambda **more: np.stack([sample.images for sample in model.sample(PROMPTS, **{**USUAL, **more})])
   programs = (model._sample_embeds, model._decode)
   base, compiled = draw(), [program._cache_size() for program in programs]
-  own = dict(guidance=3.0, prior_guidance=2.0), dict(prior_guidance=3.0)
-  for more in own:
+  for more in (dict(guidance=3.0, prior_guidance=2.0), dict(prior_guidance=3.0)):
     assert (draw(**more) != base).any(), more
   assert [program._cache_size() for program in programs] == compiled  # other numbers need no other program
   for more in (dict(guidance=1.0, prior_guidance=2.0), dict(steps=5), dict(prior_steps=4), dict(upsampler_steps=3)):
@@ -253,12 +252,8 @@ def test_an_imported_karlo_draws_and_varies(tmp_path, capsys):
   model = generator.load(out)
   (found,) = model.sample(['a quiet river'], n=2, guidance=4.0, **QUICK)
   assert found.images.shape == (2, 32, 32, 3)
-  assert model.variations([found.images[0]], n=2, guidance=4.0, steps=4, upsampler_steps=2)[0].images.shape == (
-    2,
-    32,
-    32,
-    3,
-  )
+  (varied,) = model.variations([found.images[0]], n=2, guidance=4.0, steps=4, upsampler_steps=2)
+  assert varied.images.shape == (2, 32, 32, 3)
   assert read(tmp_path / 'words') == 0
   assert 'makes no variations of images' in capsys.readouterr().out
   for what in (
