@@ -102,7 +102,9 @@ def test_each_argument_of_drawing_changes_the_pictures(model):
   for more in (dict(guidance=3.0, prior_guidance=2.0), dict(prior_guidance=3.0)):
     assert (draw(**more) != base).any(), more
   assert [program._cache_size() for program in programs] == compiled  # other numbers need no other program
-  for more in (dict(guidance=1.0, prior_guidance=2.0), dict(steps=5), dict(prior_steps=4), dict(upsampler_steps=3)):
+  assert (draw(guidance=1.0, prior_guidance=2.0) != base).any()
+  assert model._decode._cache_size() == compiled[1] + 1  # without guidance half as many rows are decoded
+  for more in (dict(steps=5), dict(prior_steps=4), dict(upsampler_steps=3)):
     assert (draw(**more) != base).any(), more
   assert (draw(priors=1) != base).any()  # the nearest of several is not always the first
   compiled, noisy = model._decode._cache_size(), draw(eta=1)
