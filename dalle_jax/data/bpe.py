@@ -68,6 +68,10 @@ class BPE:
       ) from e
     self._tokenizer.no_padding()
     self._tokenizer.no_truncation()
+    if getattr(self._tokenizer.model, 'dropout', None):
+      self._tokenizer.model.dropout = None  # that of the library has no seed
+    ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+    self._vocab_size, self._has_gaps = max(ids, default=-1) + 1, len(set(ids)) <= max(ids, default=-1)
     self._json = json_str
     # Read when it is first needed, by any of several threads.
     self._model: tuple[dict[str, int], Merges, dict[str, int]] | None = None
@@ -90,16 +94,20 @@ class BPE:
 
   @property
   def vocab_size(self) -> int:
-    """The actual number of entries, V; ids are in [0, V)."""
-    return self._tokenizer.get_vocab_size()
+    """V, one more than the largest id: the actual number of entries, unless ids are left out."""
+    return self._vocab_size
 
   def add(self, words: Sequence[str]) -> 'BPE':
     """Returns a tokenizer in which each of `words` is one token; those that were not get new ids from `vocab_size` on.
 
     Only whole words match, in upper or lower case, together with the space before them: `pip` does not match in `pipe`.
-    Raises ValueError for a word that is empty or contains a space.
+    Raises ValueError for a word that is empty or contains a space, and if the tokenizer leaves out ids.
     """
-    if bad := [w for w in words if not w.strip() or len(w.split()) > 1 or w != w.strip()]:
+    if self._has_gaps:
+      raise ValueError(
+        'the tokenizer leaves out ids, so words cannot be added to it; leave tokenizer.new_tokens empty.'
+      )
+    if bad := [w for w in words if not isinstance(w, str) or not w.strip() or len(w.split()) > 1 or w != w.strip()]:
       raise ValueError(f'tokenizer.new_tokens has {bad}; expected single words.')
     grown = Tokenizer.from_str(self._json)
     normal = grown.normalizer.normalize_str if grown.normalizer else str

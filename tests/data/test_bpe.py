@@ -1,5 +1,6 @@
 """Laws of the tokenizer: any text survives, training and dropout are functions of what is given, padding is its own."""
 
+import json
 import pickle
 import random
 import subprocess
@@ -147,6 +148,25 @@ def test_a_library_tokenizer_with_padding_and_special_tokens_is_taken_bare():
     words.encode('red', 0.1, 0)
 
 
+def test_a_dropout_of_the_library_is_not_applied_as_it_has_no_seed(words, captions):
+  json_with = json.loads(words.to_json())
+  json_with['model']['dropout'] = 0.5
+  other = bpe.BPE(json.dumps(json_with))
+  for caption in captions[:20]:
+    assert other.encode(caption) == pickle.loads(pickle.dumps(other)).encode(caption) == words.encode(caption)
+
+
+def test_ids_that_are_left_out_are_never_padding(words):
+  spread = json.loads(words.to_json())
+  last = max(spread['model']['vocab'], key=spread['model']['vocab'].get)
+  spread['model']['vocab'][last] += 50
+  gaps = bpe.BPE(json.dumps(spread))
+  assert (words.vocab_size, gaps.vocab_size) == (len(spread['model']['vocab']), words.vocab_size + 50)
+  assert bpe.TextEncoder(gaps, 4)('').min() == gaps.vocab_size
+  with pytest.raises(ValueError, match='leaves out ids'):
+    gaps.add(['pip'])
+
+
 def test_added_words_are_one_token_each_and_counted_when_new(words):
   grown = words.add(['Pororo', 'pip', 'red', 'pip'])  # 'red' is a token already
   assert grown.vocab_size == words.vocab_size + 2 and grown.add(['pip', 'PORORO']).vocab_size == grown.vocab_size
@@ -176,6 +196,7 @@ def test_errors_are_one_line(words, tmp_path):
     (lambda: bpe.train([], 300), 'no captions'),
     (lambda: bpe.train(['', ' '], 300), 'no captions'),
     (lambda: bpe.BPE('{}'), 'not a tokenizer JSON'),
+    (lambda: words.add([1, 'pip']), r'tokenizer.new_tokens has \[1\]'),
     (lambda: bpe.TextEncoder(words, 0), 'length is 0'),
     (lambda: bpe.TextEncoder(words, 4, 1.5), 'dropout is 1.5'),
   ):
