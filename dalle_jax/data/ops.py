@@ -7,8 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
+TURNS = {  # EXIF orientation -> what makes the image upright
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 MAX_PIXELS = 80_000_000  # a larger image is refused before it is decoded: a few bytes can claim to be gigabytes
 AUGMENTS = ('center_crop', 'random_crop', 'flip')
 SMALLEST_CROP = 7 / 8  # side of the smallest random crop, as a fraction of the short side of the image
@@ -55,8 +64,8 @@ def to_rgb(image: bytes | Image.Image | np.ndarray, least: int = 0) -> Image.Ima
   if least:
     image.draft(None, (least, least))
   image.load()  # a PNG may have its EXIF after the pixels
-  if _orientation(image) != 1:  # exif_transpose copies even an upright image
-    image = ImageOps.exif_transpose(image)
+  if (orientation := _orientation(image)) in TURNS:
+    image = image.transpose(TURNS[orientation])  # exif_transpose writes the EXIF again, which may not be possible
   if image.mode.startswith('I;16') or image.mode in ('I', 'F'):
     return _from_deep(np.asarray(image)).convert('RGB')
   if image.has_transparency_data:

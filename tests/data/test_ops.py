@@ -1,10 +1,11 @@
 """Pictures of every kind become upright 8-bit RGB; crops and resizes do what they say."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dalle_jax.data import ops
 
@@ -76,6 +77,17 @@ def test_cmyk_and_exif_orientation():
   exif[0x0112] = 6  # to be turned clockwise
   turned = stored(Image.fromarray(np.rot90(PICTURE).copy()), 'jpeg', quality=95, exif=exif)
   close(ops.decode(turned), PICTURE, 6)
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_pictures_are_turned_even_if_their_exif_cannot_be_written_again(orientation):
+  exif = Image.Exif()
+  exif[0x0112] = orientation
+  good = Image.open(io.BytesIO(stored(Image.fromarray(PICTURE), 'png', exif=exif)))
+  tags = struct.pack('<HHHIHH', 2, 0x112, 3, 1, orientation, 0) + struct.pack('<HHI4s', 0x128, 2, 2, b'2\0\0\0')
+  odd = b'II*\0' + struct.pack('<I', 8) + tags + bytes(4)  # a unit of resolution that is text
+  image = ops.decode(stored(Image.fromarray(PICTURE), 'png', exif=odd))
+  np.testing.assert_array_equal(image, ImageOps.exif_transpose(good))
 
 
 @pytest.mark.parametrize('kind', ['png', 'webp', 'jpeg'])

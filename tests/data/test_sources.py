@@ -291,6 +291,23 @@ def test_tfds_captions_and_dotted_fields(monkeypatch):
 def test_tfds_label_names_are_captions_where_there_are_none(monkeypatch):
   fake_tfds(monkeypatch, {'image': 0, 'label': Label()}, {'train': [{'image': b'x', 'label': np.int64(0)}]})
   assert tfds.load('train', name='toy')[0]['captions'] == ['red fox']
+  record = {'image': b'x', 'kind': np.int64(0), 'label': np.int64(-1)}  # without a label, as in most test splits
+  fake_tfds(monkeypatch, {'image': 0, 'kind': Label(), 'label': Label()}, {'test': [record]})
+  captions = [tfds.load('test', name='toy', **kw)[0]['captions'] for kw in ({}, dict(caption_field='kind'))]
+  assert captions == [[], ['red fox']]
+
+
+def test_captions_that_cannot_be_read_cost_no_picture(monkeypatch, pictures):
+  record = {'image': b'x', 'caption': b'caf\xe9'}
+  fake_tfds(monkeypatch, {'image': 0, 'caption': 0}, {'train': [record]})
+  folder = sources.load(data_config(source='folder', path=str(pictures)), 'train')
+
+  def denied(self, index):
+    raise PermissionError(13, 'Permission denied')
+
+  monkeypatch.setattr(type(folder), 'captions', denied)
+  for source in (tfds.load('train', name='toy'), folder):
+    assert source[0]['image'] and source[0]['captions'] == [] and source[0]['caption_error']
 
 
 def test_tfds_train_and_val_are_two_slices_where_there_is_no_validation(monkeypatch):

@@ -238,6 +238,7 @@ def test_tars_that_are_not_there(tmp_path, shards):
   for path, message in (
     (f'{tmp_path}/shard-{{002..009}}.tar', '6 of 8 tars are missing, the first is .*/shard-004.tar; expected tars of'),
     (f'{tmp_path}/x.tar', '1 of 1 tars are missing'),
+    (f'{tmp_path}/s*-{{002..005}}.tar', '2 of 4 tars are missing, the first is .*/s.-004.tar; expected tars of'),
     (f'{tmp_path}/y-*.tar', r'has no tars; expected .*shard-\{000..099\}.tar'),
   ):
     with pytest.raises(FileNotFoundError, match=message) as e:
@@ -264,6 +265,15 @@ def test_a_tar_that_is_cut_off_serves_what_is_whole(shards, tmp_path, cut):
   assert [number(r) for r in source] == left
   (line,) = source.report()[1:]
   assert line.startswith(f'1 tars are cut off or damaged, and used only up to there; the first is {path} at')
+
+
+@pytest.mark.parametrize('after, whole_tar', [(bytes(10_240), True), (bytes(2**21), False), ('tar', False)])
+def test_a_tar_that_goes_on_after_its_end_is_reported(shards, tmp_path, after, whole_tar):
+  path = tmp_path / 'shard-002.tar'
+  data = path.read_bytes()
+  path.write_bytes(data + (data if after == 'tar' else after))
+  source = whole(shards)
+  assert len(source) == 40 and any('are cut off or damaged' in line for line in source.report()) != whole_tar
 
 
 def test_what_is_compressed_or_no_tar_or_has_no_picture(tmp_path):

@@ -63,10 +63,10 @@ def check_whole(**values: Any) -> None:
 
 
 def caption_fields(read: Callable[[], list[str]]) -> dict[str, Any]:
-  """`caption` and `captions` of a record; if they cannot be decoded, both are empty and `caption_error` says why."""
+  """`caption` and `captions` of a record; if they cannot be read, both are empty and `caption_error` says why."""
   try:
     captions = read()
-  except ValueError as e:  # such as UnicodeDecodeError
+  except (ValueError, OSError) as e:  # such as UnicodeDecodeError
     return {'caption': '', 'captions': [], 'caption_error': str(e)}
   return {'caption': captions[0] if captions else '', 'captions': captions}
 

@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from tqdm import tqdm
@@ -33,7 +34,7 @@ from dalle_jax.data.sources.folder import SUFFIXES
 ROW = np.dtype(  # of a sample: where image and caption begin in the tar, and the name of the image in Index.names
   [('image', '<u8'), ('image_size', '<u4'), ('text', '<u8'), ('text_size', '<u4'), ('json', '?'), ('name', '<u4')]
 )
-FORMAT = 3  # of index files
+FORMAT = 4  # of index files
 LARGEST = 2**32 - 1  # bytes of a member
 MEMBER = re.compile(r'((?:.*/)?[^/.]+)(\.[^/]+)', re.DOTALL)  # key, suffix
 TARS = re.compile(r'.*\.(tar|tar\.(gz|bz2|xz|zst)|tgz)')
@@ -50,6 +51,7 @@ NOTES = {  # what is wrong with a tar -> its line in the report
 Note = tuple[str, int, str]  # a key of NOTES, a count, the first occurrence
 OPEN = 256  # tars that a process keeps open
 READERS = 8  # threads that read headers, for file systems with a high latency
+PADDING = 2**20  # bytes of zeros that may end a tar: one record, of 10 KiB by default
 NEAR = 2**16  # bytes; an image and a caption that are not further apart are read at once
 
 
@@ -167,7 +169,8 @@ def find(path: str) -> tuple[list[str], list[str]]:
   """
   known: list[str] = []
   unreadable: list[str] = []
-  for name in _range(os.path.expanduser(path)):
+  names = _range(os.path.expanduser(path))
+  for name in names:
     if os.path.isdir(name):
       files, lines = sources.visible_files(name)
       known += sorted(f for f in files if TARS.fullmatch(f))
@@ -175,7 +178,8 @@ def find(path: str) -> tuple[list[str], list[str]]:
     elif os.path.exists(name) or not glob.has_magic(name):
       known.append(name)
     else:
-      known += sorted(f for f in glob.glob(name, recursive=True) if TARS.fullmatch(f))
+      found = sorted(f for f in glob.glob(name, recursive=True) if TARS.fullmatch(f))
+      known += found or (names[1:] and [name])  # one of a range is missing
   missing = [name for name in known if not os.path.isfile(name)]
   if missing or not known:
     why = '; '.join(['has no tars', *unreadable])
@@ -267,7 +271,7 @@ def scan(path: str) -> Index:
   names, rows, shares, start = [], [], [], 0
   with open(path, 'rb') as file:
     file.seek(tar.offset)
-    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # a tar ends with zeros
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE) or not _is_padding(file, size):
       notes.append(('cut', 1, f' at byte {min(tar.offset, size):,}'))
     for key, parts in samples.items():
       if 'image' not in parts:
@@ -285,6 +289,13 @@ def scan(path: str) -> Index:
   if not rows:
     notes.append(('none', 1, ''))
   return Index(np.array(rows, ROW), np.array(shares, '<f8'), b''.join(names), _tally(notes))
+
+
+def _is_padding(file: IO[bytes], size: int) -> bool:
+  """Whether the rest of a tar is zeros, and no more of them than programs write."""
+  if size - file.tell() > PADDING:
+    return False
+  return not file.read().strip(b'\0')
 
 
 def _hidden(name: str) -> bool:

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dalle_jax.data import sources
+
 SPLITS = {'val': 'validation'}  # our names of splits -> those of the catalogue
 
 
@@ -30,7 +32,7 @@ class Tfds:
   records: Any = dataclasses.field(repr=False)
   image_field: str = 'image'
   caption_field: str = 'caption'
-  labels: Any = dataclasses.field(default=None, repr=False)  # int -> str, where the captions are class labels
+  labels: Any = dataclasses.field(default=None, repr=False)  # int -> str, where the caption is a class label
 
   def __len__(self) -> int:
     return len(self.records)
@@ -41,13 +43,12 @@ class Tfds:
   def __getitem__(self, index: int) -> dict:
     record = self.records[index]
     value = _field(record, self.caption_field)
+    return {'image': _field(record, self.image_field), **sources.caption_fields(lambda: self._captions(value))}
+
+  def _captions(self, value: Any) -> list[str]:
     if self.labels:
-      captions = [self.labels(int(value)).replace('_', ' ')]
-    elif isinstance(value, (bytes, str)):
-      captions = [_text(value)]
-    else:
-      captions = [_text(v) for v in value]
-    return {'image': _field(record, self.image_field), 'caption': captions[0] if captions else '', 'captions': captions}
+      return [self.labels(int(value)).replace('_', ' ')] if value >= 0 else []  # -1 where the label is not public
+    return [_text(v) for v in ([value] if isinstance(value, (bytes, str)) else value)]
 
 
 def load(split: str, *, name: str, path: str = '', image_field: str = 'image', caption_field: str = 'caption') -> Tfds:
@@ -75,9 +76,9 @@ def load(split: str, *, name: str, path: str = '', image_field: str = 'image', c
     ) from e
   if not len(records):
     raise ValueError(f'tfds:{name} has no records in the split {split!r}.')
-  labels = None
   if caption_field.split('.')[0] not in records[0] and 'label' in records[0]:
-    caption_field, labels = 'label', features['label'].int2str
+    caption_field = 'label'
+  labels = getattr(features[caption_field], 'int2str', None) if caption_field in features else None
   source = Tfds(name, split, records, image_field, caption_field, labels)
   try:
     source[0]
