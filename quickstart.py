@@ -63,7 +63,7 @@ STORY_RUNS = {  # name in the table -> run directory
 
 def run() -> None:
   Sampling(temperature=FLAGS.temperature, guidance=FLAGS.guidance)  # refuses bad values before anything is trained
-  root = Path(FLAGS.run_dir)
+  root = Path(FLAGS.run_dir).expanduser()
   stages = {stage: f'{FLAGS.config}:{stage}' for stage in STAGES}
   if FLAGS.ablations:
     stages |= {f'story_{variant}': f'{ROOT}/configs/story_shapes.py:{variant}' for variant in ABLATIONS}

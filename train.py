@@ -10,6 +10,7 @@ one line.
 """
 
 import importlib
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -145,6 +146,13 @@ def encoded(config: ConfigDict, records: dict, frozen: dict[str, checkpoint.Run]
   return {split: sources.load(data, split) for split in records}
 
 
+def resolved(config: ConfigDict) -> ConfigDict:
+  """A copy without references, and without `~` in the directories that are written to."""
+  config = config.copy_and_resolve_references()
+  config.run_dir, config.encode.path = map(os.path.expanduser, (config.run_dir, config.encode.path))
+  return config
+
+
 def run(config: ConfigDict) -> bool:
   """Trains one config; returns whether SIGTERM or Ctrl-C asked for a stop.
 
@@ -152,7 +160,7 @@ def run(config: ConfigDict) -> bool:
   """
   if not config.run_dir:
     raise ValueError('config.run_dir is empty; pass --config.run_dir=runs/NAME.')
-  config = config.copy_and_resolve_references()
+  config = resolved(config)
   if config.train.compilation_cache:
     jax.config.update('jax_compilation_cache_dir', str(Path(config.train.compilation_cache).expanduser()))
   if jax.default_backend() == 'cpu':
@@ -257,7 +265,7 @@ def print_config(config: ConfigDict, stage: str) -> None:
 
   Raises ValueError for an objective or a frozen network that `run` would refuse.
   """
-  config = config.copy_and_resolve_references()
+  config = resolved(config)
   before = checkpoint.read_meta(config.run_dir) if config.run_dir else None
   module = config_lib.module_named('objectives', config.objective, 'config.objective')
   check_frozen(config, module.FROZEN, before)
@@ -284,7 +292,7 @@ def main(argv: list[str]) -> int:
   if {'-h', '--help'} & set(argv[1:]):
     print(f'{__doc__}\n{own_flags().get_help()}')
     return 0
-  errors.hide_echoes()
+  errors.tidy_output()
   options = own_flags()
   try:
     config = config_lib.parse(argv, options)

@@ -48,6 +48,17 @@ def test_no_stage_begins_after_a_stop(tmp_path, recipe, monkeypatch, stopped, st
   assert begun == [f'{tmp_path}/{name}' for name in expected]
 
 
+def test_a_home_directory_is_that_of_the_user_and_names_of_files_are_always_printed(tmp_path, monkeypatch, capsys):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.setattr(train, 'train', lambda config, run_dir, mesh: print(run_dir / config.encode.path / '\udce9'))
+  (tmp_path / 'recipe.py').write_text(RECIPE.replace('ROOT', '~/runs'))
+  command = ['train.py', '--config', f'{tmp_path}/recipe.py:stage=one', '--config.encode.path=~/codes']
+  assert train.main(command) == 0
+  assert capsys.readouterr().out == f'{tmp_path}/codes/\\udce9\n'
+  assert train.main([*command, '--print_config']) == 0
+  assert f'run_dir: {tmp_path}/runs/one' in capsys.readouterr().out
+
+
 def test_print_config_prints_every_stage_and_writes_nothing(tmp_path, recipe, capsys):
   command = ['train.py', '--config', recipe, '--print_config', '--config.optim.lr=0.5']
   assert train.main(command) == 0

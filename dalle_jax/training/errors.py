@@ -1,6 +1,7 @@
 """How a script ends when something is wrong: with one line for a user's mistake, with a traceback for a bug of ours."""
 
 import contextlib
+import io
 import os
 import sys
 import traceback
@@ -19,9 +20,11 @@ STOPPED = 143  # exit status after Ctrl-C, and of train.py after SIGTERM
 _interrupted = False
 
 
-def hide_echoes() -> None:
-  """From now on hides 'Event loop is closed', which only repeats that a save has failed; for scripts of our own."""
+def tidy_output() -> None:
+  """For scripts of our own: from now on names of files need not be Unicode to be printed, and echoes are hidden."""
   sys.unraisablehook = _show_unraisable
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')
 
 
 def _show_unraisable(args: Any, show: Callable[[Any], object] = sys.unraisablehook) -> None:
@@ -86,7 +89,7 @@ def command(
   if {'-h', '--help'} & set(argv[1:]):
     print(f'{text}\n{values.get_help()}')
     return 0
-  hide_echoes()
+  tidy_output()
   try:
     if rest := values(list(argv))[1:]:
       raise ValueError(f'arguments {rest} are not understood; {hint}')
