@@ -4,7 +4,7 @@ Maharana et al., 2022, section 3.5; losses as in StoryGAN (Li et al., 2019). All
 `stop_gradient` separates their losses, and `config.optim.groups.PLAYER.every` sets how often each is updated.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -41,10 +41,8 @@ class StoryGANcObjective:
   descriptions are those of another story of the batch.
   """
 
-  def __init__(
-    self, model: storyganc.StoryGANc, tower: caption_encoder.Tower | None, c: ConfigDict, frozen: Sequence[str] = ()
-  ):
-    self.model, self.tower, self.c, self.frozen_players = model, tower, c, frozen
+  def __init__(self, model: storyganc.StoryGANc, tower: caption_encoder.Tower | None, c: ConfigDict):
+    self.model, self.tower, self.c = model, tower, c
     self.image_discriminator, self.story_discriminator = storyganc.discriminators(model)
 
   def init(self, rng: jax.Array, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
@@ -135,9 +133,8 @@ class StoryGANcObjective:
     return total, (metrics, stop(statistics) if ctx.train else ctx.mutable)
 
   def after_update(self, params: Any, mutable: Any) -> Any:
-    """Update the running statistics of batch normalisation of trained players by those of the last micro batch."""
-    trained = {player: statistics for player, statistics in mutable.items() if player not in self.frozen_players}
-    return update_statistics(params, trained, self.c.norm_decay)
+    """Update the running statistics of batch normalisation by those of the last micro batch."""
+    return update_statistics(params, mutable, self.c.norm_decay)
 
   def sample(self, params: Any, ctx: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
     """The true frames of each story above generated ones, with the source first: uint8[B, 2 H, F W, 3]."""
@@ -198,5 +195,4 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> StoryG
     raise ValueError(
       f'storyganc compares the stories of a micro batch with each other, and each has {stories}; use 2 or more.'
     )
-  frozen = [player for player, fields in config.optim.groups.items() if fields.get('frozen')]
-  return StoryGANcObjective(model, tower, c, frozen)
+  return StoryGANcObjective(model, tower, c)

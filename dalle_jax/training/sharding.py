@@ -53,7 +53,7 @@ def use(sizes: Mapping[str, int], rules: Rules, devices: Sequence[jax.Device] | 
   `make_mesh`.
   """
   mesh = make_mesh(sizes, devices)
-  unknown = sorted({a for _, axes in rules for a in _as_tuple(axes)} - set(mesh.axis_names))
+  unknown = sorted({a for _, axes in rules for a in as_tuple(axes)} - set(mesh.axis_names))
   if unknown:
     raise ValueError(f'config.rules name mesh axes {unknown}; the mesh has {list(mesh.axis_names)}.')
   with jax.set_mesh(mesh), nn.logical_axis_rules(logical_rules(rules)):
@@ -72,16 +72,17 @@ def within(mesh: Mesh | None, rules: Rules) -> contextlib.AbstractContextManager
 
 def logical_rules(rules: Rules) -> tuple[tuple[str, tuple[str, ...] | None], ...]:
   """The rules as Flax expects them."""
-  return tuple((k, _as_tuple(v) or None) for k, v in rules)
+  return tuple((k, as_tuple(v) or None) for k, v in rules)
 
 
 def rules_without(axis: str) -> contextlib.AbstractContextManager[None]:
   """Removes from the active rules a mesh axis over which an enclosing vmap (`spmd_axis_name`) has already split."""
   rules = nn.get_logical_axis_rules()
-  return nn.logical_axis_rules(logical_rules([(k, [a for a in _as_tuple(v) if a != axis]) for k, v in rules]))
+  return nn.logical_axis_rules(logical_rules([(k, [a for a in as_tuple(v) if a != axis]) for k, v in rules]))
 
 
-def _as_tuple(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+def as_tuple(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+  """The mesh axes of one entry of a rule or of a PartitionSpec."""
   if axes is None:
     return ()
   return (axes,) if isinstance(axes, str) else tuple(axes)
@@ -92,7 +93,7 @@ def partition(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, rul
   result: list[tuple[str, ...]] = [()] * len(shape)
   if len(names) == len(shape):
     for logical, axes in rules:
-      axes = _as_tuple(axes)
+      axes = as_tuple(axes)
       free = not set(axes) & {a for taken in result for a in taken}
       for i, (name, size) in enumerate(zip(names, shape, strict=True)):
         if name == logical and free and not result[i] and size % math.prod(mesh.shape[a] for a in axes) == 0:

@@ -30,11 +30,16 @@ def make_step(
 
   The update donates `state`. With `accum` > 1, gradients and metrics are means over that many micro batches, computed
   one after another; `group` consecutive rows stay in the same micro batch. If the rows of the objective are independent
-  (`rows_apart`), each replica of the mesh sums the gradients of its own rows, and they are reduced once per update.
+  (`rows_apart`) and no parameter is split over 'data', each replica of the mesh sums the gradients of its own rows, and
+  they are reduced once per update. Players that are frozen stay as they are, whatever `after_update` returns.
   `xla_options` are for the compiler; options that it does not know are left out.
   """
   after_update = getattr(objective, 'after_update', lambda params, mutable: params)
-  apart = getattr(objective, 'rows_apart', False) and mesh.shape.get('data', 1) > 1
+  specs = [s.spec for player in optimizer.schedules for s in jax.tree.leaves(shardings.params[player])]
+  whole = not any(
+    'data' in sharding.as_tuple(axes) for spec in specs for axes in spec
+  )  # each replica has all parameters
+  apart = getattr(objective, 'rows_apart', False) and mesh.shape.get('data', 1) > 1 and whole
 
   put = lambda x, *axes: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
@@ -93,7 +98,8 @@ def make_step(
     trained = {player: state.params[player] for player in optimizer.schedules}
     opt_state = sharding.on_device(state.opt_state, shardings.opt_state)
     updates, opt_state = optimizer.tx.update(grads, opt_state, trained)
-    params = after_update({**state.params, **jax.tree.map(jnp.add, trained, updates)}, mutable)
+    written = after_update({**state.params, **jax.tree.map(jnp.add, trained, updates)}, mutable)
+    params = {**state.params, **{player: written[player] for player in trained}}  # frozen ones stay as they are
     average = state.ema
     if ema:
       decay = jnp.minimum(ema, (1.0 + state.step) / (10.0 + state.step))  # a short memory while the model changes fast

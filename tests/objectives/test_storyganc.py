@@ -115,25 +115,19 @@ def test_a_single_story_has_no_other_to_be_compared_with_and_shorter_stories_wor
   assert jax.jit(objective.sample)(params, context, few).shape == (1, 2 * 16, 3 * 16, 3)
 
 
-def test_captions_by_a_frozen_roberta_and_a_frozen_generator():
+def test_captions_by_a_frozen_roberta():
   words = dict(vocab_size=40, length=8, pad=1, start=0, end=2)
   run = {'model': {'variant': 'test'}, 'tokenizer': words}
-  c = config(captions='roberta')
-  c.optim.groups.generator = dict(frozen=True)
-  objective = storyganc.from_config(c, {'roberta': run})
+  objective = storyganc.from_config(config(captions='roberta'), {'roberta': run})
   params, mutable = (runs.parameters(lambda *x, i=i: objective.init(*x)[i], BATCH, scale=0.1) for i in range(2))
   assert 'captions_encoder' not in params['generator']
   net = objective.tower.model
   frozen = runs.parameters(net.init, np.zeros((1, 8), np.int32))['params']
   context = Context({'roberta': frozen}, mutable, jax.random.key(1), jnp.int32(0), train=True)
   batch = {**BATCH, 'roberta_text': RNG.integers(3, 39, (8, 3, 8)).astype(np.int32)}
-  loss, (_, seen) = jax.jit(objective.loss)(params, context, batch)
+  loss, _ = jax.jit(objective.loss)(params, context, batch)
   other = jax.jit(objective.loss)(params, context, {**batch, 'roberta_text': batch['roberta_text'][::-1]})[0]
   assert np.isfinite(float(loss)) and float(loss) != float(other)
-  after = objective.after_update(params, seen)
-  means = lambda p: np.concatenate([v.ravel() for k, v in sharding.flatten(p).items() if k.endswith('mean')])
-  moved = lambda player: not np.array_equal(means(params[player]), means(after[player]))
-  assert not moved('generator') and moved('image_discriminator')
   with pytest.raises(ValueError, match=r'config.frozen.roberta has no tokenizer'):
     objective.loss(params, context, BATCH)
 

@@ -256,6 +256,18 @@ def test_replicas_reduce_their_gradients_once_an_update(tmp_path):
   assert reduced(4, False) > 3 * reduced(1, False)
 
 
+def test_parameters_that_are_split_over_data_are_accumulated_too(tmp_path):
+  objective, states = toy.Toy(counts=False), []
+  objective.rows_apart = True
+  for accum, axes in ((1, 'fsdp'), (2, ('data', 'fsdp'))):
+    c = toy.config(tmp_path / str(accum), accum=accum)
+    c.mesh.update(data=2, fsdp=2, tensor=2)
+    c.rules = (('batch', ('data', 'fsdp')), ('embed', axes))
+    states.append(toy.run(c, objective))
+  assert 'data' in states[1].params['net']['up']['kernel'].sharding.spec[0]
+  close(*(s.params for s in states))
+
+
 def test_replicas_draw_noise_of_their_own(tmp_path):
   class Dice(toy.Toy):
     rows_apart = True
@@ -307,6 +319,7 @@ def test_groups_and_frozen_networks(tmp_path):
   c = toy.config(tmp_path)
   c.optim.groups = dict(critic=dict(frozen=True), net=dict(name='adafactor', lr=0.02))
   objective = toy.Toy(critic=True)
+  objective.after_update = lambda params, mutable: {**params, 'critic': jax.tree.map(jnp.zeros_like, params['critic'])}
   state = toy.run(c, objective, frozen={'scale': jnp.ones(())})
   first = sharding.unbox(jax.jit(objective.init)(jax.random.key(0), next(toy.batches()))[0])
   close(first['critic'], state.params['critic'])
