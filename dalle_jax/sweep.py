@@ -29,7 +29,11 @@ from dalle_jax.training import checkpoint, errors, metrics
 from dalle_jax.training import config as config_lib
 
 TRAIN = Path(__file__).resolve().parents[1] / 'train.py'
-ENDS = {0: 'finished', 1: 'diverged', errors.STOPPED: 'stopped'}  # by exit status of train.py; any other means failed
+ENDS = {
+  0: 'finished',
+  errors.DIVERGED: 'diverged',
+  errors.STOPPED: 'stopped',
+}  # by exit status of train.py; any other means failed
 POLL = 0.2  # seconds
 # Metrics that the table leaves out
 OMITTED = re.compile(r'(steps_per_second|tokens_per_second|utilisation|lr|grad_norm)(/.*)?')

@@ -47,7 +47,7 @@ with (run / 'metrics.jsonl').open('w') as f:
   for line in (first, {'step': c.train.steps, 'loss': c.optim.lr}):
     f.write(json.dumps(line) + '\\n')
 if c.optim.lr == 0.25:
-  sys.exit('error: diverged' if c.seed == 7 else 1)
+  sys.exit(3 if c.train.steps == 4 else 1)  # diverged, or an error that is not caught
 meta = run / 'checkpoints' / str(c.train.steps) / 'meta'
 meta.mkdir(parents=True)
 (meta / 'metadata').write_text(json.dumps({'config': config.to_json(c)}))
@@ -100,6 +100,7 @@ def test_a_failure_stops_no_other_run_and_only_it_is_repeated(tmp_path, run, cap
   assert begun(tmp_path) == [1, 2, 1, 1]
   assert run('--config.train.steps=5') == 2
   assert begun(tmp_path) == [2, 3, 2, 2]
+  assert [r['status'] for r in rows(tmp_path)] == ['finished', 'failed (exit 1)', 'finished', 'finished']
 
 
 def test_a_run_killed_in_its_last_evaluation_is_not_finished(tmp_path):

@@ -16,6 +16,7 @@ from dalle_jax.training.metrics import Diverged
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPECTED = (ValueError, OSError, flags.Error, Diverged)  # what a script catches and passes to `report`
+DIVERGED = 3  # exit status of train.py; 1 is that of Python for an error that is not caught
 STOPPED = 143  # exit status after Ctrl-C, and of train.py after SIGTERM
 _interrupted = False
 
@@ -34,7 +35,7 @@ def _show_unraisable(args: Any, show: Callable[[Any], object] = sys.unraisableho
 
 
 def report(e: Exception, debug: bool) -> int:
-  """Prints one line (and the traceback, with `debug`) and returns the exit status: 1 for diverged, 2 for all else.
+  """Prints one line (and the traceback, with `debug`) and returns the exit status: `DIVERGED`, or 2 for all else.
 
   Errors raised by our own code are meant for the user; those from inside a library are bugs and keep their traceback.
   One of several processes does not return but ends here, with that status or `distributed.LOST`.
@@ -45,7 +46,7 @@ def report(e: Exception, debug: bool) -> int:
   ours = isinstance(e, (OSError, flags.Error)) or (str(ROOT) in file and 'site-packages' not in file)
   if debug or not ours:
     traceback.print_exception(e)
-  text, status = ' '.join(str(e).split()), 1 if isinstance(e, Diverged) else 2
+  text, status = ' '.join(str(e).split()), DIVERGED if isinstance(e, Diverged) else 2
   print(f'error: {distributed.who()}{text}', file=sys.stderr, flush=True)
   distributed.end(status, text)
   return status
