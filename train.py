@@ -30,15 +30,18 @@ from dalle_jax.training.config import inherit
 CAPTIONS = 100_000  # captions of the training set from which a tokenizer is trained
 
 
-def make_tokenizer(config: ConfigDict, meta: dict | None, initial: checkpoint.Run | None, source) -> bpe.BPE | None:
-  """The tokenizer of the checkpoint, of the run to start from, or of a file, or else one trained on the captions."""
+def make_tokenizer(config: ConfigDict, before: dict | None, other: dict | None, source) -> bpe.BPE | None:
+  """The tokenizer of the checkpoint, of the run to start from, or of a file, or else one trained on the captions.
+
+  `before` and `other` are the metas of the first two.
+  """
   c = config.tokenizer
   if not c.vocab_size:
     return None
-  if meta and meta['tokenizer']:
-    return bpe.BPE(meta['tokenizer'])
-  if initial and initial.tokenizer:
-    known = bpe.BPE(initial.tokenizer)
+  if before and before['tokenizer']:
+    return bpe.BPE(before['tokenizer'])
+  if other and other['tokenizer']:
+    known = bpe.BPE(other['tokenizer'])
   elif c.path:
     known = bpe.BPE.load(Path(c.path).expanduser())
   else:
@@ -190,15 +193,14 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
   for split, source in records.items():
     for line in source.report() if hasattr(source, 'report') else []:
       print(f'{split}: {line}', flush=True)
-  start_from = config.init.path if not before else ''
-  initial = checkpoint.load_run(start_from, mesh=mesh, rules=config.rules) if start_from else None
+  other = checkpoint.read_about(config.init.path) if config.init.path and not before else None
   if config.model.get('variant') == 'init' and not config.init.path:
     raise ValueError(
       "config.model.variant is 'init', so pass --config.init.path=RUN, a run with the model to start from."
     )
-  if initial or (before and config.init.path):
-    inherit(config, initial.config if initial else before['config'])
-  tokenizer = make_tokenizer(config, before, initial, records[data.split])
+  if config.init.path:
+    inherit(config, (other or before)['config'])
+  tokenizer = make_tokenizer(config, before, other, records[data.split])
   if tokenizer:
     config.tokenizer.vocab_size = tokenizer.vocab_size
   frozen = frozen_runs(config, run_dir, mesh, before is not None, getattr(module, 'READS', module.FROZEN))
@@ -242,10 +244,12 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
     )
 
   objective = module.from_config(config, {name: r.config for name, r in frozen.items()})
-  if initial and hasattr(objective, 'adopt'):
-    initial = objective.adopt(initial.params, initial.config, jax.random.key(config.seed))
-  elif initial:
-    initial = initial.params
+
+  def initial() -> checkpoint.Params:
+    run = checkpoint.load_run(config.init.path, mesh=mesh, rules=config.rules)
+    adopt = getattr(objective, 'adopt', lambda params, *_: params)
+    return adopt(run.params, run.config, jax.random.key(config.seed))
+
   held_out = lambda: batches(data.val_split, training=False)
   _, stopped = loop.train(
     config,
@@ -255,7 +259,7 @@ def train(config: ConfigDict, run_dir: Path, mesh: jax.sharding.Mesh) -> bool:
     frozen={name: r.network(name) for name, r in frozen.items()},
     evals=[build(objective, config, held_out, mesh) for build in builders] if data.val_split else [],
     meta=meta,
-    initial=initial,
+    initial=initial if other else None,
   )
   return stopped
 

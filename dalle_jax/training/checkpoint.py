@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
@@ -195,13 +194,18 @@ def nothing_to_load(path: str | Path, run_dir: Path) -> FileNotFoundError:
   return FileNotFoundError(f'{path} has no checkpoints; pass the run_dir of a run that has saved at least once.')
 
 
-def read_config(path: str | Path) -> dict:
-  """The config of the run at `path` (see `load_run`). Raises FileNotFoundError if it has no checkpoint."""
+def read_about(path: str | Path) -> dict:
+  """The newest meta of the run at `path` (see `load_run`). Raises FileNotFoundError if it has no checkpoint."""
   run_dir = hub.local(path)
   meta = read_meta(run_dir)
   if meta is None:
     raise nothing_to_load(path, run_dir)
-  return meta['config']
+  return meta
+
+
+def read_config(path: str | Path) -> dict:
+  """The config of the run at `path`, as `read_about`."""
+  return read_about(path)['config']
 
 
 def _describe(leaf: Any) -> str:
@@ -336,6 +340,7 @@ def load_run(
 def strict_merge(params: Params, loaded: Params, new: str = '') -> Params:
   """Replaces every tensor of `params` with the one in `loaded`, laid out like the tensor that it replaces.
 
+  What is already laid out so is not copied: the result takes over the arrays of `loaded`.
   Only tensors whose whole name matches the regular expression `new` may be missing and keep their initial values.
   Raises ValueError naming every tensor that is missing, unexpected, or has another shape or dtype.
   """
@@ -346,7 +351,6 @@ def strict_merge(params: Params, loaded: Params, new: str = '') -> Params:
 
   def take(path, leaf):
     name = jax.tree_util.keystr(path, simple=True, separator='/')
-    # A copy: the training step donates its state, and `loaded` belongs to the caller.
-    return leaf if name in fresh else jnp.copy(jax.device_put(theirs[name], leaf.sharding))
+    return leaf if name in fresh else jax.device_put(theirs[name], leaf.sharding)
 
   return jax.tree_util.tree_map_with_path(take, params)

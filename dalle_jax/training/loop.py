@@ -155,7 +155,7 @@ def start_or_resume(
   optimizer: optim.Optimizer,
   target: TrainState,
   spec: Mapping[str, jax.ShapeDtypeStruct],
-  initial: Params | None,
+  initial: Callable[[], Params] | None,
 ) -> tuple[TrainState, float]:
   """The state to train from, laid out like `target`, and the seconds of training that went into it."""
   # 1. The newest whole checkpoint of this run
@@ -165,7 +165,7 @@ def start_or_resume(
   state = state_lib.init(objective, target, optimizer, config.seed, spec)
   # 2. The parameters of another run, with fresh ones for those that it may lack
   if initial is not None:
-    params = checkpoint.strict_merge(state.params, initial, config.init.new)
+    params = checkpoint.strict_merge(state.params, initial(), config.init.new)
     return state.replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.train.ema else {}), 0.0
   # 3. Fresh parameters
   return state, 0.0
@@ -180,7 +180,7 @@ def train(
   frozen: Mapping[str, Params] | None = None,
   evals: Sequence[Evaluator] = (),
   meta: Mapping[str, Any] | None = None,
-  initial: Params | None = None,
+  initial: Callable[[], Params] | None = None,
 ) -> tuple[TrainState, bool]:
   """Trains `objective` until `config.train.steps`, from the newest checkpoint in `config.run_dir` if there is one.
 
@@ -190,7 +190,8 @@ def train(
     frozen: parameters of networks that do not train, passed to every step.
     evals: called every `eval_every` steps with the EMA parameters (the plain ones without EMA).
     meta: stored in every checkpoint: config, tokenizer, frozen; the config is also written to RUN_DIR/config.json.
-    initial: parameters of another run to start from (`checkpoint.strict_merge` with `config.init.new`).
+    initial: loads parameters of another run to start from (`checkpoint.strict_merge` with `config.init.new`), unless
+      there is a checkpoint. They become those that are trained, so nobody else may hold them.
 
   Returns:
     The last state, and whether SIGTERM or Ctrl-C asked for a stop, which may also come after the last step.

@@ -1,3 +1,4 @@
+import gc
 import json
 
 import jax
@@ -6,7 +7,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dalle_jax.training import checkpoint, sharding
+from dalle_jax.training import checkpoint, metrics, sharding
 from tests.training import toy
 from tests.training.test_loop import same
 
@@ -118,9 +119,17 @@ def test_strict_merge():
     assert part in str(e.value)
 
 
-def test_start_from_another_run(run_dir, tmp_path):
-  c = toy.config(tmp_path / 'fine', steps=1)
-  c.optim.lr = 0.0
+def test_start_from_another_run_which_is_not_kept_in_memory(run_dir, tmp_path):
+  def run(name, **start):
+    """The parameters after a step, and the bytes of all arrays after it."""
+    c = toy.config(tmp_path / name, steps=1, eval_every=1, log_every=1)
+    c.optim.lr, c.data.val_split = 0.0, 'val'
+    held = lambda params, ctx: {'bytes': gc.collect() * 0 + sum(x.nbytes for x in jax.live_arrays())}
+    params = jax.device_get(toy.run(c, evals=[held], **start).params)
+    return params, metrics.read(tmp_path / name / 'metrics.jsonl')[-1]['bytes']
+
   loaded = checkpoint.load_run(run_dir)
-  state = toy.run(c, initial=loaded.params)
-  same(state.params, loaded.params)
+  _, alone = run('alone')
+  params, together = run('fine', initial=lambda: checkpoint.load_run(run_dir).params)
+  same(params, loaded.params)
+  assert together == alone
