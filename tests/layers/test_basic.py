@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.layers.basic import BatchNorm, Conv, Dense, Einsum, layer_norm, product, update_statistics
-from dalle_jax.training import sharding
+from dalle_jax.layers.basic import BatchNorm, Dense, Einsum, layer_norm, product, update_statistics
 
 
 @pytest.mark.parametrize(('shapes', 'axes', 'eqn'), [
@@ -42,27 +41,6 @@ def test_a_layer_that_is_used_twice_has_one_set_of_parameters_with_names_of_axes
 
   kernel = Twice().init(jax.random.key(0), jnp.ones((2, 4)))['params']['dense']['kernel']
   assert kernel.names == ('embed', 'mlp') and kernel.value.shape == (4, 4)
-
-
-@pytest.mark.parametrize('split', [(), ('conv_in', 'heads')])
-def test_parameters_are_drawn_as_by_their_shape_however_few_axes_they_are_drawn_with(split):
-  drawn = []
-
-  def recorded(init):
-    def draw(key, shape, dtype):
-      drawn.append((init, key, shape))
-      return init(key, shape, dtype)
-
-    return draw
-
-  lecun, normal = nn.initializers.lecun_normal(), nn.initializers.normal(0.02)
-  with sharding.use(dict(data=4, tensor=2), [(axis, 'tensor') for axis in split]):
-    conv = Conv(5, kernel_init=recorded(lecun)).init(jax.random.key(0), jnp.ones((1, 4, 4, 6)))
-    heads = Einsum((3, 2, 4), ('embed', 'heads', 'head_dim'), kernel_init=recorded(normal))
-    heads = heads.init(jax.random.key(0), 'BSD,DHK->BSHK', jnp.ones((1, 4, 3)))
-  assert [shape for *_, shape in drawn] == ([(9, 6, 5), (3, 2, 4)] if split else [(54, 5), (6, 4)])
-  for (init, key, _), layer, shape in zip(drawn, (conv, heads), [(3, 3, 6, 5), (3, 2, 4)], strict=True):
-    np.testing.assert_array_equal(layer['params']['kernel'].value, init(key, shape))
 
 
 def test_an_einsum_that_is_no_product_is_refused():
