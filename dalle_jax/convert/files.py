@@ -20,10 +20,11 @@ FLAX_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight', 'bi
 STATE_KEYS = ('state_dict', 'model_state_dict', 'model')  # under which trainers store the tensors of the network
 
 
-def find(folder: Path, *patterns: str, expected: str) -> Path:
-  """Returns the first file in `folder` that matches a pattern, earlier patterns first, or `folder` if it is a file.
+def find(folder: Path, *patterns: str, expected: str, several: bool = False) -> Path:
+  """Returns the file in `folder` that matches a pattern, earlier patterns first, or `folder` if it is a file.
 
-  Raises FileNotFoundError listing what is there.
+  Raises FileNotFoundError listing what is there, and ValueError if a pattern matches several files, unless `several`,
+  which takes the first by name.
   """
   folder = Path(folder).expanduser()
   if folder.is_file():
@@ -31,9 +32,13 @@ def find(folder: Path, *patterns: str, expected: str) -> Path:
   if not folder.is_dir():
     raise FileNotFoundError(f'{folder} does not exist; expected {expected}.')
   for pattern in patterns:
-    for path in sorted(folder.glob(pattern)):
-      if path.is_file():
-        return path
+    found = sorted(p for p in folder.glob(pattern) if p.is_file())
+    if len(found) > 1 and not several:
+      names = ', '.join(str(p.relative_to(folder)) for p in found[:4])
+      more = f' and {len(found) - 4} more' if len(found) > 4 else ''
+      raise ValueError(f'{folder} has {names}{more}; expected one: give it as --path, or move the others.')
+    if found:
+      return found[0]
   there = ', '.join(sorted(p.name for p in folder.iterdir())[:12]) or 'nothing'
   raise FileNotFoundError(f'{folder} has no {" or ".join(patterns)}; expected {expected}, found {there}.')
 

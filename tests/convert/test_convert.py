@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 import sample
 import train
 from dalle_jax.convert import __main__ as command
-from dalle_jax.convert import engine, torch_file
+from dalle_jax.convert import engine, files, torch_file
 from dalle_jax.convert.sources import dalle_pytorch, rudalle
 from dalle_jax.pipelines.dalle import DallE
 from dalle_jax.pipelines.image_tokenizer import ImageTokenizer
@@ -229,6 +229,23 @@ def test_an_imported_vqgan_is_fine_tuned_with_its_discriminator_and_lpips(tmp_pa
   before, after = (checkpoint.load_run(path).network('discriminator') for path in (base, run))
   assert (before['norm_1']['mean'] == after['norm_1']['mean']).all()
   assert 0 < np.abs(np.subtract(before['norm_1']['scale'], after['norm_1']['scale'])).max() < 0.01
+
+
+@pytest.mark.parametrize(
+  'source, names, listed',
+  [
+    ('storydalle', [f'Model/{i}.pth' for i in range(50)], 'Model/0.pth, Model/1.pth, Model/10.pth, .* and 46 more;'),
+    ('taming', [f'checkpoints/epoch={i:06}.ckpt' for i in (2, 10)], 'checkpoints/epoch=000002.ckpt, .*000010.ckpt;'),
+    ('rudalle', ['pytorch_model.bin', 'pytorch_model_v2.bin'], 'pytorch_model.bin, pytorch_model_v2.bin;'),
+  ],
+)
+def test_of_several_checkpoints_none_is_chosen(source, names, listed, tmp_path):
+  for name in names:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+  with pytest.raises(ValueError, match=f'has {listed} expected one: give it as --path'):
+    command.read(source, tmp_path)
+  assert files.find(tmp_path / names[-1], expected='') == tmp_path / names[-1]
 
 
 def test_a_rudalle_file_that_does_not_name_its_version_gets_a_note(tmp_path):

@@ -104,7 +104,9 @@ def read(path: Path) -> Imported:
   logs = ('checkpoints/last.ckpt', 'checkpoints/*.ckpt')
   weights = files.find(path, 'last.ckpt', '*.ckpt', '*.pt', '*.pth', '*.safetensors', *logs, expected=EXPECTED)
   folder = weights.parent.parent / 'configs' if weights.parent.name == 'checkpoints' else weights.parent
-  description = files.find(folder, 'model.yaml', '*project.yaml', '*.yaml', '*.yml', expected=EXPECTED)
+  # A resumed training writes another *project.yaml, with the same model.
+  names = 'model.yaml', '*project.yaml', '*.yaml', '*.yml'
+  description = files.find(folder, *names, expected=EXPECTED, several=True)
   config = files.config(description)
   config = config.get('model', config)
   known = files.fields(description, config, 'target', 'params.embed_dim', 'params.n_embed', 'params.ddconfig')
