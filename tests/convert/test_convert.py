@@ -259,6 +259,19 @@ def test_a_rudalle_file_that_does_not_name_its_version_gets_a_note(tmp_path):
     assert imported.config['model']['layout'] == ('no_start' if noted else 'shifted')
 
 
+def test_the_version_of_a_rudalle_chooses_its_file(tmp_path):
+  for name in ('model_params.json', 'pytorch_model_v2.bin', 'pytorch_model_v3.bin'):
+    shutil.copy(FIXTURES / 'rudalle' / name, tmp_path)
+  for version, width in (('v3', 32), ('v2', 24)):
+    model = rudalle.read(tmp_path, version=version).config['model']
+    assert (model['layout'], model['d_model']) == (rudalle.VERSIONS[version], width)
+  (tmp_path / 'pytorch_model_v3.bin').unlink()
+  with pytest.raises(ValueError, match=r'pytorch_model_v2.bin has the weights of v2 by its name; .* --version v2'):
+    rudalle.read(tmp_path, version='v3')
+  with pytest.raises(ValueError, match="version 'v4' is unknown; there are v3, v2"):
+    rudalle.read(tmp_path, version='v4')
+
+
 def test_a_tokenizer_of_youtokentome(tmp_path):
   path = tmp_path / 'bpe.model'
   letters = {'▁': 4, 'a': 5, 'b': 6}

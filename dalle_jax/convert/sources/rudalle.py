@@ -70,13 +70,17 @@ def rows(depth: int, text_vocab: int, sandwich: bool, start: bool) -> list[Row]:
 
 
 def settings(weights: Path, version: str) -> tuple[Mapping[str, Any], str]:
-  """The sizes in the config next to the weights, and the version by `version` or the file name; '' if neither says."""
+  """The sizes in the config next to the weights, and the version by `version` or the file name; '' if neither says.
+
+  Raises ValueError with a one-line message, also if the two differ.
+  """
   file = next((p for n in ('model_params.json', 'config.json') if (p := weights.parent / n).is_file()), None)
   known = files.config(file) if file else {}
   several = {k: v for k, v in known.items() if isinstance(v, dict)}
-  version = version or next((v for v in VERSIONS if v in weights.stem), '')
-  if version and version not in VERSIONS:
-    raise ValueError(f'version {version!r} is unknown; there are {", ".join(VERSIONS)}.')
+  named = [v for v in VERSIONS if v in weights.stem]
+  if version and named and version not in named:
+    raise ValueError(f'{weights} has the weights of {named[0]} by its name; give them with --version {named[0]}.')
+  version = version or next(iter(named), '')
   if several and version not in several:
     raise ValueError(f'{file} describes {", ".join(several)}; choose one with --version.')
   return (several[version] if several else known), version
@@ -84,7 +88,10 @@ def settings(weights: Path, version: str) -> tuple[Mapping[str, Any], str]:
 
 def read(path: Path, *, version: str = '', heads: int = 0) -> Imported:
   """Reads the transformer and, if present, its tokenizer. Raises ValueError or OSError with a one-line message."""
-  weights = files.find(path, 'pytorch_model*.bin', '*.bin', '*.pt', '*.safetensors', expected=EXPECTED)
+  if version and version not in VERSIONS:
+    raise ValueError(f'version {version!r} is unknown; there are {", ".join(VERSIONS)}.')
+  first = [f'*{version}*.bin'] if version else []
+  weights = files.find(path, *first, 'pytorch_model*.bin', '*.bin', '*.pt', '*.safetensors', expected=EXPECTED)
   theirs = files.state_dict(weights)
   known, version = settings(weights, version)
   tables = ('text_embeddings', 'image_embeddings', 'text_pos_embeddings', 'image_row_embeddings')
