@@ -143,12 +143,21 @@ def test_a_dalle_of_dalle_pytorch_with_other_parts_is_refused(monkeypatch, tmp_p
   refused('has no sizes of a DiscreteVAE', vae_params=[1])
   refused('has image_size 33 and num_layers 2', vae_params={**whole['vae_params'], 'image_size': 33})
   refused('other rotary positions', hparams={**hparams, 'dim_head': 24})
+  refused(r"version '1\.5\.2' and has conv_like attention; expected version 1\.6", version='1.5.2')
   refused('has no field dim; is it', hparams={k: v for k, v in hparams.items() if k != 'dim'})
   refused('has no hparams and weights', weights='see the wiki of DeepSpeed')
   refused('another normalization', vae_params={**whole['vae_params'], 'normalization': None})
   monkeypatch.setattr(torch_file, 'load', lambda path: {**whole, 'vae_params': None, 'vae_class_name': 'VQGanVAE'})
   imported = dalle_pytorch.read(tmp_path)
   assert imported.config['data'] == {'image_size': 256} and 'VQGanVAE' in imported.notes[0] and not imported.frozen
+
+
+@pytest.mark.parametrize('version, noted', [('1.5.2', True), ('1.6.0', False), (None, False)])
+def test_a_dalle_of_another_version_of_dalle_pytorch_gets_a_note(version, noted, monkeypatch):
+  path = FIXTURES / 'dalle_pytorch' / 's1_full' / 'dalle.pt'
+  whole = {**torch_file.load(path), 'version': version}
+  monkeypatch.setattr(torch_file, 'load', lambda path: whole)
+  assert any("of version '1.5.2' of DALLE-pytorch" in note for note in dalle_pytorch.read(path).notes) == noted
 
 
 def test_an_image_tokenizer_must_fit_the_model(tmp_path, capsys):

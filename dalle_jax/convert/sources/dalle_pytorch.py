@@ -236,8 +236,13 @@ def read(path: Path, *, tokenizer: str = '') -> Imported:
   inner, theirs = files.under(theirs, 'vae.'), plain({k: v for k, v in theirs.items() if not k.startswith('vae.')})
   model, ours = network(file, hparams, theirs)
   words, text = hparams['num_text_tokens'], hparams['text_seq_len']
-  params = convert(str(file), rows(model, ours.module.text_vocab), theirs, ours.shapes, IGNORED)
   notes, frozen, size = [], {}, PRETRAINED_SIZE
+  version = str(whole.get('version') or '1.6')[:20]
+  if not version.startswith('1.6'):
+    if KINDS['conv_like'] in model['attention'].split(','):  # the window of older ones is centred
+      raise ValueError(f'{file} is of version {version!r} and has conv_like attention; expected version 1.6 for that.')
+    notes.append(f'it is of version {version!r} of DALLE-pytorch; only 1.6 was compared with the original')
+  params = convert(str(file), rows(model, ours.module.text_vocab), theirs, ours.shapes, IGNORED)
   if whole['vae_params']:
     frozen['vqgan'] = image_tokenizer(file, whole['vae_params'], inner)
     size = frozen['vqgan'].config['data']['image_size']
