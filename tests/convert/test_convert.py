@@ -281,6 +281,18 @@ def test_the_version_of_a_rudalle_chooses_its_file(tmp_path):
     rudalle.read(tmp_path, version='v4')
 
 
+def test_the_heads_of_a_rudalle_are_given_or_those_of_a_published_model(monkeypatch, tmp_path):
+  weights = tmp_path / 'pytorch_model_v3.bin'
+  shutil.copy(FIXTURES / 'rudalle' / weights.name, weights)
+  heads = lambda **given: rudalle.read(weights, **given).config['model']['heads']
+  with pytest.raises(ValueError, match=r'nothing gives the number of attention heads for a width of 32; .* --heads'):
+    heads()
+  monkeypatch.setitem(rudalle.HEADS, 32, 8)
+  assert (heads(), heads(heads=2)) == (8, 2)
+  shutil.copy(FIXTURES / 'rudalle' / 'model_params.json', tmp_path)
+  assert (heads(), heads(heads=2)) == (4, 2)
+
+
 def test_a_tokenizer_of_youtokentome(tmp_path):
   path = tmp_path / 'bpe.model'
   letters = {'▁': 4, 'a': 5, 'b': 6}

@@ -24,7 +24,7 @@ from dalle_jax.models import dalle
 
 EXPECTED = 'a state_dict of ru-DALLE (pytorch_model*.bin)'
 VERSIONS = {'v3': 'no_start', 'v2': 'shifted'}  # version -> layout of our DALLE
-HEAD_DIM = 128  # that of Malevich, used if nothing gives the number of heads
+HEADS = {768: 12, 2048: 16, 3840: 60}  # by width, of the published models, small, Malevich and Kandinsky
 START, END = 2, 3  # ids before and after a caption
 IGNORED = (r'.*(row|col|conv)_mask',)
 
@@ -100,19 +100,18 @@ def read(path: Path, *, version: str = '', heads: int = 0) -> Imported:
   (text_vocab, width), (codes, _), (positions, _), (side, _) = (theirs[f'{t}.weight'].shape for t in tables)
   depth, text = files.layers(theirs, r'transformer\.layers\.(\d+)\.'), positions - 1
   sandwich = any(k.endswith('before_first_addition_layernorm.weight') for k in theirs)
+  heads = heads or known.get('num_attention_heads') or HEADS.get(width, 0)
+  if not heads:
+    raise ValueError(f'nothing gives the number of attention heads for a width of {width}; give it with --heads.')
   notes = []
   if not version:
     version = 'v3'
     notes.append(f'the name {weights.name} gives no version, so it was read as v3; for a v2 model give --version v2')
-  if not heads and 'num_attention_heads' not in known:
-    notes.append(
-      f'no config gives the number of heads, so it follows from a head dimension of {HEAD_DIM}; give it with --heads'
-    )
   model = dict(
     variant='rudalle',
     d_model=width,
     depth=depth,
-    heads=heads or known.get('num_attention_heads', max(1, width // HEAD_DIM)),
+    heads=heads,
     attention=kinds(depth, 'wrapped' if version == 'v2' else 'conv'),
     layout=VERSIONS[version],
     image_vocab=codes,
