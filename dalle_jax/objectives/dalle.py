@@ -102,7 +102,10 @@ def caption_loss(logits: jax.Array, text: jax.Array, kept: jax.Array | None, rat
 
   It is divided by the number of captions that a dropout of `rate` keeps on average, not by the number kept in this
   batch. The loss of a batch is then the mean of the losses of its micro batches, even if one of them keeps no caption.
+  Captions of which no token is predicted, as those of one token without a start in front, have a loss of 0.
   """
+  if not logits.shape[1]:
+    return jnp.zeros(())
   loss, _ = losses.token_loss(logits, text[:, -logits.shape[1] :], kept)
   if kept is None:
     return loss

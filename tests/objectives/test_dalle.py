@@ -85,6 +85,16 @@ def test_dropped_captions_are_padding_and_leave_the_text_loss(frozen, params):
   assert run(1.0, BATCH, train=False)['image_loss'] == run(0.0, BATCH)['image_loss']
 
 
+def test_captions_of_which_no_token_is_predicted_add_nothing(frozen):
+  c = config(caption_dropout=0.5)
+  c.model.layout, c.tokenizer.length = 'no_start', 1
+  objective = dalle.from_config(c, {'vqgan': {'model': VQGAN}})
+  batch = {'text': BATCH['text'][:, :1] % 34, 'tokens': jnp.ones((8, 64), int)}
+  params = runs.parameters(objective.init, batch, scale=0.02)[0]
+  loss, (metrics, _) = jax.jit(objective.loss)(params, context(frozen), batch)
+  assert metrics['text_loss'] == 0 and loss == 0.875 * metrics['image_loss'] > 0
+
+
 def test_the_loss_of_a_batch_is_the_mean_over_its_micro_batches(frozen, params, monkeypatch):
   """Though some of them keep fewer captions than others, and one keeps none."""
   batch = {'text': BATCH['text'].at[:, 0].set(jnp.array([0, 39, 1, 2, 38, 37, 3, 4])), 'tokens': jnp.ones((8, 64), int)}
