@@ -220,6 +220,13 @@ def test_the_inception_of_torchvision_is_not_taken_for_that_of_fids(tmp_path, ca
   assert status == 2 and 'has no pt_inception*.pth or weights-inception*.pth' in said.err
 
 
+def test_a_gumbel_vqgan_without_kl_weight_has_that_of_its_class(tmp_path):
+  folder = FIXTURES / 'taming_gumbel_vqgan'
+  shutil.copy(folder / 'last.ckpt', tmp_path)
+  (tmp_path / 'model.yaml').write_text((folder / 'model.yaml').read_text().replace('kl_weight: 1.0e-08', ''))
+  assert command.read('taming', tmp_path).config['loss']['kl_weight'] == 1e-8
+
+
 def test_an_imported_vqgan_is_fine_tuned_with_its_discriminator_and_lpips(tmp_path, capsys):
   base, run, logs = tmp_path / 'f4', tmp_path / 'mine', tmp_path / 'logs'
   for name, folder in (('last.ckpt', 'checkpoints'), ('model.yaml', 'configs')):  # as their training leaves them

@@ -133,6 +133,6 @@ def read(path: Path) -> Imported:
     imported.frozen['lpips'] = lpips.of_tensors(source, perceptual, 'net.slice{stage}.{i}')
     settings['lpips_weight'] = float(loss.get('perceptual_weight', 1.0))
   if kind == 'GumbelVQ':
-    settings['kl_weight'] = float(config['params'].get('kl_weight', 5e-4))
+    settings['kl_weight'] = float(config['params'].get('kl_weight', 1e-8))  # that of GumbelVQ
   imported.config['loss'] = settings
   return imported
