@@ -10,9 +10,11 @@
   python sample.py --run UNCLIP --vary photo.png --n 8                       # images with the same CLIP embedding
   python sample.py --run runs/quickstart/story --story story.json --source frame.png  # {"captions": ["...", "..."]}
 Writes OUT/NUMBER_RANK.png, OUT/grid.png (best first with --clip), OUT/samples.json and, for a story,
-OUT/storyboard.png; images that an earlier samples.json lists are removed. `--debug` shows tracebacks.
+OUT/storyboard.png; images that an earlier samples.json lists are removed, but a file that was given is never replaced.
+`--debug` shows tracebacks.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -97,6 +99,12 @@ def story() -> list[str]:
   return captions
 
 
+def inputs() -> dict[str, Path]:
+  """The files that this command was given, by flag."""
+  names = ('prompts', 'story', 'source', 'vectors', 'init_image', 'vary')
+  return {name: Path(FLAGS[name].value) for name in names if FLAGS[name].value}
+
+
 def run() -> None:
   if not FLAGS.run:
     kinds = 'DALL-E, DALL-E mini, unCLIP, StoryDALL-E or StoryGANc'
@@ -116,10 +124,11 @@ def run() -> None:
 
 def generate(requests: list[str], where: dict[str, Any]) -> None:
   """Generates and writes images for captions, for those of a story, or for the image to vary."""
-  files = [Path(name) for name in (FLAGS.source, FLAGS.init_image, FLAGS.vectors, FLAGS.vary) if name]
-  distributed.check_same({'captions': str(requests), 'files': str([f.read_bytes() for f in files if f.is_file()])})
+  files = [f.read_bytes() for f in inputs().values() if f.is_file()]
+  distributed.check_same({'captions': str(requests), 'files': str(files)})
   if jax.process_index() == 0:
     make_writable(Path(FLAGS.out))
+    check_kept(Path(FLAGS.out), len(requests))
   model = options.load(FLAGS, where)
   if isinstance(model, StoryGenerator) != bool(FLAGS.story):
     wanted = 'a caption; give --prompt "..."' if FLAGS.story else 'a story; give --story FILE and --source FRAME.png'
@@ -182,20 +191,34 @@ def make_writable(out: Path) -> None:
     raise ValueError(f'--out {out} cannot be written to ({e.strerror}); give another directory.') from e
 
 
+def image_files(count: int) -> list[list[str]]:
+  """The names of the images of `count` requests, best first."""
+  first = 1 if FLAGS.story else 0  # frame 0 of a story is the source
+  ranks = range(min(FLAGS.best or FLAGS.n, FLAGS.n))
+  return [[f'{number:03d}_{rank}.png' for rank in ranks] for number in range(first, first + count)]
+
+
+def check_kept(out: Path, count: int) -> None:
+  """Raises ValueError when `write` would replace a file that this command was given, by whatever name."""
+  names = [*itertools.chain(*image_files(count)), 'grid.png', 'samples.json', *['storyboard.png'] * bool(FLAGS.story)]
+  written = [path for name in names if (path := out / name).is_file()]
+  for flag, path in inputs().items():
+    if path.is_file() and any(path.samefile(other) for other in written):
+      raise ValueError(f'--out {out} would overwrite --{flag} {path}; give another directory with --out.')
+
+
 def write(out: Path, results: Sequence[tuple[Any, ...]], board: Image.Image | None, sampling: dict[str, Any]) -> None:
   """Writes images, grid and table of (caption, images, numbers, scores) each, and the storyboard of a story."""
   make_writable(out)
   remove_earlier(out)
   if board:
     board.save(out / 'storyboard.png')
-  first_number = 1 if FLAGS.story else 0  # frame 0 of a story is the source
-  best, table, rows = FLAGS.best or FLAGS.n, [], []
-  for number, (caption, images, candidates, scores) in enumerate(results, first_number):
-    images, candidates = images[:best], candidates[:best]
-    files = [f'{number:03d}_{rank}.png' for rank in range(len(images))]
+  table, rows = [], []
+  for files, (caption, images, candidates, scores) in zip(image_files(len(results)), results, strict=True):
+    images, candidates = images[: len(files)], candidates[: len(files)]
     for file, image in zip(files, images, strict=True):
       Image.fromarray(image).save(out / file)
-    rounded = None if scores is None else [round(float(s), 4) for s in scores[:best]]
+    rounded = None if scores is None else [round(float(s), 4) for s in scores[: len(files)]]
     table.append({'prompt': caption, 'files': files, 'candidates': candidates.tolist(), 'scores': rounded})
     rows.append((caption, images))
   caption_grid(rows).save(out / 'grid.png')
@@ -211,9 +234,9 @@ def remove_earlier(out: Path) -> None:
     files = [name for row in json.loads((out / 'samples.json').read_text())['samples'] for name in row['files']]
   except (OSError, ValueError, KeyError, TypeError):
     return  # there is no such file, or it is something else
-  given = {Path(name).resolve() for name in (FLAGS.source, FLAGS.init_image, FLAGS.vary) if name}
+  kept = {path.resolve() for path in inputs().values()}
   for path in (out / name for name in files if re.fullmatch(r'\d+_\d+\.png', str(name))):
-    if path.resolve() not in given:
+    if path.resolve() not in kept:
       path.unlink(missing_ok=True)
 
 

@@ -66,3 +66,39 @@ def test_the_output_directory_is_made_before_anything_is_loaded(tmp_path, monkey
     assert runs.call(sample, '--run', 'RUN', '--prompt', 'a red circle', '--out', out) == 2
     err = capsys.readouterr().err
     assert f'--out {out} cannot be written to' in err and err.count('\n') == 1, err
+
+
+def test_a_file_that_was_given_is_never_replaced(tmp_path, monkeypatch, capsys):
+  (out := tmp_path / 'out').mkdir()
+  of = {name: out / name for name in ('000_0.png', '001_1.png', 'grid.png', 'storyboard.png', 'samples.json')}
+  for path in (*of.values(), photo := tmp_path / 'photo.png', story := tmp_path / 'story.json'):
+    path.write_text('["pip moves"]')
+  (link := tmp_path / 'link.png').symlink_to(of['000_0.png'])
+  (out / '000_1.png').symlink_to(photo)
+
+  def load(*_):
+    raise ValueError('loaded')
+
+  monkeypatch.setattr(sample.options, 'load', load)
+  draw = lambda *flags: runs.call(sample, '--run', 'RUN', '--n', 2, '--out', out, *flags)
+  prompt = ['--prompt', 'snow']
+  for *flags, name, path in (
+    ['--vary', of['000_0.png']],
+    ['--vary', link],
+    ['--vary', photo],
+    [*prompt, *prompt, '--init_image', of['001_1.png']],
+    [*prompt, '--init_image', of['grid.png']],
+    ['--prompts', of['samples.json']],
+    ['--story', story, '--source', of['001_1.png']],
+    ['--story', story, '--source', of['storyboard.png']],
+  ):
+    assert draw(*flags, name, path) == 2
+    err = capsys.readouterr().err
+    assert err == f'error: --out {out} would overwrite {name} {path}; give another directory with --out.\n'
+  for flags in (
+    ['--vary', of['001_1.png']],
+    ['--vary', photo, '--best', 1],
+    [*prompt, '--init_image', of['storyboard.png']],
+    ['--story', story, '--source', of['000_0.png']],
+  ):
+    assert draw(*flags) == 2 and 'error: loaded' in capsys.readouterr().err

@@ -222,7 +222,7 @@ def test_scripts(root, tmp_path, capsys):
   files = {'000_0.png', '000_1.png', 'grid.png', 'samples.json'}
   assert {p.name for p in (tmp_path / 'out').iterdir()} == files
   assert json.loads((tmp_path / 'out' / 'samples.json').read_text())['prior_steps'] == 3
-  picture = tmp_path / 'out' / '000_0.png'
+  picture = shutil.copy(tmp_path / 'out' / '000_0.png', tmp_path)
   assert draw('--run', root / 'bare', '--vary', picture, *(flags[0], flags[2]), '--upsampler', root / 'upsampler') == 0
   assert Image.open(tmp_path / 'out' / '000_1.png').size == (32, 32)
   capsys.readouterr()
