@@ -28,6 +28,7 @@ import ast
 import re
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +101,23 @@ def run() -> None:
     if getattr(FLAGS, name) and not any(getattr(FLAGS, kind) for kind in fid.KINDS):
       raise ValueError(f'--{name} is for the FID; give --inception or another network, or leave it out.')
   evaluation_lib.check_out(Path(FLAGS.out))
+  evaluation_lib.check_kept(Path(FLAGS.out), inputs())
   with layout.asked(FLAGS, common.MESHES['data'], common.RULES) as where:
     score(where)
+
+
+def inputs() -> Iterator[tuple[str, str]]:
+  """The paths in flags, each as (flag, path)."""
+  for name in ('run', 'path', 'fid_reference', *fid.KINDS, 'lpips', *options.PARTS):
+    value = FLAGS[name].value
+    yield from ((f'--{name}', path) for path in ([value] if isinstance(value, str) else value))
 
 
 def score(where: dict[str, Any]) -> None:
   model, kind = load(where)
   try:
     data = data_of(model)
+    evaluation_lib.check_kept(Path(FLAGS.out), [('the data', data.path)])
     source = sources.load(data, FLAGS.split)
   except (ValueError, OSError) as e:
     raise ValueError(in_flags(str(e))) from e

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import types
 
 import numpy as np
 import pytest
@@ -336,6 +337,32 @@ def test_a_record_with_a_broken_caption_says_why_and_is_read_once(root, tmp_path
   (tmp_path / 'a.txt').write_bytes(b'\xff\xfe')
   assert run('--run', root / 'clip', '--source', 'folder', '--path', tmp_path, '--split', 'all') == 2
   assert 'a.txt is not UTF-8' in capsys.readouterr().err and indices == [0]
+
+
+def test_an_evaluation_does_not_replace_what_it_reads(tmp_path, run, monkeypatch, capsys):
+  (true := tmp_path / 'out' / 'true').mkdir(parents=True)
+  for path in (true / 'a.png', saved := tmp_path / 'out' / 'true.npz', tmp_path / 'out' / 'predictions.json'):
+    path.touch()
+  (link := tmp_path / 'link').symlink_to(true)
+  monkeypatch.setattr(evaluate, 'load', lambda _: pytest.fail('loaded'))
+  fid_flags = ['--run', 'RUN', '--clip', 'CLIP', '--fid_reference']
+  for *flags, name, path in (
+    [*fid_flags, saved],
+    ['--run', 'RUN', '--source', 'folder', '--path', true],
+    ['--run', 'RUN', '--path', link],
+    ['--run', 'RUN', '--path', tmp_path / 'out'],
+    ['--run', true],
+    ['--run', 'RUN', '--upsampler', 'RUN', '--upsampler', true],
+  ):
+    assert run(*flags, name, path) == 2
+    lost = f'--out {tmp_path}/out holds {name} {path}, which it would replace; give another directory with --out.'
+    assert capsys.readouterr().err == f'error: {lost}\n'
+
+  data = {'source': 'folder', 'path': str(true)}  # those of training
+  model = types.SimpleNamespace(config={'data': data})
+  monkeypatch.setattr(evaluate, 'load', lambda _: (model, None))
+  assert run('--run', tmp_path / 'out' / 'no_path') == 2
+  assert f'holds the data {true}, which it would replace' in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(root, run, tmp_path, capsys):

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,14 @@ def check_out(out: Path) -> None:
     raise ValueError(
       f'--out {out} holds other things than an evaluation ({", ".join(others or names)[:100]}); give another directory.'
     )
+
+
+def check_kept(out: Path, inputs: Iterable[tuple[str, str]]) -> None:
+  """Raises ValueError when something to read, given as (what it is, path), is `out` or in it, and would be lost."""
+  for name, path in inputs:
+    # What is no path here may be the name of a run on the Hugging Face Hub.
+    if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
+      raise ValueError(f'--out {out} holds {name} {path}, which it would replace; give another directory with --out.')
 
 
 @contextlib.contextmanager
