@@ -9,9 +9,9 @@
   python sample.py --run UNCLIP --prompt "..." --guidance 4 --steps 50
   python sample.py --run UNCLIP --vary photo.png --n 8                       # images with the same CLIP embedding
   python sample.py --run runs/quickstart/story --story story.json --source frame.png  # {"captions": ["...", "..."]}
-Writes OUT/NUMBER_RANK.png, OUT/grid.png (best first with --clip), OUT/samples.json and, for a story,
-OUT/storyboard.png; images that an earlier samples.json lists are removed, but a file that was given is never replaced.
-`--debug` shows tracebacks.
+Writes OUT/NUMBER_RANK.png, best first with --clip, OUT/samples.json, OUT/grid.png (the first 100 captions) and, for a
+story, OUT/storyboard.png; images that an earlier samples.json lists are removed, but a file that was given is never
+replaced. `--debug` shows tracebacks.
 """
 
 import itertools
@@ -54,6 +54,7 @@ string('vary', '', 'an image to vary, with an unCLIP')
 flags.DEFINE_bool('complete', False, 'first complete the captions, by the same DALL-E', flag_values=FLAGS)
 layout.define_flags(FLAGS)
 flags.DEFINE_bool('debug', False, 'show tracebacks', flag_values=FLAGS)
+SHOWN = 100  # captions in OUT/grid.png
 
 
 def prompts() -> list[str]:
@@ -211,8 +212,6 @@ def write(out: Path, results: Sequence[tuple[Any, ...]], board: Image.Image | No
   """Writes images, grid and table of (caption, images, numbers, scores) each, and the storyboard of a story."""
   make_writable(out)
   remove_earlier(out)
-  if board:
-    board.save(out / 'storyboard.png')
   table, rows = [], []
   for files, (caption, images, candidates, scores) in zip(image_files(len(results)), results, strict=True):
     images, candidates = images[: len(files)], candidates[: len(files)]
@@ -221,9 +220,11 @@ def write(out: Path, results: Sequence[tuple[Any, ...]], board: Image.Image | No
     rounded = None if scores is None else [round(float(s), 4) for s in scores[: len(files)]]
     table.append({'prompt': caption, 'files': files, 'candidates': candidates.tolist(), 'scores': rounded})
     rows.append((caption, images))
-  caption_grid(rows).save(out / 'grid.png')
   settings = {k: getattr(FLAGS, k) for k in ('run', 'clip', 'seed', 'n')} | sampling
   (out / 'samples.json').write_text(json.dumps({**settings, 'samples': table}, indent=2) + '\n')
+  caption_grid(rows[:SHOWN]).save(out / 'grid.png')
+  if board:
+    board.save(out / 'storyboard.png')
   more = 'storyboard.png, ' if FLAGS.story else ''
   print(f'wrote {sum(len(t["files"]) for t in table)} images, {more}grid.png and samples.json to {out}')
 

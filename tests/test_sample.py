@@ -68,6 +68,23 @@ def test_the_output_directory_is_made_before_anything_is_loaded(tmp_path, monkey
     assert f'--out {out} cannot be written to' in err and err.count('\n') == 1, err
 
 
+def test_the_grid_shows_the_first_rows_and_comes_after_the_table(tmp_path, monkeypatch):
+  monkeypatch.setattr(sample, 'SHOWN', 2)
+  image, shown = np.zeros((1, 8, 8, 3), np.uint8), []
+  rows = [(f'caption {i}', image, np.arange(1), None) for i in range(3)]
+
+  def grid(rows):
+    assert len(json.loads((tmp_path / 'samples.json').read_text())['samples']) == 3
+    shown.extend(caption for caption, _ in rows)
+    raise MemoryError
+
+  monkeypatch.setattr(sample, 'caption_grid', grid)
+  sample.FLAGS.n = 1
+  with pytest.raises(MemoryError):
+    sample.write(tmp_path, rows, None, {})
+  assert shown == ['caption 0', 'caption 1'] and (tmp_path / '002_0.png').exists()
+
+
 def test_a_file_that_was_given_is_never_replaced(tmp_path, monkeypatch, capsys):
   (out := tmp_path / 'out').mkdir()
   of = {name: out / name for name in ('000_0.png', '001_1.png', 'grid.png', 'storyboard.png', 'samples.json')}
