@@ -83,7 +83,7 @@ SAMPLING = ('n', 'seed', *options.SAMPLING, 'int8', *options.PARTS, *options.DIF
 # Flags of models that make images, by sampling or by reconstruction
 IMAGES = (*fid.KINDS, 'save_true')
 # Flags in metrics.json
-SETTINGS = ('run', 'split', 'count', 'resize', 'fid_reference', *fid.KINDS, 'lpips', 'n', 'seed', 'int8')
+SETTINGS = ('run', 'split', 'count', 'resize', 'fid_reference', *fid.KINDS, 'lpips', 'n', 'seed')
 # How messages about a config name a field of the data, and how this script does
 CONFIG_FIELDS = (
   (r'(, or )?set config\.data\.val_split=""[^.;]*', ''),  # advice for training

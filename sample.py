@@ -220,7 +220,8 @@ def write(out: Path, results: Sequence[tuple[Any, ...]], board: Image.Image | No
     rounded = None if scores is None else [round(float(s), 4) for s in scores[: len(files)]]
     table.append({'prompt': caption, 'files': files, 'candidates': candidates.tolist(), 'scores': rounded})
     rows.append((caption, images))
-  settings = {k: getattr(FLAGS, k) for k in ('run', 'clip', 'seed', 'n')} | sampling
+  given = options.changed(FLAGS, 'source', 'vectors', 'init_image', 'keep_rows', 'vary')
+  settings = {k: FLAGS[k].value for k in ('run', 'clip', 'seed', 'n', *given)} | sampling
   (out / 'samples.json').write_text(json.dumps({**settings, 'samples': table}, indent=2) + '\n')
   caption_grid(rows[:SHOWN]).save(out / 'grid.png')
   if board:

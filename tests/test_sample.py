@@ -1,6 +1,7 @@
 """What the sampling script reads and writes, without a model."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -66,6 +67,22 @@ def test_the_output_directory_is_made_before_anything_is_loaded(tmp_path, monkey
     assert runs.call(sample, '--run', 'RUN', '--prompt', 'a red circle', '--out', out) == 2
     err = capsys.readouterr().err
     assert f'--out {out} cannot be written to' in err and err.count('\n') == 1, err
+
+
+def test_the_table_has_whatever_determines_the_images(tmp_path):
+  model = types.SimpleNamespace(OBJECTIVE='dalle', step=7)
+
+  def settings(*arguments):
+    sample.FLAGS(['sample.py', *arguments])
+    sampling = sample.options.sampling_arguments(sample.FLAGS, model)
+    sample.write(tmp_path, [('snow', np.zeros((4, 8, 8, 3), np.uint8), np.arange(4), None)], None, sampling)
+    return json.loads((tmp_path / 'samples.json').read_text())
+
+  usual = settings('--run=RUN')
+  assert (usual['run'], usual['step'], usual['int8'], usual['guidance']) == ('RUN', 7, False, 1.0)
+  assert not {'init_image', 'source', 'vary'} & set(usual)
+  given = dict(int8=True, init_image='a.png', keep_rows=2, source='b.png', vectors='c.npy', vary='d.png')
+  assert settings('--run=RUN', *(f'--{name}={value}' for name, value in given.items())) == usual | given
 
 
 def test_the_grid_shows_the_first_rows_and_comes_after_the_table(tmp_path, monkeypatch):

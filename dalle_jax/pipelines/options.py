@@ -71,5 +71,6 @@ def sampling(values: flags.FlagValues, model: Any) -> dict[str, Any]:
 
 
 def sampling_arguments(values: flags.FlagValues, model: Any) -> dict[str, Any]:
-  """The flags that determine images, to be written down with them."""
-  return sampling(values, model) | {name: values[name].value for name in changed(values, *PARTS)}
+  """The checkpoint and the flags that determine images, to be written down with them."""
+  loaded = {'step': model.step, 'int8': values.int8} | {name: values[name].value for name in changed(values, *PARTS)}
+  return loaded | sampling(values, model)
