@@ -16,7 +16,8 @@ from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import dalle, image_tokenizer
 from dalle_jax.pipelines.generator import Setup, TokenGenerator, check_numbers, request_keys, rows_per_call
 from dalle_jax.pipelines.image_tokenizer import decode_codes
-from dalle_jax.pipelines.images import ImageGenerator, Sample, check_prompts
+from dalle_jax.pipelines.images import ImageGenerator, Sample
+from dalle_jax.pipelines.rerank import check_prompts
 from dalle_jax.training import checkpoint, sharding
 
 

@@ -5,7 +5,7 @@ import functools
 import importlib
 import logging
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,12 +164,6 @@ def check_numbers(n: int, batch_size: int, seed: int) -> None:
     raise ValueError(f'n is {n} and batch_size {batch_size}; both must be 1 or more.')
   if not 0 <= seed < 2**32:
     raise ValueError(f'seed is {seed}; expected 0 to {2**32 - 1}.')
-
-
-def is_list_of_strings(values: Any) -> bool:
-  """Whether `values` is a list of strings, or an array or another sequence of them, but not itself a string."""
-  is_sequence = isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str)
-  return is_sequence and all(isinstance(value, str) for value in values)
 
 
 def rows_per_call(count: int, most: int, shards: int) -> int:

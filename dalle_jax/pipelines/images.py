@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dalle_jax.pipelines.generator import Generator, check_numbers, is_list_of_strings, rows_per_call
+from dalle_jax.pipelines.generator import Generator, check_numbers, rows_per_call
 from dalle_jax.training import sharding
 
 
@@ -94,11 +94,3 @@ class ImageGenerator(Generator):
       ranked = None if tokens is None else tokens[order]
       samples.append(Sample(prompt, images[order], numbers[order], ranked, scores[order]))
     return samples
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-  """Raises ValueError for anything but a list of captions."""
-  if not is_list_of_strings(prompts):
-    raise ValueError('prompts must be a list of strings, e.g. ["a red circle"].')
-  if not len(prompts):
-    raise ValueError('there are no prompts; give at least one.')

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dalle_jax.data import ops
 from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional.pixels import resized, to_float
 from dalle_jax.models import clip
@@ -47,25 +48,32 @@ class Reranker:
     return cls(run, mesh, rules)
 
   def scores(self, prompts: Sequence[str], images: np.ndarray) -> np.ndarray:
-    """Cosine similarities float32[B, n] between each of B prompts and its n images, uint8[B, n, H, W, 3]."""
-    if images.ndim != 5 or len(images) != len(prompts) or images.dtype != np.uint8:
-      raise ValueError(
-        f'images are {images.dtype}{list(images.shape)} for {len(prompts)} prompts; expected uint8[B, n, H, W, 3].'
-      )
+    """Cosine similarities float32[B, n] between each of B prompts and its n square images, uint8[B, n, S, S, 3].
+
+    Raises ValueError for anything else.
+    """
+    check_prompts(prompts)
+    if not isinstance(images, np.ndarray) or images.ndim != 5 or len(images) != len(prompts) or not images.size:
+      given = f'{images.dtype}{list(images.shape)}' if isinstance(images, np.ndarray) else f'a {type(images).__name__}'
+      raise ValueError(f'images are {given}; expected uint8[{len(prompts)}, n, S, S, 3], n for each prompt.')
     text_embeds = self.encode_prompts(prompts)
     image_embeds = self.encode_images(images.reshape(-1, *images.shape[2:]))
     return np.einsum('be,bne->bn', text_embeds, image_embeds.reshape(*images.shape[:2], -1))
 
   def encode_prompts(self, prompts: Sequence[str]) -> np.ndarray:
-    """Embeddings float32[B, E] of unit length. Raises ValueError when there are no prompts."""
-    if not len(prompts):
-      raise ValueError('there are no prompts to compare with images; give at least one.')
+    """Embeddings float32[B, E] of unit length. Raises ValueError for anything but a list of captions."""
+    check_prompts(prompts)
     ids = np.stack([self._tokenize(p) for p in prompts])
     with sharding.within(self.mesh, self.rules):
       return in_batches(lambda x: self._encode_text(self.params, x), ids, self.BATCH)
 
   def encode_images(self, images: np.ndarray) -> np.ndarray:
-    """Square images uint8[B, H, W, 3] of any size -> embeddings float32[B, E] of unit length."""
+    """Square images uint8[B, S, S, 3] of any size -> embeddings float32[B, E] of unit length.
+
+    Raises ValueError for anything else.
+    """
+    side = images.shape[1] if isinstance(images, np.ndarray) and images.ndim == 4 else self.image_size
+    ops.check_images(images, side)
     with sharding.within(self.mesh, self.rules):
       return in_batches(lambda x: self._encode_images(self.params, x), images, self.BATCH)
 
@@ -76,8 +84,22 @@ def text_embeds(model: clip.CLIP, params: Any, ids: jax.Array) -> jax.Array:
 
 
 def image_embeds(model: clip.CLIP, params: Any, images: jax.Array) -> jax.Array:
-  """Square images uint8[B, H, W, 3] of any size -> embeddings float32[B, E] of unit length; under jit."""
+  """Square images uint8[B, S, S, 3] of any size -> embeddings float32[B, E] of unit length; under jit."""
   return model.apply({'params': params}, resized(to_float(images), model.side), method='encode_image')
+
+
+def is_list_of_strings(values: Any) -> bool:
+  """Whether `values` is a list of strings, or an array or another sequence of them, but not itself a string."""
+  is_sequence = isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str)
+  return is_sequence and all(isinstance(value, str) for value in values)
+
+
+def check_prompts(prompts: Sequence[str]) -> None:
+  """Raises ValueError for anything but a list of captions."""
+  if not is_list_of_strings(prompts):
+    raise ValueError('prompts must be a list of strings, e.g. ["a red circle"].')
+  if not len(prompts):
+    raise ValueError('there are no prompts; give at least one.')
 
 
 def in_batches(function: Any, rows: np.ndarray, batch: int) -> np.ndarray:

@@ -11,7 +11,8 @@ import numpy as np
 from dalle_jax.data import ops
 from dalle_jax.data.bpe import TextEncoder, text_encoder
 from dalle_jax.functional.decoding import Sampling
-from dalle_jax.pipelines.generator import Generator, check_numbers, is_list_of_strings, rows_per_call
+from dalle_jax.pipelines.generator import Generator, check_numbers, rows_per_call
+from dalle_jax.pipelines.rerank import is_list_of_strings
 from dalle_jax.training import checkpoint, sharding
 
 

@@ -1,6 +1,7 @@
 """All three stages on the procedural world at the smallest sizes, then what a user does with the runs."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -195,8 +196,33 @@ def test_batches_of_nothing_are_refused(model):
   for size in (0, 1.5):
     with pytest.raises(ValueError, match=f'batch_size is {size} and there are 1 inputs'):
       model.vqgan.decode(np.zeros((1, 16), np.int32), batch_size=size)
-  with pytest.raises(ValueError, match='there are no prompts to compare'):
-    model.reranker.scores([], np.zeros((0, 1, 24, 24, 3), np.uint8))
+
+
+def blank(*shape, dtype=np.uint8):
+  return np.zeros(shape, dtype)
+
+
+@pytest.mark.parametrize(
+  ('method', 'arguments', 'message'),
+  [
+    ('encode_prompts', ['a red circle'], 'prompts must be a list of strings'),
+    ('encode_prompts', [[]], 'there are no prompts'),
+    ('encode_images', [blank(2, 9, 9, 3, dtype=float)], 'images are float64[2, 9, 9, 3]; expected uint8[B, 9, 9, 3]'),
+    ('encode_images', [blank(2, 8, 24, 3)], 'images are uint8[2, 8, 24, 3]; expected uint8[B, 8, 8, 3]'),
+    ('encode_images', [blank(2, 24, 24, 4)], 'images are uint8[2, 24, 24, 4]'),
+    ('encode_images', [blank(2, 24, 24)], 'images are uint8[2, 24, 24]'),
+    ('encode_images', [[blank(24, 24, 3)]], 'images are a list'),
+    ('scores', ['a', blank(1, 1, 24, 24, 3)], 'prompts must be a list of strings'),
+    ('scores', [[], blank(0, 1, 24, 24, 3)], 'there are no prompts'),
+    ('scores', [['a'], [blank(1, 24, 24, 3)]], 'images are a list; expected uint8[1, n, S, S, 3]'),
+    ('scores', [['a'], blank(2, 1, 24, 24, 3)], 'images are uint8[2, 1, 24, 24, 3]; expected uint8[1, n, S, S, 3]'),
+    ('scores', [['a'], blank(1, 0, 24, 24, 3)], 'images are uint8[1, 0, 24, 24, 3]; expected uint8[1, n, S, S, 3]'),
+  ],
+)
+def test_a_clip_refuses_what_it_cannot_compare(model, method, arguments, message):
+  with pytest.raises(ValueError, match=re.escape(message)) as e:
+    getattr(model.reranker, method)(*arguments)
+  assert '\n' not in str(e.value)
 
 
 def test_sample_script(root, tmp_path, capsys):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from dalle_jax.data import bpe
-from dalle_jax.pipelines.generator import Generator, check_numbers, is_list_of_strings
+from dalle_jax.pipelines.generator import Generator, check_numbers
+from dalle_jax.pipelines.rerank import is_list_of_strings
 from dalle_jax.training.checkpoint import Run
 
 BPE = bpe.train(['a red heart'] * 3, 260)
