@@ -68,6 +68,8 @@ def encode_dataset(
   layout = getattr(jax.tree.leaves(params)[0], 'sharding', None)
   mesh = layout.mesh if isinstance(layout, NamedSharding) and isinstance(layout.mesh, Mesh) else None
   shards = sharding.batch_shards(mesh) if mesh else 1
+  if batch_size < 1:
+    raise ValueError(f'encode.batch_size is {batch_size}; expected 1 or more.')
   batch_size = -(-batch_size // shards) * shards  # a multiple of the number of shards
 
   @functools.partial(jax.jit, out_shardings=sharding.whole(mesh))

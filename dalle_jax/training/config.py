@@ -45,11 +45,21 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues | None = None) -> C
   if rest:
     raise ValueError(f'arguments {rest} are not understood; overrides look like --config.optim.lr=3e-4.')
   for rule in config.get('rules', ()):
-    if not isinstance(rule, (tuple, list)) or len(rule) != 2:
+    if not _is_rule(rule):
       raise ValueError(
         f"config.rules has {rule!r}; expected pairs of a logical axis and mesh axes, such as ('embed', 'fsdp')."
       )
+  if not -(2**63) <= config.get('seed', 0) < 2**63:
+    raise ValueError(f'config.seed is {config.seed}; expected a number of 64 bits.')
   return config
+
+
+def _is_rule(rule: Any) -> bool:
+  """Whether it is a logical axis and None, a mesh axis, or several different ones."""
+  if not isinstance(rule, (tuple, list)) or len(rule) != 2 or not isinstance(rule[0], str):
+    return False
+  axes = list(rule[1]) if isinstance(rule[1], (tuple, list)) else [rule[1] or '']
+  return all(isinstance(axis, str) for axis in axes) and len(set(axes)) == len(axes)
 
 
 def with_stage(argv: Sequence[str], stage: str) -> list[str]:

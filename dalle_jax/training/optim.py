@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
 from dalle_jax.training import config as config_lib
 
@@ -116,17 +117,23 @@ def transform(config: Mapping[str, Any], steps: int) -> optax.GradientTransforma
 def build(config: Mapping[str, Any], steps: int, players: list[str]) -> Optimizer:
   """Builds the optimiser of `players` from `config.optim`; each player is clipped by its own gradient norm.
 
-  Raises ValueError for an unknown optimiser, schedule, player or field of a group, or a number out of range.
+  Raises ValueError for an unknown optimiser, schedule, player or field of a group, or a value of another type or out of
+  range.
   """
-  config = dict(config)
+  config = {**config, 'frozen': False}
   groups = {k: dict(v) for k, v in config.pop('groups').items()}
   if unknown := sorted(set(groups) - set(players)):
     raise ValueError(f'optim.groups has {unknown}, but the players are {players}.')
-  frozen = {k for k, v in groups.items() if v.pop('frozen', False)}
+  merged = {p: ConfigDict(config) for p in players}
   for player, fields in groups.items():
     if extra := sorted(set(fields) - set(config)):
-      raise ValueError(f'optim.groups.{player} has the unknown fields {extra}; expected {sorted(config)} or frozen.')
-  merged = {p: {**config, **groups.get(p, {})} for p in players}
+      raise ValueError(f'optim.groups.{player} has the unknown fields {extra}; expected {sorted(config)}.')
+    for field, value in fields.items():
+      try:
+        merged[player][field] = value
+      except TypeError as e:  # another type than that of `config`
+        raise ValueError(f'optim.groups.{player}.{field} is {value!r}; expected a value like {config[field]!r}.') from e
+  frozen = {p for p, c in merged.items() if c.frozen}
   trained = {p: c for p, c in merged.items() if p not in frozen}
   if not trained:
     raise ValueError(f'optim.groups freezes all players, {players}; leave one to train.')

@@ -194,3 +194,5 @@ def test_fingerprints_see_every_value_and_no_sharding():
 def test_nothing_usable_is_one_line(tmp_path):
   with pytest.raises(ValueError, match='none of 3 records is usable'):
     encode.encode_dataset(Numbered(3, broken=range(3)), run(), tmp_path, 8, 4)
+  with pytest.raises(ValueError, match=r'encode.batch_size is 0; expected 1 or more'):
+    encode.encode_dataset(Numbered(3), run(), tmp_path, 8, 0)

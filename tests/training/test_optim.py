@@ -89,6 +89,10 @@ def test_schedules():
     (dict(groups=dict(net=dict(clip=-1.0))), 'optim.clip is -1.0'),
     (dict(groups=dict(critc=dict(lr=1.0))), r"groups has \['critc'\], but the players are"),
     (dict(groups=dict(net=dict(frozen=True), critic=dict(frozen=True))), 'freezes all players'),
+    (dict(groups=dict(net=dict(lr='abc'))), r"optim.groups.net.lr is 'abc'; expected a value like 0\."),
+    (dict(groups=dict(net=dict(frozen='no'))), "optim.groups.net.frozen is 'no'; expected a value like False"),
+    (dict(groups=dict(net=dict(every=2.5))), 'optim.groups.net.every is 2.5; expected a value like 1'),
+    (dict(groups=dict(net=dict(decay=3))), 'optim.groups.net.decay is 3; expected a value like'),
     (dict(groups=dict(net=dict(rate=1.0))), r"groups.net has the unknown fields \['rate'\]"),
   ],
 )
