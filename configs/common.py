@@ -121,7 +121,7 @@ def base() -> ConfigDict:
       eval_every=500,  # 0: never
       evals=('loss', 'pictures'),  # dalle_jax/evals/NAME.py
       eval_batches=8,
-      pictures=16,  # images that the evaluator 'pictures' samples
+      pictures=16,  # images that the evaluator 'pictures' samples, at most those of a batch
       keep=3,  # number of newest checkpoints that are kept
       nan_guard=True,
       allow_cpu=False,  # allow training a large model on a CPU

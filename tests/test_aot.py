@@ -5,6 +5,7 @@ import re
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
@@ -16,6 +17,9 @@ from dalle_jax.aot import costs, machines, program, roofline
 from dalle_jax.aot.program import Plan, Program
 from dalle_jax.layers import basic, kernels
 from dalle_jax.training import checkpoint, sharding
+from dalle_jax.training import config as config_lib
+from dalle_jax.training.state import Context
+from tests import runs
 
 LOOPS = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8,4]{1,0})->f32[8,4]{1,0}}
 
@@ -490,6 +494,27 @@ def test_a_step_beside_a_frozen_clip(capsys):
     assert plan.batch['clip_text'].shape == (32, 8) and set(plan.frozen) == {'clip'}
     assert command.report(plan, plan.step(), mesh)
   assert 'FLOPs per chip' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  'recipe, fields, extra',
+  [
+    ('story_flintstones.py:variant=test', {}, {'vectors': (24, 4, 512)}),
+    ('characters.py', dict(variant='test'), {'labels': (24, 9)}),
+    ('storyganc_pororo.py:captions=own', dict(variant='test', start=4), {'labels': (24, 5, 9)}),
+    ('unclip_shapes.py:unclip', runs.UNET, {}),  # has a prior and upsamplers for sampling
+  ],
+)
+def test_batches_have_what_the_data_of_the_recipes_has(recipe, fields, extra):
+  config = config_lib.parse(['aot', f'--config=configs/{recipe}', '--config.data.image_size=16'])
+  config.model.update(fields)
+  config.mesh.update(data=1, fsdp=1, tensor=1, sequence=1)
+  with sharding.use(config.mesh, config.rules, jax.devices()[:1]) as mesh:
+    plan = Plan(config, mesh, vqgan_variant='test', clip_variant='test', batch_per_chip=24)
+    assert {k: x.shape for k, x in plan.batch.items() if k in ('labels', 'vectors')} == extra
+    context = Context(plan.frozen, plan.state.mutable, jax.random.key(0), jnp.int32(0), train=True)
+    loss, _ = jax.eval_shape(plan.objective.loss, plan.state.params, context, plan.batch)
+  assert loss.shape == ()
 
 
 def test_what_does_not_fit_ends_with_status_1(monkeypatch, capsys):

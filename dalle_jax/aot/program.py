@@ -96,7 +96,9 @@ class Plan:
     """
     config = config.copy_and_resolve_references()
     fitting = complete(config)
-    if others := sorted(set(config.frozen) - {'vqgan', 'clip'}):
+    module = config_lib.module_named('objectives', config.objective, 'config.objective')
+    unread = set(module.FROZEN) - set(getattr(module, 'READS', module.FROZEN))  # those that only sampling needs
+    if others := sorted(set(config.frozen) - unread - {'vqgan', 'clip'}):
       raise ValueError(
         f'config.frozen has {", ".join(others)}; only a VQGAN and a CLIP can be replaced by their shapes.'
       )
@@ -108,7 +110,6 @@ class Plan:
       self.known['vqgan'] = of_variant if variant else checkpoint.read_config(config.frozen.vqgan)
     if 'clip' in config.frozen:
       self.known['clip'] = clip_run(clip_variant)
-    module = config_lib.module_named('objectives', config.objective, 'config.objective')
     self.objective = module.from_config(config, self.known)
     size = batch_per_chip * mesh.size or config.data.batch_size
     shards = sharding.batch_shards(mesh) * (config.train.accum * config.data.group if config.train.accum > 1 else 1)
@@ -172,7 +173,7 @@ class Plan:
 
   def _shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The batch that the data pipeline produces for this config."""
-    c, story = self.config, self.config.objective.startswith('story')
+    c, model, story = self.config, self.objective.model, self.config.objective.startswith('story')
     frames = (self.config.model.get('frames', 4),) if story else ()
     images = tuple(t + 1 for t in frames)  # with the source frame
     shapes = {}
@@ -185,6 +186,10 @@ class Plan:
       shapes['image'] = jax.ShapeDtypeStruct((size, *images, c.data.image_size, c.data.image_size, 3), jnp.uint8)
     if 'clip' in self.known:
       shapes['clip_text'] = jax.ShapeDtypeStruct((size, *frames, self.known['clip']['tokenizer']['length']), jnp.int32)
+    if labels := getattr(model, 'labels', 0):
+      shapes['labels'] = jax.ShapeDtypeStruct((size, *images, labels), jnp.bool_)
+    if getattr(model, 'sentences', '') == 'data':
+      shapes['vectors'] = jax.ShapeDtypeStruct((size, *frames, model.sentence_dim), jnp.float32)
     return shapes
 
   def _network(self, name: str, run: Mapping[str, Any]) -> Any:
