@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -167,22 +166,35 @@ def check_numbers(n: int, batch_size: int, seed: int) -> None:
 
 
 def rows_per_call(count: int, most: int, shards: int) -> int:
-  """How many of `count` requests to sample in one call: `most`, or if there are fewer, the next power of two.
+  """How many of `count` rows to sample in one call: `most`, or if there are fewer, the next power of two.
 
-  So programs are compiled for few sizes, whatever is requested. The result is a multiple of `shards`, the number of
-  parts of a batch.
+  So programs are compiled for few sizes, whatever is requested. This is for each of `shards`, the parts that a batch is
+  split into, and the result for all of them.
   """
-  rows = min(max(1, most), 1 << (count - 1).bit_length())
-  return -(-rows // shards) * shards
+  of_shard = min(-(-max(1, most) // shards), 1 << (-(-count // shards) - 1).bit_length())
+  return of_shard * shards
+
+
+def plan_calls(count: int, n: int, most: int, shards: int) -> tuple[np.ndarray, np.ndarray]:
+  """What C calls sample for `count` requests: in each of B rows the numbers int[C, B, k] of the request int[C, B].
+
+  The numbers of a row share what is computed once for it, so they are all `n`, or at most `most`. With fewer requests
+  than `shards` they are split over rows, since every shard computes a row in any case; this counts requests up to a
+  power of two, as `rows_per_call` does, so that there are few sizes (B, k).
+
+  Numbers of n or more fill up rows, and the last call repeats the last row.
+  """
+  k = min(-(-n // max(1, shards >> (count - 1).bit_length())), most)
+  total = count * -(-n // k)
+  size = rows_per_call(total, most // k, shards)
+  rows = np.minimum(np.arange(-(-total // size) * size), total - 1).reshape(-1, size)
+  block, requests = np.divmod(rows, count)
+  return requests, block[..., None] * k + np.arange(k)
 
 
 def request_keys(seed: jax.Array, names: jax.Array, numbers: jax.Array) -> jax.Array:
-  """A key for each number of each name, [B * n], so that an image does not depend on what else is in its batch.
-
-  `numbers` are int[n], the same for all names [B], or int[B, n].
-  """
-  key, numbers = jax.random.key(seed), jnp.broadcast_to(numbers, (len(names), numbers.shape[-1]))
-  fold_in_each = jax.vmap(jax.random.fold_in, (None, 0))
+  """A key for each number int[B, n] of each name [B], as [B * n]: an image does not depend on the rest of its batch."""
+  key, fold_in_each = jax.random.key(seed), jax.vmap(jax.random.fold_in, (None, 0))
   return jax.vmap(lambda name, row: fold_in_each(jax.random.fold_in(key, name), row))(names, numbers).ravel()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dalle_jax.pipelines.generator import Generator, check_numbers, rows_per_call
+from dalle_jax.pipelines.generator import Generator, check_numbers, plan_calls
 from dalle_jax.training import sharding
 
 
@@ -64,22 +64,20 @@ class ImageGenerator(Generator):
     if firsts.shape != (count,) or firsts.dtype.kind not in 'iu' or not 0 <= firsts.min() <= firsts.max() < 2**30:
       raise ValueError(f'first is {first}; expected a number of 0 or more, or one for each of {count} prompts.')
     shards = sharding.batch_shards(self.mesh) if self.mesh else 1
-    candidates, requests = min(n, batch_size), rows_per_call(count, batch_size // n, shards)  # in one call
+    requests, numbers = plan_calls(count, n, batch_size, shards)
     hashes = np.array([zlib.crc32(name) for name in names], np.uint32)
     results: dict[str, np.ndarray] = {}
     with sharding.within(self.mesh, self.rules):
-      for done in range(0, n, candidates):
-        for start in range(0, count, requests):
-          chosen = np.minimum(np.arange(start, start + requests), count - 1)  # the last call repeats the last one
-          batch = {k: v[chosen] for k, v in rows.items()} | {'name': hashes[chosen]}
-          batch['number'] = (firsts[chosen, None] + np.arange(done, done + candidates)).astype(np.int32)
-          images, tokens = call(self._put(batch), np.uint32(seed))
-          for name, value in (('images', images), ('tokens', tokens)):
-            if value is not None:
-              whole = results.setdefault(name, np.zeros((count, n, *value.shape[2:]), value.dtype))
-              whole[chosen, done : done + candidates] = np.asarray(value)[:, : n - done]
-    all_tokens = results['tokens'] if 'tokens' in results else [None] * count
-    return [(results['images'][i], all_tokens[i], firsts[i] + np.arange(n)) for i in range(count)]
+      for chosen, number in zip(requests, numbers, strict=True):
+        batch = {k: v[chosen] for k, v in rows.items()} | {'name': hashes[chosen]}
+        batch['number'] = (firsts[chosen, None] + number).astype(np.int32)
+        images, tokens = call(self._put(batch), np.uint32(seed))
+        for name, value in (('images', images), ('tokens', tokens)):
+          if value is not None:
+            whole = results.setdefault(name, np.zeros((count, numbers.max() + 1, *value.shape[2:]), value.dtype))
+            whole[chosen[:, None], number] = np.asarray(value)
+    all_tokens = results['tokens'][:, :n] if 'tokens' in results else [None] * count
+    return [(results['images'][i, :n], all_tokens[i], firsts[i] + np.arange(n)) for i in range(count)]
 
   def _ranked(
     self, prompts: Sequence[str], results: Sequence[tuple[np.ndarray, np.ndarray | None, np.ndarray]]

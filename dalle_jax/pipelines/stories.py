@@ -11,7 +11,7 @@ import numpy as np
 from dalle_jax.data import ops
 from dalle_jax.data.bpe import TextEncoder, text_encoder
 from dalle_jax.functional.decoding import Sampling
-from dalle_jax.pipelines.generator import Generator, check_numbers, rows_per_call
+from dalle_jax.pipelines.generator import Generator, check_numbers, plan_calls
 from dalle_jax.pipelines.rerank import is_list_of_strings
 from dalle_jax.training import checkpoint, sharding
 
@@ -39,7 +39,8 @@ class StoryGenerator(Generator):
   """A generator that continues stories, by at most `model.frames` frames after the source.
 
   `encode_tower_text` is the tokenizer of a frozen text tower that reads the captions, if there is one. `_draw` is the
-  program (params, batch, seed, numbers, sampling) -> the candidates with these numbers, uint8[B, T, n, H, W, 3].
+  program (params, batch, seed, sampling) -> for each frame the candidates of these numbers, uint8[B, T, n, H, W, 3];
+  `batch` has text and what `_inputs` returns, name uint32[B, T] and number int32[B, n].
   """
 
   model: Any
@@ -100,17 +101,15 @@ class StoryGenerator(Generator):
     ops.check_images(sources, self.image_size)
     batch = self._batch(sources, captions, None if vectors is None else np.asarray(vectors))
     count, t = batch['name'].shape
-    frames = np.zeros((count, t, n, *sources.shape[1:]), np.uint8)
     shards = sharding.batch_shards(self.mesh) if self.mesh else 1
-    candidates = min(n, max(1, batch_size // t))  # in one call
-    stories = rows_per_call(count, batch_size // (n * t), shards)
+    stories, numbers = plan_calls(count, n, max(1, batch_size // t), shards)
+    frames = np.zeros((count, t, numbers.max() + 1, *sources.shape[1:]), np.uint8)
     with sharding.within(self.mesh, self.rules):
-      for first in range(0, n, candidates):
-        for start in range(0, count, stories):
-          rows = np.minimum(np.arange(start, start + stories), count - 1)  # the last call repeats the last one
-          part, numbers = {k: v[rows] for k, v in batch.items()}, np.arange(first, first + candidates)
-          images = self._draw(self.params, self._put(part), np.uint32(seed), numbers, sampling=sampling)
-          frames[rows, :, first : first + candidates] = np.asarray(images)[:, :, : n - first]
+      for chosen, number in zip(stories, numbers, strict=True):
+        part = {k: v[chosen] for k, v in batch.items()} | {'number': number.astype(np.int32)}
+        images = self._draw(self.params, self._put(part), np.uint32(seed), sampling=sampling)
+        frames[chosen[:, None], :, number] = np.asarray(images).swapaxes(1, 2)
+      frames = frames[:, :, :n]
       order = np.broadcast_to(np.arange(n), (count, t, n))
       scores = None
       if self.reranker:

@@ -54,12 +54,11 @@ def draw(
   params: Any,
   batch: dict[str, jax.Array],
   seed: jax.Array,
-  numbers: jax.Array,
   sampling: Sampling,
 ) -> jax.Array:
-  """The candidates with these numbers, int32[n], for each frame: uint8[B, T, n, H, W, 3]; under jit."""
+  """The candidates uint8[B, T, n, H, W, 3] of each frame, with the numbers in `batch`; under jit."""
   text, sentences = batch['text'], batch.get('sentences')
-  b, t, length = text.shape
+  (b, t, length), n = text.shape, batch['number'].shape[1]
   if tower:
     sentences = story_dalle.embed_sentences(tower, params['tower'], sentences)
   networks = {name: params[name] for name in ('dalle', 'story') if name in params}
@@ -67,14 +66,14 @@ def draw(
     story_dalle.sampler(model, networks, text, batch['source'], sentences),
     text.reshape(b * t, length),
     jnp.zeros((b * t, 0), jnp.int32),
-    request_keys(seed, batch['name'].ravel(), numbers),
+    request_keys(seed, batch['name'].ravel(), jnp.repeat(batch['number'], t, axis=0)),
     empty=model.dalle.padding,
     length=model.dalle.image_length,
-    n=len(numbers),
+    n=n,
     sampling=sampling,
   )
   images = decode_codes(vqgan, model.dalle.grid, params['vqgan'], tokens)
-  return images.reshape(b, t, len(numbers), *images.shape[1:])
+  return images.reshape(b, t, n, *images.shape[1:])
 
 
 load = StoryDallE.load

@@ -58,13 +58,13 @@ def draw(
   params: Any,
   batch: dict[str, jax.Array],
   seed: jax.Array,
-  numbers: jax.Array,
   sampling: Sampling,
 ) -> jax.Array:
-  """The candidates with these numbers, int32[n], for each frame: uint8[B, T, n, H, W, 3]; under jit."""
-  (b, t), n = batch['name'].shape, len(numbers)
+  """The candidates uint8[B, T, n, H, W, 3] of each frame, with the numbers in `batch`; under jit."""
+  (b, t), n = batch['name'].shape, batch['number'].shape[1]
   captions = tower(params['tower'], batch['tower_text']) if tower else batch['text']
-  keys = request_keys(seed, batch['name'].ravel(), numbers).reshape(b, t, n).swapaxes(1, 2)  # (B, n, T)
+  keys = request_keys(seed, batch['name'].ravel(), jnp.repeat(batch['number'], t, axis=0))
+  keys = keys.reshape(b, t, n).swapaxes(1, 2)  # (B, n, T)
   first_keys = jax.vmap(jax.random.fold_in, (0, None))(keys[..., 0].ravel(), 1)
   normal = lambda keys, width: jax.vmap(lambda key: jax.random.normal(key, (width,)))(keys.ravel())
   noise = sampling.temperature * normal(keys, model.noise).reshape(b * n, t, model.noise)

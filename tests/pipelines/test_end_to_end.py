@@ -148,6 +148,17 @@ def test_a_mesh_draws_the_same_pictures(root, model):
   with sharding.use(dict(data=2, fsdp=2, tensor=2), common.RULES) as mesh:
     split = DallE.load(root / 'dalle', clip=root / 'clip', mesh=mesh, rules=common.RULES)
     equal(split.sample(PROMPTS, n=2, seed=1, guidance=2.0), expected)
+    # Few prompts with many images leave no device idle, in programs of the same size.
+    draw, sizes, split.reranker = split._draw, [], None
+    split._draw = lambda params, batch, *rest, **sampling: (
+      sizes.append(batch['number'].shape) or draw(params, batch, *rest, **sampling)
+    )
+    (many,) = split.sample(PROMPTS[:1], n=8, seed=1, guidance=2.0)
+    assert sizes == [(4, 2)] and draw._cache_size() == 1
+  for first in range(0, 8, 2):
+    (few,) = model.sample(PROMPTS, n=2, seed=1, guidance=2.0, first=first)[:1]
+    np.testing.assert_array_equal(many.tokens[few.candidates], few.tokens)
+    np.testing.assert_allclose(many.images[few.candidates].astype(int), few.images.astype(int), atol=1)
 
 
 def test_the_top_of_a_picture_is_kept(model):

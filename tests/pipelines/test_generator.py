@@ -1,10 +1,12 @@
 """What every generator shares, without a network."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from dalle_jax.data import bpe
-from dalle_jax.pipelines.generator import Generator, check_numbers
+from dalle_jax.pipelines.generator import Generator, check_numbers, plan_calls
 from dalle_jax.pipelines.rerank import is_list_of_strings
 from dalle_jax.training.checkpoint import Run
 
@@ -40,3 +42,16 @@ def test_what_counts_as_a_list_of_strings():
     assert is_list_of_strings(values)
   for values in ('a', b'a', None, (c for c in 'ab'), [None], [['a']], {'a': 1}, np.zeros(2)):
     assert not is_list_of_strings(values)
+
+
+def test_calls_sample_every_number_of_every_request_in_few_sizes():
+  for count, n, most, shards in itertools.product((1, 2, 3, 5, 11), (1, 3, 16, 70), (1, 8, 64), (1, 4, 6, 8)):
+    requests, numbers = plan_calls(count, n, most, shards)
+    drawn = zip(np.repeat(requests, numbers.shape[2]), numbers.ravel(), strict=True)
+    assert set(drawn) >= set(np.ndindex(count, n)) and requests.shape[1] % shards == 0
+    assert requests.shape[1] == shards or numbers[0].size < most + numbers.shape[2] * shards
+  drawn = lambda *arguments: plan_calls(*arguments)[1].size
+  assert [drawn(count, 16, 64, 4) for count in (1, 2, 3, 4, 8)] == [16, 32, 64, 64, 128]
+  assert drawn(1, 16, 64, 6) == 18 and drawn(3, 100, 64, 1) == 3 * 128
+  for n, shards in itertools.product((1, 4, 16), (1, 4, 8, 64)):
+    assert len({plan_calls(count, n, 64, shards)[1].shape[1:] for count in range(1, 200)}) <= 7

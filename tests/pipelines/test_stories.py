@@ -130,6 +130,11 @@ def test_frames_depend_on_story_seed_and_number_alone(root, model):
     split = StoryDallE.load(root / 'story', clip=root / 'clip', mesh=mesh, rules=common.RULES)
     for a, b in zip(split.continue_stories(FIRSTS, CAPTIONS, **options), samples, strict=True):
       np.testing.assert_allclose(a.frames.astype(int), b.frames.astype(int), atol=1)
+    split.reranker = again.reranker = None
+    many = split.continue_story(FIRSTS[1], CAPTIONS[1], **{**options, 'n': 8})
+    assert split._draw._cache_size() == 1  # four rows of two candidates, as before
+  parts = again.continue_story(FIRSTS[1], CAPTIONS[1], **{**options, 'n': 8}, batch_size=8)
+  np.testing.assert_allclose(many.frames.astype(int), parts.frames.astype(int), atol=1)
 
 
 def test_sentences_by_clip_and_a_prompt(root):

@@ -90,6 +90,9 @@ def test_frames_depend_on_story_seed_and_number_alone(root, model):
     split = StoryGANc.load(root / 'random', mesh=mesh, rules=common.RULES)
     for a, b in zip(split.continue_stories(FIRSTS, CAPTIONS, **options), samples, strict=True):
       close(a, b)
+    many = split.continue_story(FIRSTS[1], CAPTIONS[1], **{**options, 'n': 8})
+    assert split._draw._cache_size() == 1  # four rows of two candidates, as before
+  close(many, model.continue_story(FIRSTS[1], CAPTIONS[1], **{**options, 'n': 8}, batch_size=8))
 
 
 def test_what_it_does_not_have_is_refused(root, model):
