@@ -339,10 +339,21 @@ class DALLE(TextImage, nn.Module):
     return constrain(y, ('batch', *(None,) * (y.ndim - 2), 'vocab'))
 
 
-def sizes(tokenizer: Mapping[str, Any], images: ImageTokenizer, image_size: int) -> dict[str, Any]:
-  """The fields that follow from `config.tokenizer` and from the image tokenizer at this image size."""
-  grid = images.grid(image_size)
-  return {**variants.text_sizes(tokenizer), 'image_vocab': images.num_codes, 'grid': grid}
+def sizes(config: Mapping[str, Any], images: ImageTokenizer) -> dict[str, Any]:
+  """The fields that follow from the tokenizer of a config, and from the image tokenizer at its image size.
+
+  Raises ValueError if `config.model` has another value for one of them.
+  """
+  size = config['data']['image_size']
+  found = {**variants.text_sizes(config['tokenizer']), 'image_vocab': images.num_codes, 'grid': images.grid(size)}
+  for name, value in found.items():
+    given = config['model'].get(name, value)
+    if (tuple(given) if isinstance(given, list) else given) != value:
+      raise ValueError(
+        f'config.model.{name} is {given}, but the tokenizers and images of {size} pixels give {value}; use the '
+        'tokenizers and the image size that the model was made for, or leave the field out of a new one.'
+      )
+  return found
 
 
 def grow_vocabulary(params: Any, words: int, count: int, rng: jax.Array) -> Any:

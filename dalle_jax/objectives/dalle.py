@@ -131,11 +131,11 @@ def text_and_image(
 ) -> tuple[image_tokenizer.ImageTokenizer, dict[str, Any]]:
   """The frozen image tokenizer, and the fields of a DALL-E that follow from it and from the tokenizer of captions.
 
-  Raises ValueError, which names the objective `name`, if either is missing.
+  Raises ValueError, which names the objective `name`, if either is missing, and if `config.model` has other sizes.
   """
   if 'vqgan' not in frozen_configs:
     raise ValueError(f'the objective {name} needs an image tokenizer; set config.frozen.vqgan to the run of a VQGAN.')
   if not config.tokenizer.vocab_size:
     raise ValueError(f'the objective {name} needs captions; set config.tokenizer.vocab_size.')
   tokenizer = image_tokenizer.of_run(frozen_configs['vqgan'])
-  return tokenizer, dalle.sizes(config.tokenizer, tokenizer, config.data.image_size)
+  return tokenizer, dalle.sizes(config, tokenizer)

@@ -128,14 +128,7 @@ class TokenGenerator(Generator):
   def __init__(self, run: checkpoint.Run, frozen: Mapping[str, checkpoint.Run], setup: Setup | None = None):
     super().__init__(run, frozen, setup)
     self.vqgan = ImageTokenizer(frozen['vqgan'], self.image_size, self.mesh, self.rules)
-    self.sizes = dalle.sizes(self.config['tokenizer'], self.vqgan.network, self.image_size)
-    for name, size in self.sizes.items():
-      known = self.config['model'].get(name, size)
-      if (tuple(known) if isinstance(known, list) else known) != size:
-        raise ValueError(
-          f'the model was made for {name} {known}, but its tokenizers and images of {self.image_size} pixels give '
-          f'{size}; use the image tokenizer and image size that it was trained with.'
-        )
+    self.sizes = dalle.sizes(self.config, self.vqgan.network)
     self.params['vqgan'] = self.vqgan.params
 
   def encode(self, images: Any) -> np.ndarray:

@@ -185,9 +185,7 @@ def test_a_run_with_another_grid_is_refused(words, tmp_path):
   run = checkpoint.load_run(out)
   frozen = {'vqgan': checkpoint.load_run(run.frozen['vqgan'])}
   run.config['data']['image_size'] = 64
-  with pytest.raises(
-    ValueError, match=r'was made for grid .8, 8., but its tokenizers and images of 64 pixels give .16'
-  ):
+  with pytest.raises(ValueError, match=r'model.grid is .8, 8., but the tokenizers and images of 64 pixels give .16'):
     DallE(run, frozen)
 
 

@@ -138,3 +138,8 @@ def test_errors():
   c.tokenizer.vocab_size = 0
   with pytest.raises(ValueError, match=r'needs captions; set config.tokenizer.vocab_size'):
     dalle.from_config(c, {'vqgan': {'model': VQGAN}})
+  for name, value, found in (('image_vocab', 5, 16), ('grid', (2, 2), '.8, 8.'), ('text_length', 99, 6)):
+    c = config()
+    c.model[name] = value
+    with pytest.raises(ValueError, match=rf'config.model.{name} is .*, but the tokenizers and images .* give {found};'):
+      dalle.from_config(c, {'vqgan': {'model': VQGAN}})
