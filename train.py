@@ -31,10 +31,8 @@ CAPTIONS = 100_000  # captions of the training set from which a tokenizer is tra
 
 
 def make_tokenizer(config: ConfigDict, before: dict | None, other: dict | None, source) -> bpe.BPE | None:
-  """The tokenizer of the checkpoint, of the run to start from, or of a file, or else one trained on the captions.
-
-  `before` and `other` are the metas of the first two.
-  """
+  """The tokenizer of the checkpoint (its meta is `before`), of the run to start from (`other`), or of a file, or else
+  one trained on the captions."""
   c = config.tokenizer
   if not c.vocab_size:
     return None

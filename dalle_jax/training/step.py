@@ -36,10 +36,8 @@ def make_step(
   """
   after_update = getattr(objective, 'after_update', lambda params, mutable: params)
   specs = [s.spec for player in optimizer.schedules for s in jax.tree.leaves(shardings.params[player])]
-  whole = not any(
-    'data' in sharding.as_tuple(axes) for spec in specs for axes in spec
-  )  # each replica has all parameters
-  apart = getattr(objective, 'rows_apart', False) and mesh.shape.get('data', 1) > 1 and whole
+  split = any('data' in sharding.as_tuple(axes) for spec in specs for axes in spec)  # no replica has all parameters
+  apart = getattr(objective, 'rows_apart', False) and mesh.shape.get('data', 1) > 1 and not split
 
   put = lambda x, *axes: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
