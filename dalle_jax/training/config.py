@@ -49,8 +49,8 @@ def parse(argv: Sequence[str], flag_values: flags.FlagValues | None = None) -> C
       raise ValueError(
         f"config.rules has {rule!r}; expected pairs of a logical axis and mesh axes, such as ('embed', 'fsdp')."
       )
-  if not -(2**63) <= config.get('seed', 0) < 2**63:
-    raise ValueError(f'config.seed is {config.seed}; expected a number of 64 bits.')
+  if not 0 <= config.get('seed', 0) < 2**32:  # jax takes the lowest 32 bits
+    raise ValueError(f'config.seed is {config.seed}; expected 0 to {2**32 - 1}.')
   return config
 
 
