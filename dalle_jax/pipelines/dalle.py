@@ -14,10 +14,10 @@ from dalle_jax.data import ops
 from dalle_jax.functional import decoding
 from dalle_jax.functional.decoding import Sampling
 from dalle_jax.models import dalle, image_tokenizer
-from dalle_jax.pipelines.generator import Setup, TokenGenerator, check_numbers, request_keys, rows_per_call
+from dalle_jax.pipelines.checks import check_numbers, check_prompts
+from dalle_jax.pipelines.generator import Setup, TokenGenerator, request_keys, rows_per_call
 from dalle_jax.pipelines.image_tokenizer import decode_codes
 from dalle_jax.pipelines.images import ImageGenerator, Sample
-from dalle_jax.pipelines.rerank import check_prompts
 from dalle_jax.training import checkpoint, sharding
 
 

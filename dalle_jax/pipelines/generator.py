@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import importlib
 import logging
-import numbers
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -145,17 +144,6 @@ class TokenGenerator(Generator):
     for player in ('dalle', *players):
       self.params[player] = decode_params.compute_params(self.params[player], dtype, self.int8, few_rows)
     self.params['dalle'] = decode_params.by_layer(self.params['dalle'])
-
-
-def check_numbers(n: int, batch_size: int, seed: int) -> None:
-  """Raises ValueError for numbers that no generator takes."""
-  for name, value in dict(n=n, batch_size=batch_size, seed=seed).items():
-    if not isinstance(value, numbers.Integral):
-      raise ValueError(f'{name} is {value!r}; expected a whole number.')
-  if n < 1 or batch_size < 1:
-    raise ValueError(f'n is {n} and batch_size {batch_size}; both must be 1 or more.')
-  if not 0 <= seed < 2**32:
-    raise ValueError(f'seed is {seed}; expected 0 to {2**32 - 1}.')
 
 
 def rows_per_call(count: int, most: int, shards: int) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dalle_jax.pipelines.generator import Generator, check_numbers, plan_calls
+from dalle_jax.pipelines.checks import check_numbers
+from dalle_jax.pipelines.generator import Generator, plan_calls
 from dalle_jax.training import sharding
 
 

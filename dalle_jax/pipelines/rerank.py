@@ -14,6 +14,7 @@ from dalle_jax.data import ops
 from dalle_jax.data.bpe import text_encoder
 from dalle_jax.functional.pixels import resized, to_float
 from dalle_jax.models import clip
+from dalle_jax.pipelines.checks import check_prompts
 from dalle_jax.training import checkpoint, sharding
 
 
@@ -86,20 +87,6 @@ def text_embeds(model: clip.CLIP, params: Any, ids: jax.Array) -> jax.Array:
 def image_embeds(model: clip.CLIP, params: Any, images: jax.Array) -> jax.Array:
   """Square images uint8[B, S, S, 3] of any size -> embeddings float32[B, E] of unit length; under jit."""
   return model.apply({'params': params}, resized(to_float(images), model.side), method='encode_image')
-
-
-def is_list_of_strings(values: Any) -> bool:
-  """Whether `values` is a list of strings, or an array or another sequence of them, but not itself a string."""
-  is_sequence = isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str)
-  return is_sequence and all(isinstance(value, str) for value in values)
-
-
-def check_prompts(prompts: Sequence[str]) -> None:
-  """Raises ValueError for anything but a list of captions."""
-  if not is_list_of_strings(prompts):
-    raise ValueError('prompts must be a list of strings, e.g. ["a red circle"].')
-  if not len(prompts):
-    raise ValueError('there are no prompts; give at least one.')
 
 
 def in_batches(function: Any, rows: np.ndarray, batch: int) -> np.ndarray:

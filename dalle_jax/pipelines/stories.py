@@ -11,8 +11,8 @@ import numpy as np
 from dalle_jax.data import ops
 from dalle_jax.data.bpe import TextEncoder, text_encoder
 from dalle_jax.functional.decoding import Sampling
-from dalle_jax.pipelines.generator import Generator, check_numbers, plan_calls
-from dalle_jax.pipelines.rerank import is_list_of_strings
+from dalle_jax.pipelines.checks import check_numbers, is_list_of_strings
+from dalle_jax.pipelines.generator import Generator, plan_calls
 from dalle_jax.training import checkpoint, sharding
 
 

@@ -19,9 +19,9 @@ from dalle_jax.models import prior, unclip, upsampler
 from dalle_jax.models.clip_reader import Caption, ClipReader
 from dalle_jax.models.decode_params import compute_params
 from dalle_jax.models.pooling import normalize
+from dalle_jax.pipelines.checks import check_prompts
 from dalle_jax.pipelines.generator import Setup, request_keys
 from dalle_jax.pipelines.images import Call, ImageGenerator, Sample
-from dalle_jax.pipelines.rerank import check_prompts
 from dalle_jax.training import checkpoint
 
 UPSAMPLERS = ('upsampler', *(f'upsampler_{i}' for i in range(2, 10)))
