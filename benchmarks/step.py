@@ -18,8 +18,8 @@ from benchmarks import limits, sizes
 from configs import common
 from dalle_jax.models import vqgan
 from dalle_jax.objectives import dalle, story_dalle
-from dalle_jax.training import host, optim, sharding
-from dalle_jax.training import state as state_lib
+from dalle_jax.training import host, sharding
+from dalle_jax.training.plan import Plan
 from dalle_jax.training.step import make_step
 
 _SIZE = flags.DEFINE_string('size', 't_base', 'name in benchmarks/sizes.py or variant in dalle_jax/models/dalle.py')
@@ -56,13 +56,8 @@ def objective_of(**changes):
 def measure(remat: str, kernel: str, mesh: jax.sharding.Mesh) -> tuple[float, float, float]:
   """Returns steps, tokens and model FLOPs per second of the fastest of --steps; the peer is measured likewise."""
   objective, data = objective_of(remat=remat, kernel=kernel, unroll=_UNROLL.value)
-  c, spec = common.base(), state_lib.batch_spec(data)
-  params, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
-  optimizer = optim.build(c.optim, 100, list(params))
-  target = state_lib.abstract_state(params, mutable, optimizer, False, mesh)
-  where = jax.tree.map(lambda x: x.sharding, target)
-  state = state_lib.init(objective, target, optimizer, 0, spec)
-  step = make_step(objective, optimizer, seed=0, accum=1, ema=0.0, mesh=mesh, shardings=where)
+  plan = Plan(common.base(), objective, data, mesh)
+  state, step = plan.init(), make_step(plan)
   data = sharding.put_batch(data, mesh)
   times = []
   for _ in range(_WARM_UP + _STEPS.value):

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from configs import common, finetune_dalle_mini, finetune_mindalle, finetune_storydalle, finetune_vqgan
 from dalle_jax.aot import __main__ as command
 from dalle_jax.aot import costs, machines, program, roofline
-from dalle_jax.aot.program import Plan, Program
+from dalle_jax.aot.program import Program, Programs
 from dalle_jax.layers import basic, kernels
 from dalle_jax.training import checkpoint, sharding
 from dalle_jax.training import config as config_lib
@@ -411,7 +411,7 @@ def tiny():
 def test_a_step_and_a_sampler_for_devices_of_this_machine(capsys):
   config = tiny()
   with sharding.use(config.mesh, config.rules, jax.devices()[:4]) as mesh:
-    plan = Plan(config, mesh, vqgan_variant='test', batch_per_chip=8)
+    plan = Programs(config, mesh, vqgan_variant='test', batch_per_chip=8)
     assert plan.batch['text'].shape == (32, 6) and plan.batch['tokens'].shape == (32, 16)
     step, sampler = plan.step(), plan.sampler(2)
     assert command.report(plan, step, mesh)
@@ -433,7 +433,7 @@ def test_the_sizes_of_a_dalle_mini_without_the_run_to_start_from(tmp_path):
     if variant == 'test':
       config.data.image_size = 8
     with sharding.use(config.mesh, config.rules, jax.devices()[:1]) as mesh:
-      plan = Plan(config, mesh)
+      plan = Programs(config, mesh)
       model = plan.objective.model
       assert (model.text_vocab, model.text_length, model.image_vocab, model.grid) == expected
       assert (model.pad, model.bos, model.eos) == (1, 0, 2) and plan.batch['text'].shape == (16, model.text_length)
@@ -457,10 +457,10 @@ def test_a_run_to_start_from_that_is_not_there(tmp_path, recipe, names):
     with pytest.raises(
       ValueError, match=f'start from, {tmp_path}, cannot be read.* --config.model.variant=NAME, one of {names}[.]$'
     ):
-      Plan(config, mesh)
+      Programs(config, mesh)
     if recipe not in (finetune_dalle_mini, finetune_vqgan):
       config.model.variant = 'mindalle'
-      plan = Plan(config, mesh)
+      plan = Programs(config, mesh)
       model = getattr(plan.objective.model, 'dalle', plan.objective.model)
       assert model.text_vocab == 16_384 + len(config.tokenizer.new_tokens) and (model.pad, model.grid) == (0, (16, 16))
 
@@ -475,14 +475,14 @@ def test_the_sizes_of_the_run_to_start_from(tmp_path):
   config = finetune_dalle_mini.get_config(f'base={tmp_path},size=8')
   config.tokenizer.new_tokens = ('loopy',)
   with sharding.use(config.mesh, config.rules, jax.devices()[:1]) as mesh:
-    plan = Plan(config, mesh)
+    plan = Programs(config, mesh)
     model = plan.objective.model
     assert (model.text_vocab, model.text_length, model.pad, model.bos, model.eos) == (34, 5, 3, 1, -1)
     assert (model.depth, model.image_spare, model.image_vocab, model.grid) == (3, 2, 12, (4, 4))
     assert config.model.variant == 'init' and plan.sampler(1).bytes
     with pytest.raises(ValueError, match='this VQGAN has only a decoder'):
       plan.step()
-    assert Plan(config, mesh, vqgan_variant='test').objective.model.image_vocab == 16
+    assert Programs(config, mesh, vqgan_variant='test').objective.model.image_vocab == 16
 
 
 def test_a_step_beside_a_frozen_clip(capsys):
@@ -490,7 +490,7 @@ def test_a_step_beside_a_frozen_clip(capsys):
   config.objective, config.frozen, config.model = 'prior', dict(clip=''), dict(variant='test')
   config.encode.enabled, config.tokenizer.vocab_size = False, 0
   with sharding.use(config.mesh, config.rules, jax.devices()[:4]) as mesh:
-    plan = Plan(config, mesh, clip_variant='test', batch_per_chip=8)
+    plan = Programs(config, mesh, clip_variant='test', batch_per_chip=8)
     assert plan.batch['clip_text'].shape == (32, 8) and set(plan.frozen) == {'clip'}
     assert command.report(plan, plan.step(), mesh)
   assert 'FLOPs per chip' in capsys.readouterr().out
@@ -510,7 +510,7 @@ def test_batches_have_what_the_data_of_the_recipes_has(recipe, fields, extra):
   config.model.update(fields)
   config.mesh.update(data=1, fsdp=1, tensor=1, sequence=1)
   with sharding.use(config.mesh, config.rules, jax.devices()[:1]) as mesh:
-    plan = Plan(config, mesh, vqgan_variant='test', clip_variant='test', batch_per_chip=24)
+    plan = Programs(config, mesh, vqgan_variant='test', clip_variant='test', batch_per_chip=24)
     assert {k: x.shape for k, x in plan.batch.items() if k in ('labels', 'vectors')} == extra
     context = Context(plan.frozen, plan.state.mutable, jax.random.key(0), jnp.int32(0), train=True)
     loss, _ = jax.eval_shape(plan.objective.loss, plan.state.params, context, plan.batch)
@@ -537,13 +537,13 @@ def test_what_does_not_fit_ends_with_status_1(monkeypatch, capsys):
 def test_plans_that_cannot_be_made():
   config = tiny()
   with sharding.use(config.mesh, config.rules) as mesh:
-    with pytest.raises(ValueError, match='a batch of 8 is not divisible by 16'):
-      Plan(config, mesh, vqgan_variant='test', batch_per_chip=1)
+    with pytest.raises(ValueError, match='batch_size 8 is not divisible by 8'):
+      Programs(config, mesh, vqgan_variant='test', batch_per_chip=1)
     with pytest.raises(ValueError, match='only for the objectives dalle and dalle_mini, not for vqgan'):
       command.check(ConfigDict(dict(objective='vqgan')), [], vqgan='test', programs=['sampler'])
     config.frozen.roberta = ''
     with pytest.raises(ValueError, match='frozen has roberta; only a VQGAN and a CLIP can be replaced'):
-      Plan(config, mesh, vqgan_variant='test')
+      Programs(config, mesh, vqgan_variant='test')
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import jax
 from absl import flags
 
 from dalle_jax.aot import machines, roofline
-from dalle_jax.aot.program import Plan, Program
+from dalle_jax.aot.program import Program, Programs
 from dalle_jax.training import config as config_lib
 from dalle_jax.training import errors, metrics, sharding
 
@@ -62,12 +62,10 @@ def check(
       '--program step.'
     )
   with sharding.use(config.mesh, config.rules, devices) as mesh:
-    plan = Plan(config, mesh, vqgan_variant=vqgan, clip_variant=clip, batch_per_chip=batch_per_chip)
+    plan = Programs(config, mesh, vqgan_variant=vqgan, clip_variant=clip, batch_per_chip=batch_per_chip)
     shape = ', '.join(f'{k} {v}' for k, v in mesh.shape.items())
     print(f'{mesh.size} x {devices[0].device_kind}, mesh {shape}')
-    for name, count in plan.parameters.items():
-      frozen = ' (frozen)' if name in plan.optimizer.frozen else ''
-      print(f'{name}: {count:,} parameters{frozen}')
+    print(*plan.describe(), sep='\n')
     if plan.replicated > 0.01:
       print(f'{100 * plan.replicated:.0f}% of them are replicated on every chip: the mesh does not divide their sizes')
     size = next(iter(plan.batch.values())).shape[0]
@@ -79,7 +77,7 @@ def check(
   return fits
 
 
-def report(plan: Plan, program: Program, mesh: jax.sharding.Mesh) -> bool:
+def report(plan: Programs, program: Program, mesh: jax.sharding.Mesh) -> bool:
   """Prints what a program needs and, for a known chip, how long it takes; returns whether it fits."""
   device, network = mesh.devices.flat[0], machines.network(mesh.devices.flat)
   chip, peak = network.chip if network else None, metrics.peak_flops(device)

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from dalle_jax.aot import costs
 from dalle_jax.functional import decoding
 from dalle_jax.models import clip, decode_params, image_tokenizer, vqgan
-from dalle_jax.training import checkpoint, optim, sharding
+from dalle_jax.training import checkpoint, sharding
 from dalle_jax.training import config as config_lib
-from dalle_jax.training import state as state_lib
+from dalle_jax.training.plan import Plan, place
 from dalle_jax.training.step import make_step
 
 VQGAN = 'f8_8192'  # where nothing says which one
@@ -76,13 +76,11 @@ def complete(config: ConfigDict) -> str:
   return next((name for name in vqgan.VARIANTS if vqgan.build(name).num_codes == model.image_vocab), VQGAN)
 
 
-class Plan:
-  """A config on a mesh: the objective, and the shapes and shardings of all inputs of training and sampling.
+class Programs(Plan):
+  """The plan of a config with its frozen networks, and its programs of training and sampling.
 
-  Attributes:
-    objective: the objective of the config.
-    batch: the global batch.
-    state: the training state.
+  Attributes, beside those of a plan:
+    model: the module that the objective trains.
     frozen: the parameters of the frozen networks that the step reads.
   """
 
@@ -102,7 +100,6 @@ class Plan:
       raise ValueError(
         f'config.frozen has {", ".join(others)}; only a VQGAN and a CLIP can be replaced by their shapes.'
       )
-    self.config, self.mesh = config, mesh
     self.known: dict[str, dict[str, Any]] = {}
     if 'vqgan' in config.frozen:
       variant = vqgan_variant or fitting
@@ -110,23 +107,11 @@ class Plan:
       self.known['vqgan'] = of_variant if variant else checkpoint.read_config(config.frozen.vqgan)
     if 'clip' in config.frozen:
       self.known['clip'] = clip_run(clip_variant)
-    self.objective = module.from_config(config, self.known)
-    size = batch_per_chip * mesh.size or config.data.batch_size
-    shards = sharding.batch_shards(mesh) * (config.train.accum * config.data.group if config.train.accum > 1 else 1)
-    if size % shards:
-      raise ValueError(f'a batch of {size} is not divisible by {shards} (mesh data x fsdp, train.accum, data.group).')
-    self.batch = self._put(self._shapes(size))
-    params, mutable, _ = state_lib.abstract(self.objective, self.batch, mesh, config.rules)
-    self.optimizer = optim.build(config.optim, config.train.steps, list(params))
-    self.state = state_lib.abstract_state(
-      params, mutable, self.optimizer, config.train.ema > 0, mesh, config.train.offload_optimizer
-    )
+    objective = module.from_config(config, self.known)
+    self.model = objective.model
+    batch = _batch(config, self.model, self.known, batch_per_chip * mesh.size or config.data.batch_size)
+    super().__init__(config, objective, batch, mesh)
     self.frozen = {name: self._network(name, run) for name, run in self.known.items()}
-
-  @property
-  def parameters(self) -> dict[str, int]:
-    """The number of parameters of each player."""
-    return {k: sum(math.prod(x.shape) for x in jax.tree.leaves(v)) for k, v in self.state.params.items()}
 
   @property
   def replicated(self) -> float:
@@ -137,24 +122,12 @@ class Plan:
 
   def step(self) -> Program:
     """The update of the training loop, exactly as the loop runs it."""
-    c = self.config.train
-    step = make_step(
-      self.objective,
-      self.optimizer,
-      seed=self.config.seed,
-      accum=c.accum,
-      ema=c.ema,
-      mesh=self.mesh,
-      shardings=jax.tree.map(lambda x: x.sharding, self.state),
-      group=self.config.data.group,
-      xla_options=c.get('xla_options'),
-    )
-    return self._compiled('step', step, self.state, self.frozen, self.batch)
+    return self._compiled('step', make_step(self), self.state, self.frozen, self.batch)
 
   def sampler(self, rows: int) -> Program:
     """The program that the pipeline's `sample` runs, VQGAN included, for `rows` captions a device, one image each."""
     pipeline = config_lib.module_named('pipelines', self.config.objective, 'sampling: config.objective')
-    model, vqgan = self.objective.model, image_tokenizer.of_run(self.known['vqgan'])
+    model, vqgan = self.model, image_tokenizer.of_run(self.known['vqgan'])
     count = rows * self.mesh.size
     count -= count % sharding.batch_shards(self.mesh)
     batch = {
@@ -165,32 +138,11 @@ class Plan:
     }
     stored, replicated = self.state.params['dalle'], NamedSharding(self.mesh, PartitionSpec())
     cast = jax.eval_shape(lambda params: decode_params.compute_params(params, model.dtype), stored)
-    cast = decode_params.by_layer(jax.tree.map(lambda x, y: _placed(x, y.sharding), cast, stored), _layer)
+    cast = decode_params.by_layer(jax.tree.map(lambda x, y: place(x, y.sharding), cast, stored), _layer)
     params = {'dalle': cast, 'vqgan': self.frozen['vqgan']}
-    inputs = params, self._put(batch), _placed(jax.ShapeDtypeStruct((), jnp.uint32), replicated), decoding.Sampling()
+    inputs = params, self._put(batch), place(jax.ShapeDtypeStruct((), jnp.uint32), replicated), decoding.Sampling()
     draw = jax.jit(functools.partial(pipeline.draw, model, vqgan))
     return self._compiled('sampler', draw, *inputs)
-
-  def _shapes(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The batch that the data pipeline produces for this config."""
-    c, model, story = self.config, self.objective.model, self.config.objective.startswith('story')
-    frames = (self.config.model.get('frames', 4),) if story else ()
-    images = tuple(t + 1 for t in frames)  # with the source frame
-    shapes = {}
-    if c.tokenizer.vocab_size:
-      shapes['text'] = jax.ShapeDtypeStruct((size, *frames, c.tokenizer.length), jnp.int32)
-    if c.encode.enabled or c.data.source == 'tokens':
-      length = math.prod(image_tokenizer.of_run(self.known['vqgan']).grid(c.data.image_size))
-      shapes['tokens'] = jax.ShapeDtypeStruct((size, *images, length), jnp.int32)
-    else:
-      shapes['image'] = jax.ShapeDtypeStruct((size, *images, c.data.image_size, c.data.image_size, 3), jnp.uint8)
-    if 'clip' in self.known:
-      shapes['clip_text'] = jax.ShapeDtypeStruct((size, *frames, self.known['clip']['tokenizer']['length']), jnp.int32)
-    if labels := getattr(model, 'labels', 0):
-      shapes['labels'] = jax.ShapeDtypeStruct((size, *images, labels), jnp.bool_)
-    if getattr(model, 'sentences', '') == 'data':
-      shapes['vectors'] = jax.ShapeDtypeStruct((size, *frames, model.sentence_dim), jnp.float32)
-    return shapes
 
   def _network(self, name: str, run: Mapping[str, Any]) -> Any:
     """The parameters of a frozen network, sharded as if its run had been loaded."""
@@ -207,10 +159,10 @@ class Plan:
     boxed = jax.eval_shape(lambda *inputs: model.init(jax.random.key(0), *inputs, method=method)['params'], *inputs)
     params = sharding.unbox(boxed)
     where = sharding.shardings(params, sharding.logical_axes(boxed), self.mesh, self.config.rules)
-    return jax.tree.map(_placed, params, where)
+    return jax.tree.map(place, params, where)
 
   def _put(self, shapes: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: _placed(x, sharding.batch_sharding(self.mesh)) for name, x in shapes.items()}
+    return {name: place(x, sharding.batch_sharding(self.mesh)) for name, x in shapes.items()}
 
   def _compiled(self, name: str, function: Any, *inputs: Any) -> Program:
     start = time.monotonic()
@@ -244,6 +196,29 @@ def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
   return lowered.compile(compiler_options={'xla_gpu_enable_triton_gemm': False})
 
 
+def _batch(
+  c: ConfigDict, model: Any, known: Mapping[str, dict[str, Any]], size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """The batch that the data pipeline produces for this config."""
+  frames = (c.model.get('frames', 4),) if c.objective.startswith('story') else ()
+  images = tuple(t + 1 for t in frames)  # with the source frame
+  shapes = {}
+  if c.tokenizer.vocab_size:
+    shapes['text'] = jax.ShapeDtypeStruct((size, *frames, c.tokenizer.length), jnp.int32)
+  if c.encode.enabled or c.data.source == 'tokens':
+    length = math.prod(image_tokenizer.of_run(known['vqgan']).grid(c.data.image_size))
+    shapes['tokens'] = jax.ShapeDtypeStruct((size, *images, length), jnp.int32)
+  else:
+    shapes['image'] = jax.ShapeDtypeStruct((size, *images, c.data.image_size, c.data.image_size, 3), jnp.uint8)
+  if 'clip' in known:
+    shapes['clip_text'] = jax.ShapeDtypeStruct((size, *frames, known['clip']['tokenizer']['length']), jnp.int32)
+  if labels := getattr(model, 'labels', 0):
+    shapes['labels'] = jax.ShapeDtypeStruct((size, *images, labels), jnp.bool_)
+  if getattr(model, 'sentences', '') == 'data':
+    shapes['vectors'] = jax.ShapeDtypeStruct((size, *frames, model.sentence_dim), jnp.float32)
+  return shapes
+
+
 def clip_run(variant: str) -> dict[str, Any]:
   """The config of a CLIP with the vocabulary of OpenAI's."""
   m = clip.build(variant)
@@ -257,7 +232,3 @@ def _layer(x: jax.ShapeDtypeStruct, _: int) -> jax.ShapeDtypeStruct:
   """One layer of the stacked array x, with its sharding."""
   where = NamedSharding(x.sharding.mesh, PartitionSpec(*x.sharding.spec[1:]))
   return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=where)
-
-
-def _placed(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

@@ -5,9 +5,6 @@
 
 import contextlib
 import functools
-import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,64 +17,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dalle_jax.training import checkpoint, distributed, errors, optim, sharding
-from dalle_jax.training import config as config_lib
+from dalle_jax.training import checkpoint, distributed, errors, sharding
 from dalle_jax.training import metrics as metrics_lib
-from dalle_jax.training import state as state_lib
+from dalle_jax.training import plan as plan_lib
 from dalle_jax.training.metrics import Diverged
+from dalle_jax.training.plan import Plan
 from dalle_jax.training.state import Context, Objective, Params, TrainState
 from dalle_jax.training.step import make_step
+from dalle_jax.training.stop import StopSignal
 
 LARGE_ON_CPU = 300_000_000  # parameters
 Evaluator = Callable[[Params, Context], dict[str, Any]]  # name -> number, or uint8[H, W, 3] image
-
-
-class StopSignal:
-  """Catches SIGTERM and the first Ctrl-C; a second one acts as usual. With several processes, one stops all of them.
-
-  Within `deferred` they only set `received`. Elsewhere they raise KeyboardInterrupt, too, which may get lost: Python
-  ignores exceptions in callbacks, such as that of JAX in the garbage collector.
-  """
-
-  def __enter__(self):
-    self.received, self.announced, self.raises, self.previous = False, False, True, {}
-    if threading.current_thread() is threading.main_thread():
-      self.previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
-    return self
-
-  def _receive(self, number, frame):
-    self.received = True
-    self.__exit__()
-    if self.raises:
-      raise KeyboardInterrupt
-
-  def __exit__(self, *_):
-    for number, handler in self.previous.items():
-      signal.signal(number, handler)
-
-  @contextlib.contextmanager
-  def deferred(self) -> Iterator[None]:
-    """Signals wait until `received` is looked at."""
-    self.raises = False
-    try:
-      yield
-    finally:
-      self.raises = True
-
-  def agreed(self) -> bool:
-    """Whether to stop now, which is at the same step in all processes; each of them must call it once per step."""
-    if not distributed.joined():
-      return self.received
-    if self.received and not self.announced:
-      self.announced = True
-      distributed.ask_to_stop()
-    return distributed.reached_stop()
-
-  def received_by_any(self) -> bool:
-    """Whether any process has been asked to stop; all processes must call it together."""
-    if not distributed.joined():
-      return self.received
-    return bool(multihost_utils.process_allgather(np.array(self.received)).any())
 
 
 def _attempt(action: Callable[[], None]) -> None:
@@ -99,40 +49,6 @@ def closing(close: Callable[[], None]) -> Iterator[None]:
   close()
 
 
-class SpeedMeter:
-  """Measures the speed of training itself: the time spent inside `pause()` does not count.
-
-  `tokens` and `flops` are those of one step, `peak` is the FLOP/s of the whole mesh; each may be 0 or None if unknown.
-  """
-
-  def __init__(self, step: int, tokens: int, flops: float, peak: float | None):
-    self.tokens, self.flops, self.peak = tokens, flops, peak
-    self.restart(step)
-
-  def restart(self, step: int) -> None:
-    """Measures from here on."""
-    self.step, self.time = step, time.monotonic()
-
-  @contextlib.contextmanager
-  def pause(self, pending: jax.Array) -> Iterator[None]:
-    """Stops the clock, once `pending` is there: the steps that the device still has to finish count as training."""
-    jax.block_until_ready(pending)
-    begun = time.monotonic()
-    yield
-    self.time += time.monotonic() - begun
-
-  def read(self, step: int) -> dict[str, float]:
-    """The mean speed since the last reading."""
-    rate = (step - self.step) / max(time.monotonic() - self.time, 1e-9)  # steps/s
-    self.restart(step)
-    values = {'steps_per_second': rate}
-    if self.tokens:
-      values['tokens_per_second'] = rate * self.tokens
-    if self.flops and self.peak:
-      values['utilisation'] = rate * self.flops / self.peak
-    return values
-
-
 def _nonfinite(state: TrainState) -> str | None:
   """The name of the first array of the state that is not finite; None if all are."""
   # One by one: a program for hundreds of arrays takes seconds to compile, those for each of their shapes do not.
@@ -149,26 +65,40 @@ def _all_finite(x: jax.Array, where: jax.sharding.Sharding) -> jax.Array:
   return jnp.isfinite(sharding.on_device(x, where)).all()  # parts of the state may be in host memory
 
 
-def start_or_resume(
-  config: ConfigDict,
-  objective: Objective,
-  optimizer: optim.Optimizer,
-  target: TrainState,
-  spec: Mapping[str, jax.ShapeDtypeStruct],
-  initial: Callable[[], Params] | None,
-) -> tuple[TrainState, float]:
-  """The state to train from, laid out like `target`, and the seconds of training that went into it."""
+def start_or_resume(plan: Plan, initial: Callable[[], Params] | None) -> tuple[TrainState, float]:
+  """The state to train from, laid out as planned, and the seconds of training that went into it."""
+  config = plan.config
   # 1. The newest whole checkpoint of this run
-  if resumed := checkpoint.resume(config.run_dir, target):
+  if resumed := checkpoint.resume(config.run_dir, plan.state):
     state, meta = resumed
     return state, meta['seconds']
-  state = state_lib.init(objective, target, optimizer, config.seed, spec)
+  state = plan.init()
   # 2. The parameters of another run, with fresh ones for those that it may lack
   if initial is not None:
     params = checkpoint.strict_merge(state.params, initial(), config.init.new)
     return state.replace(params=params, ema=jax.tree.map(jnp.copy, params) if config.train.ema else {}), 0.0
   # 3. Fresh parameters
   return state, 0.0
+
+
+def _check_device(plan: Plan) -> None:
+  c, device = plan.config.train, plan.mesh.devices.flat[0]
+  if c.offload_optimizer and 'pinned_host' not in {m.kind for m in device.addressable_memories()}:
+    raise ValueError(f'{device.device_kind} cannot keep arrays in host memory; set train.offload_optimizer=False.')
+  parameters = sum(plan.parameters.values())
+  if device.platform == 'cpu' and parameters > LARGE_ON_CPU and not c.allow_cpu:
+    raise ValueError(
+      f'{parameters:,} parameters would train on the CPU; install jax for your accelerator '
+      f"(pip install -e '.[cuda]' or '.[tpu]'), or pass --config.train.allow_cpu=True if you mean it."
+    )
+
+
+def _describe(plan: Plan, frozen: Mapping[str, Params]) -> Iterator[str]:
+  device = plan.mesh.devices.flat[0]
+  yield f'devices: {plan.mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(plan.mesh.shape)}'
+  yield from plan.describe()
+  for name, params in frozen.items():
+    yield f'{name}: {plan_lib.count(params):,} parameters (frozen network)'
 
 
 def train(
@@ -201,15 +131,6 @@ def train(
     ValueError: the config does not fit the devices or the checkpoint in the run directory.
   """
   c, run_dir = config.train, Path(config.run_dir)
-  for name in ('steps', 'accum', 'log_every', 'keep'):
-    if c[name] < 1:
-      raise ValueError(f'train.{name} is {c[name]}; expected 1 or more.')
-  for name in ('checkpoint_every', 'eval_every'):
-    if c[name] < 0:
-      raise ValueError(f'train.{name} is {c[name]}; expected 0 or more.')
-  if not 0 <= c.ema < 1:
-    raise ValueError(f'train.ema is {c.ema}; expected 0 or more and less than 1.')
-  config_lib.check_regex('init.new', config.init.new)
   frozen = frozen or {}
   print_once = lambda text: print(text, flush=True) if jax.process_index() == 0 else None
   started = time.monotonic()
@@ -218,33 +139,12 @@ def train(
     stream = batches(0)
     first = next(stream)
     part, parts = sharding.part_to_read(mesh)
-    spec = state_lib.batch_spec(first, parts)
-    size, shards, group = next(iter(spec.values())).shape[0], sharding.batch_shards(mesh), config.data.group
-    least = shards * (c.accum * group if c.accum > 1 else 1)
-    if size % least:
-      raise ValueError(
-        f'data.batch_size {size} is not divisible by {shards} (mesh data x fsdp) x {c.accum} (train.accum) x {group} '
-        f'(data.group, if accumulating); the nearest is {max(1, round(size / least)) * least}.'
-      )
-    params, mutable, axes = state_lib.abstract(objective, spec, mesh, config.rules)
-    optimizer = optim.build(config.optim, c.steps, list(params))
-    target = state_lib.abstract_state(params, mutable, optimizer, c.ema > 0, mesh, c.offload_optimizer)
-    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-    device = mesh.devices.flat[0]
-    if c.offload_optimizer and 'pinned_host' not in {m.kind for m in device.addressable_memories()}:
-      raise ValueError(f'{device.device_kind} cannot keep arrays in host memory; set train.offload_optimizer=False.')
-    print_once(f'devices: {mesh.size} x {device.device_kind} ({device.platform}), mesh {dict(mesh.shape)}')
-    for name, tree in params.items():
-      print_once(f'{name}: {count(tree):,} parameters{" (frozen)" if name in optimizer.frozen else ""}')
-    for name, tree in frozen.items():
-      print_once(f'{name}: {count(tree):,} parameters (frozen network)')
-    if device.platform == 'cpu' and count(params) > LARGE_ON_CPU and not c.allow_cpu:
-      raise ValueError(
-        f'{count(params):,} parameters would train on the CPU; install jax for your accelerator '
-        f"(pip install -e '.[cuda]' or '.[tpu]'), or pass --config.train.allow_cpu=True if you mean it."
-      )
+    plan = Plan(config, objective, first, mesh, parts)
+    for line in _describe(plan, frozen):
+      print_once(line)
+    _check_device(plan)
     # --- Start or resume ----------------------------------------------------------------------------------------------
-    state, seconds = start_or_resume(config, objective, optimizer, target, spec, initial)
+    state, seconds = start_or_resume(plan, initial)
     start = int(state.step)
     due = lambda every, step: bool(every and step % every == 0)
     missed = False
@@ -259,26 +159,16 @@ def train(
       stream = batches(start)
       first = next(stream)
     # --- The loop -----------------------------------------------------------------------------------------------------
-    step_fn = make_step(
-      objective,
-      optimizer,
-      seed=config.seed,
-      accum=c.accum,
-      ema=c.ema,
-      mesh=mesh,
-      shardings=jax.tree.map(lambda x: x.sharding, target),
-      group=group,
-      xla_options=c.xla_options,
-    )
+    step_fn = make_step(plan)
     saves = checkpoint.manager(run_dir, c.keep)
     if meta:  # only now, when the config is known to fit the run
       checkpoint.write_json(run_dir / 'config.json', meta['config'])
     writer, progress = metrics_lib.Writer(run_dir, start), metrics_lib.Progress(start, c.steps)
     log = metrics_lib.Log(writer, progress, c.nan_guard)
-    tokens = getattr(objective, 'tokens', lambda batch: 0)(spec)
-    flops = getattr(objective, 'flops', lambda batch: 0.0)(spec)
-    peak = c.peak_flops or metrics_lib.peak_flops(device)
-    meter = SpeedMeter(start, tokens, flops, peak * mesh.size if peak else None)
+    tokens = getattr(objective, 'tokens', lambda batch: 0)(plan.batch)
+    flops = getattr(objective, 'flops', lambda batch: 0.0)(plan.batch)
+    peak = c.peak_flops or metrics_lib.peak_flops(mesh.devices.flat[0])
+    meter = metrics_lib.SpeedMeter(start, tokens, flops, peak * mesh.size if peak else None)
     elapsed = lambda: seconds + time.monotonic() - started
 
     def derived(step: int, more: Mapping[str, float] | None = None) -> dict[str, float]:
@@ -309,7 +199,7 @@ def train(
           raise Diverged(f'{nonfinite} is not finite after step {step}')
         print_once(f'warning: {nonfinite} is not finite after step {step}; the state is not saved')
         return False
-      checkpoint.save(saves, step, state, {**(meta or {}), 'axes': axes, 'seconds': elapsed()})
+      checkpoint.save(saves, step, state, {**(meta or {}), 'axes': plan.axes, 'seconds': elapsed()})
       return True
 
     stopped = stop.received_by_any()  # by a signal whose KeyboardInterrupt got lost

@@ -176,6 +176,40 @@ class Progress:
     self.bar.close()
 
 
+class SpeedMeter:
+  """Measures the speed of training itself: the time spent inside `pause()` does not count.
+
+  `tokens` and `flops` are those of one step, `peak` is the FLOP/s of the whole mesh; each may be 0 or None if unknown.
+  """
+
+  def __init__(self, step: int, tokens: int, flops: float, peak: float | None):
+    self.tokens, self.flops, self.peak = tokens, flops, peak
+    self.restart(step)
+
+  def restart(self, step: int) -> None:
+    """Measures from here on."""
+    self.step, self.time = step, time.monotonic()
+
+  @contextlib.contextmanager
+  def pause(self, pending: jax.Array) -> Iterator[None]:
+    """Stops the clock, once `pending` is there: the steps that the device still has to finish count as training."""
+    jax.block_until_ready(pending)
+    begun = time.monotonic()
+    yield
+    self.time += time.monotonic() - begun
+
+  def read(self, step: int) -> dict[str, float]:
+    """The mean speed since the last reading."""
+    rate = (step - self.step) / max(time.monotonic() - self.time, 1e-9)  # steps/s
+    self.restart(step)
+    values = {'steps_per_second': rate}
+    if self.tokens:
+      values['tokens_per_second'] = rate * self.tokens
+    if self.flops and self.peak:
+      values['utilisation'] = rate * self.flops / self.peak
+    return values
+
+
 class Diverged(Exception):
   """A metric or parameter is no longer finite."""
 

@@ -6,34 +6,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
-from dalle_jax.training import host, optim, sharding
-from dalle_jax.training.state import Context, Objective, Params, TrainState
+from dalle_jax.training import host, sharding
+from dalle_jax.training.plan import Plan
+from dalle_jax.training.state import Context, Params, TrainState
 
 Batch = Mapping[str, Any]
 
 
 def make_step(
-  objective: Objective,
-  optimizer: optim.Optimizer,
-  *,
-  seed: int,
-  accum: int,
-  ema: float,
-  mesh: Mesh,
-  shardings: Any,
-  group: int = 1,
-  xla_options: Mapping[str, Any] | None = None,
+  plan: Plan,
 ) -> Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, dict[str, jax.Array], jax.Array]]:
   """Makes the jitted update `(state, frozen, batch) -> (state, metrics, whether all of them are finite)`.
 
-  The update donates `state`. With `accum` > 1, gradients and metrics are means over that many micro batches, computed
-  one after another; `group` consecutive rows stay in the same micro batch. If the rows of the objective are independent
-  (`rows_apart`) and no parameter is split over 'data', each replica of the mesh sums the gradients of its own rows, and
-  they are reduced once per update. Players that are frozen stay as they are, whatever `after_update` returns.
-  `xla_options` are for the compiler; options that it does not know are left out.
+  The update donates `state`. With `train.accum` > 1, gradients and metrics are means over that many micro batches,
+  computed one after another; `data.group` consecutive rows stay in the same micro batch. If the rows of the objective
+  are independent (`rows_apart`) and no parameter is split over 'data', each replica of the mesh sums the gradients of
+  its own rows, and they are reduced once per update. Players that are frozen stay as they are, whatever `after_update`
+  returns. Of `train.xla_options`, those that the compiler does not know are left out.
   """
+  objective, optimizer, mesh, shardings = plan.objective, plan.optimizer, plan.mesh, plan.shardings
+  seed, group, accum, ema = plan.config.seed, plan.config.data.group, plan.config.train.accum, plan.config.train.ema
   after_update = getattr(objective, 'after_update', lambda params, mutable: params)
   specs = [s.spec for player in optimizer.schedules for s in jax.tree.leaves(shardings.params[player])]
   split = any('data' in sharding.as_tuple(axes) for spec in specs for axes in spec)  # no replica has all parameters
@@ -109,5 +103,5 @@ def make_step(
     finite = jnp.isfinite(jnp.stack([jnp.asarray(m, jnp.float32) for m in metrics.values()])).all()
     return TrainState(state.step + 1, params, opt_state, average, mutable), metrics, finite
 
-  options = host.known_options(xla_options or {}, NamedSharding(mesh, PartitionSpec()))
+  options = host.known_options(plan.config.train.xla_options, NamedSharding(mesh, PartitionSpec()))
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None), compiler_options=options)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from configs import common
 from dalle_jax.training import optim, sharding
-from dalle_jax.training import state as state_lib
+from dalle_jax.training.plan import Plan
+from dalle_jax.training.state import TrainState
 from dalle_jax.training.step import make_step
 from tests import runs
 
@@ -16,7 +17,7 @@ def start(objective, c, batch, scale=0.1):
   """A state of random parameters; a fresh one takes as long to compile as a step."""
   params, mutable = runs.parameters(objective.init, batch, scale=scale)
   opt_state = jax.jit(optim.build(c.optim, 10, list(params)).init)(params)
-  return state_lib.TrainState(jnp.int32(0), params, opt_state, {}, mutable)
+  return TrainState(jnp.int32(0), params, opt_state, {}, mutable)
 
 
 def take(objective, c, batch, sizes=None, *, count, frozen=None, ema=0.0, accum=1, start=None):
@@ -26,18 +27,15 @@ def take(objective, c, batch, sizes=None, *, count, frozen=None, ema=0.0, accum=
   state.
   """
   sizes = sizes or {}
+  c = c.copy_and_resolve_references()
+  c.train.update(steps=10, accum=accum, ema=ema)
   with sharding.use(sizes, common.RULES, jax.devices()[: math.prod(sizes.values())]) as mesh:
-    spec = state_lib.batch_spec(batch)
-    abstract, mutable, _ = state_lib.abstract(objective, spec, mesh, common.RULES)
-    optimizer = optim.build(c.optim, 10, list(abstract))
-    target = state_lib.abstract_state(abstract, mutable, optimizer, ema > 0, mesh)
-    where = jax.tree.map(lambda x: x.sharding, target)
-    fresh = lambda: state_lib.init(objective, target, optimizer, 0, spec)
-    state = fresh() if start is None else jax.device_put(start, where)
-    run = make_step(objective, optimizer, seed=0, accum=accum, ema=ema, mesh=mesh, shardings=where)
+    plan = Plan(c, objective, batch, mesh)
+    state = plan.init() if start is None else jax.device_put(start, plan.shardings)
+    run = make_step(plan)
     states, metrics, batch = [jax.device_get(state)], [], sharding.put_batch(batch, mesh)
     for _ in range(count):
       state, found, _ = run(state, frozen or {}, batch)
       states.append(jax.device_get(state))
       metrics.append(jax.device_get(found))
-  return states, metrics, target
+  return states, metrics, plan.state

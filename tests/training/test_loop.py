@@ -19,8 +19,8 @@ from tensorboardX.record_writer import RecordWriter
 from dalle_jax.aot import costs
 from dalle_jax.evals import loss as eval_loss
 from dalle_jax.evals import pictures
-from dalle_jax.training import checkpoint, loop, metrics, optim, sharding
-from dalle_jax.training import state as state_lib
+from dalle_jax.training import checkpoint, loop, metrics, sharding
+from dalle_jax.training.plan import Plan
 from dalle_jax.training.step import make_step
 from tests.training import toy
 
@@ -240,16 +240,9 @@ def test_replicas_reduce_their_gradients_once_an_update(tmp_path):
     objective, c = toy.Toy(counts=False), toy.config(tmp_path)
     objective.rows_apart = apart
     with sharding.use(dict(data=4), c.rules, jax.devices()[:4]) as mesh:
-      spec = state_lib.batch_spec(next(toy.batches()))
-      params, mutable, _ = state_lib.abstract(objective, spec, mesh, c.rules)
-      optimizer = optim.build(c.optim, 8, list(params))
-      target = state_lib.abstract_state(params, mutable, optimizer, False, mesh)
-      where = jax.tree.map(lambda x: x.sharding, target)
-      step = make_step(objective, optimizer, seed=0, accum=accum, ema=0.0, mesh=mesh, shardings=where)
-      batch = {
-        k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.batch_sharding(mesh)) for k, x in spec.items()
-      }
-      text = step.lower(target, {}, batch).compile().as_text()
+      c.train.update(accum=accum, ema=0.0)
+      plan = Plan(c, objective, next(toy.batches()), mesh)
+      text = make_step(plan).lower(plan.state, {}, plan.batch).compile().as_text()
     return sum(r.times * c.bytes for r in costs.regions(text, 4) for c in r.collectives if c.kind == 'all-reduce')
 
   assert reduced(4, True) == pytest.approx(reduced(1, False), rel=0.05)  # the metrics are reduced, too
