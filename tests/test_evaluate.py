@@ -339,6 +339,14 @@ def test_a_record_with_a_broken_caption_says_why_and_is_read_once(root, tmp_path
   assert 'a.txt is not UTF-8' in capsys.readouterr().err and indices == [0]
 
 
+def test_processes_compare_what_they_read_to_the_end(root, run, monkeypatch):
+  """One that can read fewer records must not end while the others wait for it."""
+  compared = []
+  monkeypatch.setattr(evaluate.distributed, 'check_same', lambda facts: compared.extend(facts.items()))
+  assert run('--run', root / 'vqgan', '--split', 'test_seen', '--count', 3, '--batch_size', 2) == 0
+  assert [v for k, v in compared if k == 'records that can be read'] == ['[0, 1]', '[2]', '[]']
+
+
 def test_an_evaluation_does_not_replace_what_it_reads(tmp_path, run, monkeypatch, capsys):
   (true := tmp_path / 'out' / 'true').mkdir(parents=True)
   for path in (true / 'a.png', saved := tmp_path / 'out' / 'true.npz', tmp_path / 'out' / 'predictions.json'):

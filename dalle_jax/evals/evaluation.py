@@ -80,8 +80,12 @@ class Evaluation:
     count = min(count or len(self.source), len(self.source))
     size = min(count, self.records_per_call())
     records = self.records(count)
-    while part := list(itertools.islice(records, size)):
+    while True:
+      part = list(itertools.islice(records, size))
+      # Also when there are none, as otherwise a process that reads fewer would leave the others waiting.
       distributed.check_same({'records that can be read': str([r.index for r in part])})
+      if not part:
+        break
       self.evaluate(part, size, out)
       print(f'{part[-1].index + 1} of {count} records', flush=True)
     if not self.rows:
