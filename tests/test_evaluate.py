@@ -353,6 +353,7 @@ def test_an_evaluation_does_not_replace_what_it_reads(tmp_path, run, monkeypatch
     path.touch()
   (link := tmp_path / 'link').symlink_to(true)
   monkeypatch.setattr(evaluate, 'load', lambda _: pytest.fail('loaded'))
+  monkeypatch.setenv('HOME', str(tmp_path))
   fid_flags = ['--run', 'RUN', '--clip', 'CLIP', '--fid_reference']
   for *flags, name, path in (
     [*fid_flags, saved],
@@ -361,6 +362,7 @@ def test_an_evaluation_does_not_replace_what_it_reads(tmp_path, run, monkeypatch
     ['--run', 'RUN', '--path', tmp_path / 'out'],
     ['--run', true],
     ['--run', 'RUN', '--upsampler', 'RUN', '--upsampler', true],
+    ['--run', 'RUN', '--path', '~/out/true'],
   ):
     assert run(*flags, name, path) == 2
     lost = f'--out {tmp_path}/out holds {name} {path}, which it would replace; give another directory with --out.'

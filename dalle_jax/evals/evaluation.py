@@ -259,7 +259,8 @@ def check_kept(out: Path, inputs: Iterable[tuple[str, str]]) -> None:
   """Raises ValueError when something to read, given as (what it is, path), is `out` or in it, and would be lost."""
   for name, path in inputs:
     # What is no path here may be the name of a run on the Hugging Face Hub.
-    if path and Path(path).exists() and Path(path).resolve().is_relative_to(out.resolve()):
+    file = Path(os.path.expanduser(path))  # as sources and runs do
+    if path and file.exists() and file.resolve().is_relative_to(out.resolve()):
       raise ValueError(f'--out {out} holds {name} {path}, which it would replace; give another directory with --out.')
 
 
