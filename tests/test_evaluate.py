@@ -1,5 +1,6 @@
 """The evaluation script from end to end, with runs of random parameters: what it writes, counts, and refuses."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -7,6 +8,7 @@ import shutil
 import signal
 import types
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -345,6 +347,20 @@ def test_processes_compare_what_they_read_to_the_end(root, run, monkeypatch):
   monkeypatch.setattr(evaluate.distributed, 'check_same', lambda facts: compared.extend(facts.items()))
   assert run('--run', root / 'vqgan', '--split', 'test_seen', '--count', 3, '--batch_size', 2) == 0
   assert [v for k, v in compared if k == 'records that can be read'] == ['[0, 1]', '[2]', '[]']
+
+
+def test_damaged_networks_that_score_are_refused_at_once(root, run, tmp_path, capsys):
+  for kind, asked, message in (
+    ('clip', ['--run', root / 'dalle', '--inception', root / 'inception'], 'some values of clip_score, '),
+    ('lpips', ['--run', root / 'vqgan'], 'some values of lpips are not finite'),
+  ):
+    damaged = checkpoint.load_run(root / kind)
+    params = jax.tree.map(lambda x: x * np.nan, damaged.params)
+    checkpoint.export_run(tmp_path / kind, dataclasses.replace(damaged, params=params))
+    assert run('--split', 'val', '--count', 3, f'--{kind}', tmp_path / kind, *asked) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.splitlines()[-1].endswith('the network that computes them is damaged.')
+    assert not (tmp_path / 'out').exists()
 
 
 def test_an_evaluation_does_not_replace_what_it_reads(tmp_path, run, monkeypatch, capsys):

@@ -200,7 +200,7 @@ class ImageEvaluation(Evaluation):
         Image.fromarray(result.true[i]).save(out / 'true' / Path(row['file']).name)
 
   def accumulate(self, results: Sequence[Result]) -> None:
-    """Adds rows, features and labels."""
+    """Adds rows, features and labels. Raises ValueError for scores that are not finite."""
     images = {k: np.concatenate([getattr(r, k) for r in results]) for k in ('drawn', 'true')}
     for name, features in self.feature_sets.items():
       features.add(images[name])
@@ -211,6 +211,8 @@ class ImageEvaluation(Evaluation):
     if self.tally:
       labels = self.tally.add(np.concatenate([r.labels for r in results]), images)
       rows = [row | columns for row, columns in zip(rows, labels, strict=True)]
+    if bad := [name for name in MEANS if not np.isfinite([row.get(name, 0.0) for row in rows]).all()]:
+      raise ValueError(f'some values of {", ".join(bad)} are not finite; the network that computes them is damaged.')
     self.rows += rows
 
   def finish(self, out: Path) -> None:

@@ -222,13 +222,16 @@ class FeatureExtractor:
     return jax.eval_shape(self._features, self._params, images).shape[1]
 
   def features(self, images: np.ndarray) -> np.ndarray:
-    """uint8[N, S, S, 3] of any size -> float32[N, E]: the input of the logits, or the embedding of a CLIP."""
+    """uint8[N, S, S, 3] of any size -> float32[N, E]: the input of the logits, or the embedding of a CLIP.
+
+    Raises ValueError for features that are not finite.
+    """
     return self._in_batches(self._features, images)
 
   def labels(self, images: np.ndarray) -> np.ndarray:
     """uint8[N, S, S, 3] of any size -> bool[N, C], the labels with a probability above 0.5.
 
-    Raises ValueError unless this is a classifier.
+    Raises ValueError unless this is a classifier, with finite logits.
     """
     if self.kind != 'classifier':
       raise ValueError(f'{self.run} is a run of {self.kind!r}; labels need a run of the objective classifier.')
@@ -244,7 +247,10 @@ class FeatureExtractor:
       batch = {'image': np.concatenate([part, np.repeat(part[-1:], size - len(part), axis=0)])}  # of one size
       batch = sharding.put_whole(batch, self._mesh) if self._mesh else batch
       results.append(np.asarray(function(self._params, batch['image']))[: len(part)])
-    return np.concatenate(results)
+    result = np.concatenate(results)
+    if not np.isfinite(result).all():  # at the first images, not after hours; and NaN would be no label at all
+      raise ValueError(f'{self.run} computes values that are not finite; it is damaged.')
+    return result
 
 
 @jax.default_matmul_precision('highest')

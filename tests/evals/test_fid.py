@@ -91,6 +91,15 @@ def test_a_network_looks_at_pictures_of_any_size_and_number(network):
     fid.FeatureExtractor(Run({'objective': 'dalle'}, {}, None, 1, 'runs/x'))
 
 
+def test_a_damaged_network_is_refused():
+  damaged = make_network(0)
+  damaged._params['head']['bias'] = np.full(3, np.nan, np.float32)
+  images = np.zeros((2, 16, 16, 3), np.uint8)
+  assert np.isfinite(damaged.features(images)).all()  # the head comes after them
+  with pytest.raises(ValueError, match='runs/classifier computes values that are not finite; it is damaged'):
+    damaged.labels(images)
+
+
 def test_the_hash_is_of_pictures_resize_and_network_not_of_batches(network, capsys):
   images = RNG.integers(0, 256, (9, 16, 16, 3), np.uint8)
 
