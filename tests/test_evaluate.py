@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import re
 import shutil
 import signal
@@ -361,6 +362,13 @@ def test_damaged_networks_that_score_are_refused_at_once(root, run, tmp_path, ca
     err = capsys.readouterr().err
     assert message in err and err.splitlines()[-1].endswith('the network that computes them is damaged.')
     assert not (tmp_path / 'out').exists()
+
+
+def test_what_a_killed_evaluation_left_is_not_in_the_way(root, run, tmp_path):
+  """In a container every run may have the same pid."""
+  (tmp_path / f'out.{os.getpid()}.partial').mkdir()
+  assert run('--run', root / 'vqgan', '--split', 'test_seen', '--count', 2) == 0
+  assert (tmp_path / 'out' / 'metrics.json').exists()
 
 
 def test_an_evaluation_does_not_replace_what_it_reads(tmp_path, run, monkeypatch, capsys):

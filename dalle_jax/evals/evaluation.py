@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -272,7 +273,8 @@ def in_place_of(out: Path) -> Iterator[Path]:
 
   It replaces `out` when the block ends, and is removed when the block raises. Raises ValueError when it cannot be made.
   """
-  partial, old = (out.with_name(f'{out.name}.{os.getpid()}.{kind}') for kind in ('partial', 'old'))
+  token = secrets.token_hex(4)  # not the pid: in a container that of a killed evaluation, which left this, comes again
+  partial, old = (out.with_name(f'{out.name}.{token}.{kind}') for kind in ('partial', 'old'))
   writes = jax.process_index() == 0
   if writes:
     try:
