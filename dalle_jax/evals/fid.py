@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
@@ -180,8 +181,8 @@ KINDS: dict[str, tuple[Any, str]] = {  # objective -> its module, the method tha
 class FeatureExtractor:
   """Image features by an imported Inception-v3, a trained classifier or a CLIP: `FeatureExtractor.load(run)`.
 
-  They are computed in float32 on every device: with the default of a TPU, bfloat16, distances would differ from those
-  of other machines.
+  They are computed in float32 on every device, whatever `dtype` the run has: with bfloat16, also the default of a TPU,
+  distances would differ from those of other machines.
 
   Attributes:
     model, kind: the module, and its objective, one of `KINDS`.
@@ -199,6 +200,8 @@ class FeatureExtractor:
       raise ValueError(f'{run.path} is a run of {self.kind!r}; image features need one of {", ".join(KINDS)}.')
     module, method = KINDS[self.kind]
     self.model, self.run, self.step = module.of_run(run.config), run.path, run.step
+    if hasattr(self.model, 'dtype'):  # bfloat16 in some runs
+      self.model = self.model.clone(dtype=jnp.float32)
     if self.kind == 'clip' and not self.model.image_size:
       raise ValueError(f'{run.path} is a CLIP without its image tower; convert it again with it.')
     self._params, self._mesh = run.network(self.kind), mesh

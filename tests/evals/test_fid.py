@@ -73,10 +73,10 @@ def network():
   return make_network(0)
 
 
-def make_network(seed):
+def make_network(seed, **fields):
   model = classifier.build('test', labels=3)
   params = runs.parameters(model.init, np.zeros((1, 16, 16, 3), np.float32), seed=seed)['params']
-  config = {'objective': 'classifier', 'model': {'variant': 'test', 'labels': 3}, 'data': {'image_size': 16}}
+  config = {'objective': 'classifier', 'model': {'variant': 'test', 'labels': 3, **fields}, 'data': {'image_size': 16}}
   return fid.FeatureExtractor(Run(config, {'classifier': params}, None, 5, 'runs/classifier'))
 
 
@@ -89,6 +89,13 @@ def test_a_network_looks_at_pictures_of_any_size_and_number(network):
   assert network.features(larger).shape == features.shape
   with pytest.raises(ValueError, match="runs/x is a run of 'dalle'; image features need one of inception, "):
     fid.FeatureExtractor(Run({'objective': 'dalle'}, {}, None, 1, 'runs/x'))
+
+
+def test_features_are_float32_whatever_the_run_is_trained_in(network):
+  images = RNG.integers(0, 256, (2, 16, 16, 3), np.uint8)
+  found = make_network(0, dtype='bfloat16')
+  np.testing.assert_array_equal(found.features(images), network.features(images))
+  assert found.sha256 == network.sha256
 
 
 def test_a_damaged_network_is_refused():
