@@ -47,8 +47,9 @@ class Oracle:
   def _templates(self) -> list[tuple[slice, slice, np.ndarray, np.ndarray]]:
     """For each cell: rows, columns, templates float32[backgrounds * contents, pixels], their squared norms."""
     side, table = self.image_size // self._reduce, []
+    inside = lambda k: slice(-(-k * side // shapes.GRID), (k + 1) * side // shapes.GRID)
     for position in range(shapes.GRID**2):
-      rows, cols, _ = shapes.coverage('circle', 'large', position, side)
+      rows, cols = map(inside, divmod(position, shapes.GRID))  # without pixels that belong to two cells
       cells = []
       for background, content in itertools.product(shapes.BACKGROUNDS, self._contents):
         objects = () if content is None else (Object(position, *content),)

@@ -104,6 +104,11 @@ def test_oracle_accepts_true_renderings(image_size):
     assert Oracle(image_size).score(images, scenes)['all'].mean() >= 0.999
 
 
+def test_oracle_reads_cells_that_share_pixels_with_what_their_neighbours_wear():
+  images, scenes = _pictures(shapes.load('test', image_size=32, max_objects=9, accessories=1.0), 100)
+  assert Oracle(32, accessories=True).score(images, scenes)['all'].all()
+
+
 @pytest.mark.parametrize('attribute', ATTRIBUTES)
 def test_oracle_rejects_one_changed_attribute(attribute):
   rng, source = np.random.default_rng(0), shapes.load('test')
