@@ -30,6 +30,7 @@ from PIL import Image
 
 from configs import common
 from dalle_jax.data.restricted import open_array
+from dalle_jax.data.sources import caption_lines
 from dalle_jax.pipelines import options
 from dalle_jax.pipelines.grids import caption_grid, storyboard
 from dalle_jax.pipelines.stories import StoryGenerator
@@ -61,14 +62,10 @@ def prompts() -> list[str]:
   """The captions of --prompt and --prompts."""
   found = list(FLAGS.prompt)
   if FLAGS.prompts:
-    path, expected = Path(FLAGS.prompts), 'expected a text file in UTF-8 with one caption per line'
+    path = Path(FLAGS.prompts)
     if not path.is_file():
-      raise FileNotFoundError(f'there is no file {path}; {expected}.')
-    try:
-      lines = path.read_text(encoding='utf-8-sig').splitlines()  # with or without a byte order mark
-    except UnicodeDecodeError as e:
-      raise ValueError(f'{path} cannot be decoded ({e}); {expected}.') from e
-    found += [line.strip() for line in lines if line.strip()]
+      raise FileNotFoundError(f'there is no file {path}; expected a text file in UTF-8 with one caption per line.')
+    found += caption_lines(path.read_bytes(), str(path))
   if not found:
     raise ValueError('there is no caption; give --prompt "..." or --prompts FILE with one per line.')
   return found

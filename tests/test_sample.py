@@ -26,6 +26,12 @@ def test_a_byte_order_mark_is_not_part_of_a_caption(tmp_path):
   assert sample.story() == ['pip moves']
 
 
+def test_only_ends_of_lines_end_a_caption(tmp_path):
+  (tmp_path / 'captions.txt').write_bytes('\ta fox\u2028in\x85the\x0csnow\r\n\r\n狐狸 "在"\rדג\n🦊'.encode())
+  sample.FLAGS.prompts = str(tmp_path / 'captions.txt')
+  assert sample.prompts() == ['a fox\u2028in\x85the\x0csnow', '狐狸 "在"', 'דג', '🦊']
+
+
 def test_a_smaller_set_leaves_nothing_of_a_larger_one_but_what_it_was_given(tmp_path):
   image = np.zeros((2, 8, 8, 3), np.uint8)
   rows = lambda count: [(f'caption {i}', image, np.arange(2), None) for i in range(count)]
@@ -48,15 +54,15 @@ def test_a_smaller_set_leaves_nothing_of_a_larger_one_but_what_it_was_given(tmp_
 @pytest.mark.parametrize(
   ('name', 'message'),
   [
-    ('latin1.txt', r'latin1.txt cannot be decoded \(.utf-8'),
-    ('none.txt', 'there is no file'),
-    ('', 'there is no file'),
+    ('latin1.txt', r'latin1.txt is not UTF-8 \(.utf-8.*; save it as UTF-8'),
+    ('none.txt', 'there is no file.*expected a text file in UTF-8'),
+    ('', 'there is no file.*expected a text file in UTF-8'),
   ],
 )
 def test_a_file_of_captions_that_cannot_be_read(tmp_path, name, message):
   (tmp_path / 'latin1.txt').write_bytes('caf\xe9'.encode('latin1'))
   sample.FLAGS.prompts = str(tmp_path / name)
-  with pytest.raises((ValueError, OSError), match=f'{message}.*expected a text file in UTF-8'):
+  with pytest.raises((ValueError, OSError), match=message):
     sample.prompts()
 
 

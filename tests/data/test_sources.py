@@ -121,6 +121,11 @@ def test_folder_reads_pictures_captions_and_sub_folders(tmp_path):
   assert source[4]['caption'] == '' and source[4]['captions'] == []
 
 
+def test_only_ends_of_lines_end_a_caption():
+  text = '\ta fox\u2028in\x85the\x0csnow\r\n\r\na fish\ra bird\n'.encode()
+  assert sources.caption_lines(text, 'NAME.txt') == ['a fox\u2028in\x85the\x0csnow', 'a fish', 'a bird']
+
+
 def test_folder_follows_links_but_reads_every_folder_once(tmp_path):
   root, other = tmp_path / 'root', tmp_path / 'other'
   for path in (root / 'z' / 'a.png', other / 'b.png', other / 'deep' / 'c.png'):

@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import inspect
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def caption_fields(read: Callable[[], list[str]]) -> dict[str, Any]:
 def caption_lines(text: bytes, name: str) -> list[str]:
   """The captions in a text file, one per line, without empty lines. Raises ValueError when it is not UTF-8."""
   try:
-    lines = text.decode('utf-8-sig').splitlines()
+    lines = re.split('[\r\n]', text.decode('utf-8-sig'))  # splitlines also splits at U+2028 and others
   except UnicodeDecodeError as e:
     raise ValueError(f'{name} is not UTF-8 ({e}); save it as UTF-8') from e
   return [line.strip() for line in lines if line.strip()]
