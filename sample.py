@@ -124,9 +124,10 @@ def generate(requests: list[str], where: dict[str, Any]) -> None:
   """Generates and writes images for captions, for those of a story, or for the image to vary."""
   files = [f.read_bytes() for f in inputs().values() if f.is_file()]
   distributed.check_same({'captions': str(requests), 'files': str(files)})
+  out = Path(FLAGS.out).expanduser()
   if jax.process_index() == 0:
-    make_writable(Path(FLAGS.out))
-    check_kept(Path(FLAGS.out), len(requests))
+    make_writable(out)
+    check_kept(out, len(requests))
   model = options.load(FLAGS, where)
   if isinstance(model, StoryGenerator) != bool(FLAGS.story):
     wanted = 'a caption; give --prompt "..."' if FLAGS.story else 'a story; give --story FILE and --source FRAME.png'
@@ -149,7 +150,7 @@ def generate(requests: list[str], where: dict[str, Any]) -> None:
     samples = independent_samples(model, requests, sampling)
     results = [(r, s.images, s.candidates, s.scores) for r, s in zip(requests, samples, strict=True)]
   if jax.process_index() == 0:
-    write(Path(FLAGS.out), results, board, options.sampling_arguments(FLAGS, model))
+    write(out, results, board, options.sampling_arguments(FLAGS, model))
 
 
 def complete(model: Any, requests: list[str]) -> list[str]:

@@ -75,6 +75,13 @@ def test_the_output_directory_is_made_before_anything_is_loaded(tmp_path, monkey
     assert f'--out {out} cannot be written to' in err and err.count('\n') == 1, err
 
 
+def test_a_home_directory_is_that_of_the_user(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  monkeypatch.chdir(tmp_path)
+  assert runs.call(sample, '--run', 'none', '--prompt', 'a red circle', '--out=~/samples') == 2
+  assert (tmp_path / 'home' / 'samples').is_dir() and not (tmp_path / '~').exists()
+
+
 def test_the_table_has_whatever_determines_the_images(tmp_path):
   model = types.SimpleNamespace(OBJECTIVE='dalle', step=7)
 
