@@ -339,6 +339,10 @@ def test_a_run_may_be_named_by_its_repository(mindalle, tmp_path, monkeypatch):
     (['--from=taming', f'--path={FIXTURES}/clip_hf'], 'has no model.yaml or'),
     (['--from=clip', f'--path={FIXTURES}/roberta_hf'], "has model_type 'roberta'; expected 'clip'"),
     (['--from=storydalle', f'--path={FIXTURES}/mindalle/1.3B/stage2_last.ckpt'], 'stage2_last.ckpt has no stage2.'),
+    (
+      ['--from=storydalle', f'--path={FIXTURES}/mindalle/1.3B/stage2_last.ckpt', '--config=/none.yaml'],
+      '/none.yaml does not exist; expected the config.yaml of minDALL-E.',
+    ),
     (['--from=mindalle'], 'give --from'),
   ],
 )

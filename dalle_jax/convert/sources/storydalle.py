@@ -70,8 +70,9 @@ def read(path: Path, *, config: str = '', cross: str = '') -> Imported:
   Raises ValueError or OSError with a one-line message.
   """
   weights = files.find(path, '*.pth', '*.ckpt', 'Model/*.pth', 'Model/*.ckpt', expected=EXPECTED)
-  description = Path(config) if config else _nearby(weights, 'config.yaml', '1.3B/config.yaml')
-  if description is None or not description.is_file():
+  if config:
+    description = files.find(Path(config), 'config.yaml', expected='the config.yaml of minDALL-E')
+  elif (description := _nearby(weights, 'config.yaml', '1.3B/config.yaml')) is None:
     raise FileNotFoundError(
       f'there is no config.yaml of minDALL-E next to {weights} or above it; give it with --config FILE.'
     )
