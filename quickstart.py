@@ -227,8 +227,8 @@ def report(metrics: dict[str, float]) -> str:
     |---|---|
     {table}
 
-    Each row shows the true image, then {n} samples at temperature {temperature}, best first by CLIP. The upper six
-    captions are from `test`, the lower six from `test_unseen`.
+    Each row shows the true image, then {n} samples at temperature {temperature}, best first by CLIP. The upper half of
+    the captions is from `test`, the lower half from `test_unseen`.
 
     ![samples](grid.png)
     ![curves](curves.png)
