@@ -64,9 +64,11 @@ class StoryGenerator(Generator):
       raise ValueError('there is no source frame; give the image that the story continues from.')
     if not is_list_of_strings(captions):
       raise ValueError('captions must be a list of strings, one per frame, e.g. ["pip goes home", "pip sleeps"].')
-    image = ops.open_image(source, self.image_size, 'the source frame')
     if vectors is not None:
+      if self.config['model'].get('sentences') != 'data':
+        raise ValueError('this model reads no sentence vectors; leave vectors out.')
       vectors = np.asarray(vectors)[None]
+    image = ops.open_image(source, self.image_size, 'the source frame')
     (sample,) = self.continue_stories(image[None], [captions], n, seed, vectors=vectors, **options)
     return sample
 
@@ -89,7 +91,7 @@ class StoryGenerator(Generator):
     A frame is a function of (captions, source, seed, its number in [0, n)), whatever else is in the same call.
 
     Args:
-      vectors: float32[B, T, S], see `continue_story`.
+      vectors: float32[B, T, S], see `continue_story`; a model that reads none ignores those of the data.
       temperature, top_k, top_p, guidance: see `functional.decoding.Sampling`, and the docstring of the class.
       batch_size: images per call; the frames of a story are never split.
 

@@ -156,6 +156,7 @@ def test_sentences_by_clip_and_a_prompt(root):
     (dict(captions=[]), r'a story has \[0\] captions; this model takes 1 to 4'),
     (dict(captions=['pip moves'] * 5), r'a story has \[5\] captions; this model takes 1 to 4'),
     (dict(captions=['pip moves', ' ']), 'a caption is empty'),
+    (dict(vectors=np.zeros((4, 8), np.float32)), 'this model reads no sentence vectors; leave vectors out'),
     (dict(n=0), 'n is 0 and batch_size 64'),
   ],
 )
