@@ -226,28 +226,35 @@ class _Mismatch(ValueError):
   """The checkpoint is intact but belongs to another model."""
 
 
-def _saved(path: Path) -> dict[str, Any]:
-  """Shapes and dtypes in a checkpoint by tensor name, as recorded by Orbax. Raises for an incomplete directory."""
+def _tree(path: Path) -> Any:
+  """The tree of shapes and dtypes in a checkpoint, as recorded by Orbax. Raises for an incomplete directory."""
   found = ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).metadata(path / 'state').item_metadata
   if found is None:
     raise OSError('its state is not whole')
-  return {k: v for k, v in ocp.tree.to_flat_dict(found.tree, sep='/').items() if hasattr(v, 'dtype')}
+  return found.tree
 
 
-def _restore(path: Path, target: Any, saved: Mapping[str, Any], *, partial: bool = False) -> Any:
-  """Reads the tree `target` of shapes with shardings, checking it against `saved`, the shapes that were saved.
+def _saved(path: Path) -> dict[str, Any]:
+  """Shapes and dtypes in a checkpoint by tensor name. Raises for an incomplete directory."""
+  return sharding.flatten(_tree(path))
+
+
+def _restore(path: Path, target: Any, *, partial: bool = False) -> Any:
+  """Reads the tree `target` of shapes with shardings, checking it against the shapes that were saved.
 
   With `partial`, tensors that `target` lacks are left unread. Raises _Mismatch for any other difference.
   """
-  expected = sharding.flatten(target)
-  if partial:
-    saved = {k: v for k, v in saved.items() if k in expected}
+  expected, tree = sharding.flatten(target), _tree(path)
+  saved = {k: v for k, v in sharding.flatten(tree).items() if k in expected or not partial}
   if lines := differences(expected, saved):  # Orbax would silently cast dtypes and crop or pad shapes
     lines.sort(key=lambda line: 'params/' not in line)  # moments and EMA only repeat what the parameters say
     raise _Mismatch(f'{path} does not fit this config: {_summary(lines)}.')
-  args = ocp.checkpoint_utils.construct_restore_args(target)
-  args = ocp.args.PyTreeRestore(item=target, restore_args=args, partial_restore=partial)
-  return ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / 'state', args=args)
+  # Orbax is asked for the tree that it saved, as parts of `target` without tensors may differ, e.g. without decay.
+  name = lambda keys: jax.tree_util.keystr(keys, simple=True, separator='/')
+  item = jax.tree_util.tree_map_with_path(lambda keys, _: expected.get(name(keys), ocp.PLACEHOLDER), tree)
+  args = ocp.args.PyTreeRestore(item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+  read = sharding.flatten(ocp.Checkpointer(ocp.PyTreeCheckpointHandler()).restore(path / 'state', args=args))
+  return jax.tree_util.tree_map_with_path(lambda keys, _: read[name(keys)], target)
 
 
 def _summary(lines: Sequence[str], limit: int = 20) -> str:
@@ -281,7 +288,7 @@ def resume(run_dir: str | Path, target: Any) -> tuple[Any, dict] | None:
   run_dir = Path(run_dir).absolute()
   if not steps(run_dir):
     return None
-  read = lambda path: (_restore(path, target, _saved(path)), read_meta(run_dir, int(path.name)))
+  read = lambda path: (_restore(path, target), read_meta(run_dir, int(path.name)))
   step, (state, meta) = _newest_whole(run_dir, read)
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('resumed')
@@ -324,7 +331,7 @@ def load_run(
       return jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype, sharding=where)
 
     target = {key: traverse_util.unflatten_dict({k: place(k, v) for k, v in flat.items()}, sep='/')}
-    return _restore(source, target, saved, partial=True)[key], meta
+    return _restore(source, target, partial=True)[key], meta
 
   if step is not None:
     try:

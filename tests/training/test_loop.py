@@ -83,6 +83,15 @@ def test_resumed_equals_uninterrupted(tmp_path, straight, offload):
   assert all(a['seconds'] < b['seconds'] for a, b in itertools.pairwise(ours))
 
 
+@pytest.mark.parametrize('before,after', [(0.1, 0.0), (0.0, 0.1)])
+def test_a_run_resumes_without_the_decay_that_it_began_with_and_the_other_way_round(tmp_path, before, after):
+  for steps, decay in ((2, before), (4, after)):
+    c = toy.config(tmp_path, steps=steps)
+    c.optim.weight_decay = decay
+    state = toy.run(c)
+  assert int(state.step) == 4 and not list(tmp_path.glob('checkpoints/*.damaged'))
+
+
 def test_killed_equals_uninterrupted(tmp_path):
   """A run that saves often is killed by kill -9 at random moments, started again, and completed by this process."""
   command = [sys.executable, '-m', 'tests.training.toy', tmp_path / 'killed', '60', '3']
