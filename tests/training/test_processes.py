@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 import evaluate
@@ -20,7 +21,7 @@ from dalle_jax.data import bpe
 from dalle_jax.data.sources import shapes, tokens
 from dalle_jax.models import clip, dalle, vqgan
 from dalle_jax.pipelines import encode
-from dalle_jax.training import checkpoint, distributed, metrics, sharding
+from dalle_jax.training import checkpoint, distributed, errors, metrics, sharding
 from tests import runs
 from tests.runs import ROOT
 from tests.training import toy
@@ -200,6 +201,14 @@ def test_two_processes_equal_one_and_stop_where_they_read_other_rows(tmp_path, s
 def test_what_starting_again_does_not_mend_is_no_loss_of_a_process(monkeypatch, text, loss):
   monkeypatch.setattr(distributed, 'joined', lambda: True)
   assert distributed.is_loss(jax.errors.JaxRuntimeError(text)) == loss
+
+
+def test_kubernetes_starts_no_pod_again_that_would_fail_again():
+  *_, job = yaml.safe_load_all((ROOT / 'launch' / 'kubernetes.yaml').read_text())
+  codes = {
+    r['action']: r['onExitCodes']['values'] for r in job['spec']['podFailurePolicy']['rules'] if 'onExitCodes' in r
+  }
+  assert codes == {'FailJob': [1, 2, errors.DIVERGED], 'Ignore': [errors.STOPPED]}
 
 
 def test_a_run_that_loses_processes_again_and_again_equals_one_left_alone(tmp_path, straight):
