@@ -63,13 +63,19 @@ def manager(run_dir: str | Path, keep: int, background: bool = True) -> ocp.Chec
   """A manager that keeps the newest `keep` checkpoints of a run.
 
   Saving in the `background` needs a copy of all arrays on the host; without it at most 1 GB is in flight at a time.
+  Raises ValueError for a directory in which Orbax could not save.
   """
+  directory = Path(run_dir).absolute() / 'checkpoints'
+  if re.search(r'\[[^/]+\]', str(directory)):  # a pattern for Orbax, which then misses most of what it has just written
+    raise ValueError(
+      f'checkpoints cannot be saved in {directory.parent}: its name has square brackets; choose another.'
+    )
   options = ocp.CheckpointManagerOptions(
     max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=background
   )
   state = ocp.PyTreeCheckpointHandler(save_concurrent_gb=None if background else 1, type_handler_registry=_TYPES)
   handlers = {'state': state, 'meta': ocp.JsonCheckpointHandler()}
-  return ocp.CheckpointManager(Path(run_dir).absolute() / 'checkpoints', options=options, item_handlers=handlers)
+  return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 
 def save(target: ocp.CheckpointManager, step: int, state: Any, meta: Mapping[str, Any]) -> None:

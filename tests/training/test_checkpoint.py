@@ -44,6 +44,12 @@ def test_a_run_needs_a_path():
       checkpoint.load_run(nothing)
 
 
+def test_a_directory_in_which_nothing_could_be_saved_is_refused_before_training(tmp_path):
+  with pytest.raises(ValueError, match='has square brackets; choose another'):
+    toy.run(toy.config(tmp_path / 'seeds=[1]', steps=1))
+  assert checkpoint.steps(tmp_path / 'seeds=[1]') == []
+
+
 def test_nothing_usable_is_one_line(run_dir, tmp_path):
   for step in (4, 8):
     truncate(run_dir / 'checkpoints' / str(step))
