@@ -19,10 +19,11 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-# Dense bf16 FLOP/s of one chip (vendors' data sheets), by whole words of jax.Device.device_kind; the first match wins.
+# Dense bf16 FLOP/s of one device, a chip (vendors' data sheets) or on TPU v3 half of one, by whole words of
+# jax.Device.device_kind; the first match wins.
 PEAK_FLOPS = {
   'TPU v6': 918e12, 'TPU v6e': 918e12, 'TPU v5 lite': 197e12, 'TPU v5e': 197e12, 'TPU v5': 459e12, 'TPU v5p': 459e12,
-  'TPU v4': 275e12, 'TPU v3': 123e12,
+  'TPU v4': 275e12, 'TPU v3': 61.5e12,
   'GB200': 2500e12, 'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12,
   'A100': 312e12, 'L40S': 362e12, 'L40': 181e12, 'L4': 121e12, 'A10G': 70e12, 'A10': 125e12,
   'V100': 125e12, 'T4': 65e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12,

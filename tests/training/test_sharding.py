@@ -96,6 +96,7 @@ def test_peak_flops_by_device_kind():
     'NVIDIA L4': 121e12,
     'NVIDIA A100-SXM4-40GB': 312e12,
     'TPU v5p': 459e12,
+    'TPU v3': 61.5e12,  # a chip has 123 and is two devices
   }.items():
     assert metrics.peak_flops(Device(kind)) == flops
 
