@@ -37,7 +37,10 @@ _TYPES = ocp.type_handlers.create_type_handler_registry(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """A trained run: `params` is keyed by player ({'dalle': ...}), `frozen` maps names to run directories."""
+  """A trained run: `params` is keyed by player ({'dalle': ...}), `frozen` maps names to run directories.
+
+  `path` is as it was given, and `origin` identifies the training (see the function of that name).
+  """
 
   config: dict
   params: Params
@@ -46,6 +49,7 @@ class Run:
   path: str
   frozen: dict[str, str] = dataclasses.field(default_factory=dict)
   axes: dict[str, list] = dataclasses.field(default_factory=dict)
+  origin: str = ''
 
   def network(self, name: str) -> Params:
     """The parameters of one network: the player with that name, or the only player."""
@@ -140,7 +144,7 @@ def export_run(path: str | Path, run: Run, *, mesh: Mesh | None = None, rules: s
       continue  # it is already there
     export_run(path / 'frozen' / name, load_run(source, mesh=mesh, rules=rules), mesh=mesh, rules=rules)
   meta = {'config': run.config, 'tokenizer': run.tokenizer, 'axes': run.axes, 'seconds': 0.0}
-  meta['origin'] = origin(run.path)
+  meta['origin'] = run.origin
   meta['frozen'] = {name: f'frozen/{name}' for name in run.frozen}
   write_json(path / 'config.json', run.config)
   target = manager(path, keep=1, background=False)
@@ -150,6 +154,7 @@ def export_run(path: str | Path, run: Run, *, mesh: Mesh | None = None, rules: s
 
 def origin(run_dir: str | Path) -> str:
   """Identifies the training run that the newest checkpoint comes from, also in copies by `export_run`; '' for none."""
+  run_dir = Path(run_dir).expanduser()
   meta = read_meta(run_dir)
   if meta is None:
     return ''
@@ -347,7 +352,7 @@ def load_run(
   else:
     step, (params, meta) = _newest_whole(run_dir, read)
   frozen = {k: str(run_dir / v) for k, v in meta['frozen'].items()}
-  return Run(meta['config'], params, meta['tokenizer'], step, str(path), frozen, meta['axes'])
+  return Run(meta['config'], params, meta['tokenizer'], step, str(path), frozen, meta['axes'], origin(run_dir))
 
 
 def strict_merge(params: Params, loaded: Params, new: str = '') -> Params:

@@ -7,7 +7,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from dalle_jax.training import checkpoint, metrics, sharding
+from dalle_jax.training import checkpoint, hub, metrics, sharding
 from tests.training import toy
 from tests.training.test_loop import same
 
@@ -90,6 +90,15 @@ def test_export_is_a_run_with_its_frozen_networks(run_dir, tmp_path):
   same(exported.params, run.params)
   assert (exported.tokenizer, exported.step, exported.axes) == (run.tokenizer, 8, run.axes)
   assert exported.network('vqgan') is exported.params['net']  # the only player
+
+
+def test_copies_of_a_run_know_where_it_comes_from_however_it_is_named(run_dir, tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(run_dir.parent))
+  monkeypatch.setattr(hub, 'local', lambda path, local=hub.local: run_dir if path == 'owner/run' else local(path))
+  for i, name in enumerate([run_dir, f'~/{run_dir.name}', 'owner/run']):
+    checkpoint.export_run(tmp_path / str(i), checkpoint.load_run(name))
+  origins = {checkpoint.origin(path) for path in (run_dir, f'~/{run_dir.name}', *map(tmp_path.joinpath, '012'))}
+  assert origins == {checkpoint.origin(run_dir)}
 
 
 def test_resume_refuses_another_model_and_names_the_tensors(run_dir):
