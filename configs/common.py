@@ -51,6 +51,8 @@ CHARACTERS = {
 # long for a step.
 CONVOLUTIONS_ON_CPU = dict(xla_cpu_experimental_ynn_fusion_type='LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT')
 
+BOOLS = {'': True, '1': True, 'true': True, 'yes': True, '0': False, 'false': False, 'no': False}
+
 
 def base() -> ConfigDict:
   """Returns every field that the training code reads, with its default."""
@@ -243,13 +245,10 @@ def parse_arg(arg: str, **defaults: Any) -> ConfigDict:
       close = difflib.get_close_matches(name, defaults, 3) or list(defaults)
       raise ValueError(f'config argument {item!r} is unknown; there are {", ".join(close) or "none"}.')
     kind = type(defaults[name])
-    if kind is bool:
-      result[name] = value.lower() in ('', '1', 'true', 'yes')
-    else:
-      try:
-        result[name] = kind(value)
-      except ValueError as e:
-        raise ValueError(f'config argument {name}={value!r} is not {kind.__name__}.') from e
+    try:
+      result[name] = BOOLS[value.lower()] if kind is bool else kind(value)
+    except (KeyError, ValueError) as e:
+      raise ValueError(f'config argument {name}={value!r} is not {kind.__name__}.') from e
   return result
 
 

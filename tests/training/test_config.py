@@ -119,6 +119,9 @@ def test_parse_arg():
     common.parse_arg('sise=4', stage='', size=8)
   with pytest.raises(ValueError, match="size='x' is not int"):
     common.parse_arg('size=x', size=8)
+  assert [common.parse_arg(f'small={x}', small=True).small for x in ('yes', 'False', '0')] == [True, False, False]
+  with pytest.raises(ValueError, match="small='on' is not bool"):
+    common.parse_arg('small=on', small=False)
 
 
 @pytest.mark.parametrize('name', ['fid', 'nope'])
