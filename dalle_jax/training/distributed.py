@@ -122,7 +122,8 @@ def _reach(host: str, port: int, seconds: float) -> None:
   end = time.monotonic() + seconds
   while True:
     try:
-      socket.create_connection((host, port), timeout=max(end - time.monotonic(), 0.1)).close()
+      # An IPv6 address is in brackets before its port, but not here.
+      socket.create_connection((host.strip('[]'), port), timeout=max(end - time.monotonic(), 0.1)).close()
       return
     except OSError as e:
       if time.monotonic() >= end:

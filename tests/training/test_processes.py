@@ -272,6 +272,13 @@ def test_flags_that_join_nobody_are_one_line(tmp_path, capsys, flags, message):
   assert message in error and error.count('\n') == 1
 
 
+def test_process_0_is_found_at_an_ipv6_address(monkeypatch):
+  asked = []
+  monkeypatch.setattr(socket, 'create_connection', lambda address, timeout: asked.append(address) or socket.socket())
+  distributed._reach('[::1]', 7733, 1)
+  assert asked == [('::1', 7733)]
+
+
 def test_train_with_an_objective_evaluation_and_pictures(tmp_path):
   """The CLIP of the quickstart: tokenizer, data, evaluation and checkpoints of two processes equal those of one."""
   command = ['train.py', '--config=configs/quickstart.py:clip']
