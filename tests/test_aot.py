@@ -517,6 +517,15 @@ def test_batches_have_what_the_data_of_the_recipes_has(recipe, fields, extra):
   assert loss.shape == ()
 
 
+def test_nothing_is_said_of_sizes_where_the_mesh_splits_no_parameters(monkeypatch, capsys):
+  monkeypatch.setattr(Plan, 'step', lambda plan: None)
+  monkeypatch.setattr(command, 'report', lambda *_: True)
+  config = tiny()
+  config.mesh.update(common.MESHES['data'])
+  assert command.check(config, jax.devices()[:4], vqgan='test', batch_per_chip=8, programs=['step'])
+  assert 'every chip holds 100% of them whole: the mesh does not split these\n' in capsys.readouterr().out
+
+
 def test_what_does_not_fit_ends_with_status_1(monkeypatch, capsys):
   chip = machines.Chip(10**9, bandwidth=1e12, link=1e11, ring=16)
   monkeypatch.setattr(machines, 'network', lambda _: dataclasses.replace(torus((2, 4)), chip=chip))

@@ -67,7 +67,7 @@ def check(
     print(f'{mesh.size} x {devices[0].device_kind}, mesh {shape}')
     print(*plan.describe(), sep='\n')
     if plan.replicated > 0.01:
-      print(f'{100 * plan.replicated:.0f}% of them are replicated on every chip: the mesh does not divide their sizes')
+      print(f'every chip holds {100 * plan.replicated:.0f}% of them whole: the mesh does not split these')
     size = next(iter(plan.batch.values())).shape[0]
     note = ', tokens encoded in advance, so the step does not run the VQGAN' if 'tokens' in plan.batch else ''
     print(f'batch {size:,}, {size / mesh.size:g} per chip{note}', flush=True)

@@ -115,7 +115,7 @@ class Programs(Plan):
 
   @property
   def replicated(self) -> float:
-    """The fraction of the parameters that every device holds, as no rule of the mesh divides their sizes."""
+    """The fraction of the parameters that every device holds whole, as the mesh does not split them."""
     leaves = jax.tree.leaves(self.state.params)
     replicated = sum(math.prod(x.shape) for x in leaves if x.sharding.is_fully_replicated)
     return replicated / sum(math.prod(x.shape) for x in leaves)
