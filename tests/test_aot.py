@@ -568,6 +568,12 @@ def test_a_mistake_is_one_line(arguments, error, capsys):
   assert line.count('\n') == 1 and re.search(error, line)
 
 
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+  monkeypatch.setattr(machines, 'devices_of', lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+  assert command.main(['aot', '--config=configs/dalle_paper.py:1.3b']) == 143
+  assert capsys.readouterr().err == 'stopped.\n'
+
+
 def test_the_attention_of_gpus_that_are_not_here():
   there = lambda kind, platform: AbstractMesh((1,), ('data',), abstract_device=AbstractDevice(kind, None, platform))
   with jax.sharding.use_abstract_mesh(there('NVIDIA H200', 'gpu')):

@@ -142,8 +142,10 @@ def main(argv: list[str]) -> int:
     fits = check(config, devices, programs=options.program, **{name: options[name].value for name in names})
   except errors.EXPECTED as e:
     return errors.report(e, '--debug' in argv)
+  except KeyboardInterrupt:
+    return errors.interrupted('stopped.')
   return 0 if fits else 1
 
 
 if __name__ == '__main__':
-  sys.exit(main(sys.argv))
+  errors.leave(main(sys.argv))
