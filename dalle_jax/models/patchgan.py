@@ -25,6 +25,7 @@ class PatchGAN(nn.Module):
 
   @nn.compact
   def __call__(self, images: jax.Array) -> jax.Array:
+    """Raises ValueError for an unknown norm, and for images too small to have a logit."""
     norms: dict[str, type[nn.Module]] = {'group': GroupNorm, 'fixed_batch': BatchNorm}
     if self.norm not in norms:
       raise ValueError(f'PatchGAN norm {self.norm!r} is unknown; expected one of {", ".join(norms)}.')
@@ -37,6 +38,11 @@ class PatchGAN(nn.Module):
       x = Conv(features, 4, stride, pad, use_bias=False, dtype=self.dtype, kernel_init=init, name=f'conv_{i}')(x)
       x = jax.nn.leaky_relu(norms[self.norm](dtype=self.dtype, name=f'norm_{i}')(x), 0.2)
     x = Conv(1, 4, 1, pad, dtype=self.dtype, kernel_init=init, name='conv_out')(x)
+    if not x.size:  # the mean of no logits would be NaN
+      raise ValueError(
+        f'images of {images.shape[1]} x {images.shape[2]} pixels are too small for a PatchGAN of {self.layers} layers; '
+        'set config.loss.disc.layers to fewer.'
+      )
     return x[..., 0].astype(jnp.float32)
 
 
