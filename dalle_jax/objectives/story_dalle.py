@@ -133,7 +133,7 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> StoryD
   """
   c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
   variants.check_ranges(
-    'config.loss', c, ['caption_dropout', 'token_noise', 'noise_spread'], ['text_weight', 'image_weight']
+    'config.loss', c, ['caption_dropout', 'token_noise', 'noise_spread'], ['text_weight', 'image_weight', 'first']
   )
   tokenizer, sizes = text_and_image(config, frozen_configs, 'story_dalle')
   tower, source = None, config.model.get('sentences', 'own')

@@ -182,6 +182,7 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> StoryG
   Raises ValueError for an unknown field, without captions or their encoder, or for images of another size.
   """
   c = ConfigDict({**DEFAULTS, **variants.fields('config.loss', DEFAULTS, config.loss)})
+  variants.check_ranges('config.loss', c, ['norm_decay'], [name for name in c if name.endswith('_weight')])
   if not config.tokenizer.vocab_size:
     raise ValueError('the objective storyganc needs captions; set config.tokenizer.vocab_size.')
   model, tower = storyganc.of_run(config, frozen_configs)

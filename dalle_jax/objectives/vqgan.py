@@ -151,10 +151,15 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> VQGANO
   """The objective of `config.model` and `config.loss` (`DEFAULTS` are its fields).
 
   The perceptual loss needs the frozen run 'lpips'; without it there is only the pixel loss. Raises ValueError for an
-  unknown field.
+  unknown field or a value out of range.
   """
   defaults = {**DEFAULTS, 'data_init': not config.init.path}
   c = ConfigDict({**defaults, **variants.fields('config.loss', defaults, config.loss)})
+  sizes = ['beta', *(name for name in c if name.endswith('_weight'))]
+  variants.check_ranges('config.loss', c, ['ema_decay', 'usage_decay'], sizes)
+  for name in ('temperature', 'temperature_end'):
+    if c[name] <= 0:  # logits are divided by it
+      raise ValueError(f'config.loss.{name} is {c[name]}; expected a temperature above 0.')
   model = vqgan.build(**config.model)
   model.grid(config.data.image_size)
   perceptual = None

@@ -128,9 +128,11 @@ def test_patchgan_has_a_receptive_field_of_70_pixels():
 
 
 def test_a_patchgan_refuses_images_of_which_it_has_no_logits():
-  shape = lambda side, **fields: jax.eval_shape(
-    patchgan.build('base', width=4, **fields).init_with_output, jax.random.key(0), jnp.zeros((1, side, side, 3))
-  )[0].shape
+  shape = lambda side, **fields: (
+    jax.eval_shape(
+      patchgan.build('base', width=4, **fields).init_with_output, jax.random.key(0), jnp.zeros((1, side, side, 3))
+    )[0].shape
+  )
   assert shape(24) == (1, 1, 1) and shape(16, layers=2) == (1, 2, 2)
   with pytest.raises(ValueError, match='16 x 16 pixels are too small for a PatchGAN of 3 layers'):
     shape(16)

@@ -114,3 +114,5 @@ def test_errors():
     build(sentences='data')
   with pytest.raises(ValueError, match=r'config.loss has no field dropout'):
     build(dict(dropout=0.1))
+  with pytest.raises(ValueError, match=r'config.loss.first is -1.0; expected 0 or more'):
+    build(dict(first=-1.0))

@@ -151,6 +151,8 @@ def test_errors():
     build(captions='roberta')
   with pytest.raises(ValueError, match=r'config.loss has no field gp_weight'):
     build(dict(gp_weight=1.0))
+  with pytest.raises(ValueError, match=r'norm_decay is 1.5; expected a fraction from 0 to 1'):
+    build(dict(norm_decay=1.5))
   params, mutable = start()
   context = Context({}, mutable, jax.random.key(1), jnp.int32(0), train=True)
   with pytest.raises(ValueError, match=r'has 5 labels per frame, but model.labels is 7; set it to 5'):

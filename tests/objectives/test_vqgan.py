@@ -139,3 +139,17 @@ def test_a_config_without_lpips_says_so_and_unknown_fields_are_refused(capsys):
   assert 'no LPIPS weights' in capsys.readouterr().out
   with pytest.raises(ValueError, match='no field lpip_weight; its fields are l1_weight'):
     build(lpip_weight=1.0)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    (dict(temperature_end=0.0), 'temperature_end is 0.0; expected a temperature above 0'),  # evaluation would be NaN
+    (dict(temperature=-1.0), 'loss.temperature is -1.0'),
+    (dict(ema_decay=1.5), 'ema_decay is 1.5; expected a fraction from 0 to 1'),
+    (dict(disc_weight=-0.8), 'disc_weight is -0.8; expected 0 or more'),
+  ],
+)
+def test_values_out_of_range_are_refused(fields, message):
+  with pytest.raises(ValueError, match=message):
+    build(**fields)
