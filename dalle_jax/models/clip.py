@@ -116,6 +116,8 @@ class TextTower(nn.Module):
     x, _ = encoder(x, visible)
     self.sow('hidden', 'last', x)
     hidden = LayerNorm(self.eps, name='norm_out')(x)
+    if self.pool == 'end' and self.end < 0:
+      raise ValueError('CLIP text_pool "end" needs the id of the end of text, model.end; else use text_pool "last".')
     if self.pool == 'last':
       x = hidden[:, -1]
     elif self.pool in ('max_id', 'end'):  # the end-of-text token, which has the highest id in OpenAI's models

@@ -50,4 +50,10 @@ def from_config(config: ConfigDict, frozen_configs: Mapping[str, Any]) -> CLIPOb
     raise ValueError(f'config.loss has the unknown fields {", ".join(config.loss)}; the objective clip has none.')
   if not config.tokenizer.vocab_size:
     raise ValueError('the objective clip needs captions; set config.tokenizer.vocab_size.')
-  return CLIPObjective(clip.of_run(config))
+  model = clip.of_run(config)
+  if model.text_pool == 'max_id' and config.tokenizer.end != model.vocab_size - 1:
+    raise ValueError(
+      'model.text_pool "max_id" would not read captions to their end: the highest id is not that of the end of text, '
+      'config.tokenizer.end; use "last".'
+    )
+  return CLIPObjective(model)

@@ -110,6 +110,8 @@ def test_errors():
     init(clip.build('test', patch=6))
   with pytest.raises(ValueError, match="text_pool 'mean' is unknown; expected last, max_id or end"):
     init(clip.build('test', text_pool='mean'))
+  with pytest.raises(ValueError, match='text_pool "end" needs the id of the end of text'):
+    init(clip.build('test', text_pool='end'))
   with pytest.raises(ValueError, match='a width of 16 is not divisible by 3 heads'):
     init(clip.build('test', heads=3))
   with pytest.raises(ValueError, match="activation 'swish' is unknown; there are gelu, gelu_tanh, quick_gelu, relu"):

@@ -19,10 +19,11 @@ BATCH = {
 }
 
 
-def build():
+def build(text_pool='last', **tokenizer):
   c = common.base()
-  c.model = ConfigDict(dict(variant='test'))
-  c.data.image_size, c.tokenizer.vocab_size, c.tokenizer.length = 16, 32, 8
+  c.model = ConfigDict(dict(variant='test', text_pool=text_pool))
+  c.data.image_size = 16
+  c.tokenizer.update(vocab_size=32, length=8, **tokenizer)
   return clip.from_config(c, {})
 
 
@@ -72,6 +73,15 @@ def test_errors():
   c = common.base()
   with pytest.raises(ValueError, match=r'needs captions; set config.tokenizer.vocab_size'):
     clip.from_config(c, {})
+  build('max_id', pad=0, end=31)
+  for tokenizer in (
+    dict(),
+    dict(end=31),
+    dict(pad=0),
+    dict(pad=0, end=2),
+  ):  # a word or padding is higher
+    with pytest.raises(ValueError, match='"max_id" would not read captions to their end'):
+      build('max_id', **tokenizer)
   c.loss = ConfigDict(dict(margin=1.0))
   with pytest.raises(ValueError, match='unknown fields margin; the objective clip has none'):
     clip.from_config(c, {})
