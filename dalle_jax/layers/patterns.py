@@ -43,6 +43,10 @@ class Pattern:
   grid: tuple[int, int]
   conv_kernel: int = 11
 
+  def __post_init__(self):
+    if self.kind in ('conv', 'wrapped') and not self.conv_kernel % 2:
+      raise ValueError(f'conv_kernel {self.conv_kernel} is even, and a window around a token is not; use an odd one.')
+
   def mask(self, n: int) -> np.ndarray:
     """Mask of the first n positions, bool[n, n], read-only; positions after the image see everything before them."""
     return _mask(self, n)

@@ -191,7 +191,7 @@ class StoryDALLE(nn.Module):
   frames: int = 4
 
   def setup(self):
-    if self.retro and self.dalle.depth % self.retro:
+    if self.retro < 0 or (self.retro and self.dalle.depth % self.retro):
       raise ValueError(f'model.retro {self.retro} does not divide the {self.dalle.depth} layers; change one of them.')
     layers, d = self.dalle.depth // self.retro if self.retro else 0, self.dalle
     own, grid = self.sentences == 'own', d.grid if d.image_positions == 'rotary' else None

@@ -66,6 +66,12 @@ POSITIVE = (  # fields that are 1 or more; 0, too, where that is the default and
   'ch',
   'num_codes',
   'code_dim',
+  'z_channels',
+  'norm_groups',
+  'conv_kernel',
+  'period',
+  'unroll',
+  'prompt',
 )
 
 

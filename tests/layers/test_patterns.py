@@ -54,3 +54,5 @@ def test_the_pattern_of_the_paper():
     layer_kinds('full,diagonal', 4)
   with pytest.raises(ValueError, match="kind 'diagonal' is unknown"):
     Pattern('diagonal', 1, (2, 2)).mask(5)
+  with pytest.raises(ValueError, match='conv_kernel 4 is even'):
+    Pattern('conv', 1, (2, 2), 4)

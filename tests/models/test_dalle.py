@@ -197,7 +197,8 @@ def test_errors():
     apply(TEXT, IMAGE[:, :15])
   with pytest.raises(ValueError, match='takes 0 to 15 image tokens here, not 16'):
     apply(TEXT, IMAGE, method='prefill')
-  with pytest.raises(ValueError, match=r'DALLE.heads is 0; expected 1 or more'):
-    dalle.build('test', heads=0)
+  for field in ('heads', 'period', 'unroll', 'conv_kernel'):
+    with pytest.raises(ValueError, match=rf'DALLE.{field} is 0; expected 1 or more'):
+      dalle.build('test', **{field: 0})
   with pytest.raises(ValueError, match="image_positions 'sinus' is unknown; expected axial, learned or rotary"):
     init(dalle.build('test', image_positions='sinus'))

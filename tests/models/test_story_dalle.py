@@ -197,6 +197,8 @@ def test_a_grown_vocabulary_leaves_old_words_as_they_were(head):
   'fields, message',
   [
     (dict(retro=3), 'model.retro 3 does not divide the 4 layers'),
+    (dict(retro=-1), 'model.retro -1 does not divide the 4 layers'),
+    (dict(prompt=-1), 'StoryDALLE.prompt is -1; expected 0 or more'),
     (dict(retro=4), '1 layers with cross-attention do not fit 4 steps.*model.period'),
     (dict(frames=3), 'a story has 4 frames after the source, the model takes at most 3'),
     (dict(sentences='bert'), "model.sentences 'bert' is unknown; expected own, clip or data"),

@@ -107,6 +107,9 @@ def test_errors_name_what_is_possible():
     vqgan.build('huge')
   with pytest.raises(ValueError, match='no field chanels; its fields are image_size'):
     vqgan.build('test', chanels=3)
+  for field in ('norm_groups', 'z_channels'):
+    with pytest.raises(ValueError, match=rf'VQGAN.{field} is 0; expected 1 or more'):
+      vqgan.build('test', **{field: 0})
   with pytest.raises(ValueError, match="dtype 'float16' is unknown"):
     vqgan.build('test', dtype='float16')
   with pytest.raises(ValueError, match="quantizer 'pq' is unknown; expected nearest or gumbel"):
