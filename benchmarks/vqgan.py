@@ -14,7 +14,6 @@ import optax
 from absl import app, flags
 
 from benchmarks import limits, sizes
-from configs import common
 from dalle_jax.models import vqgan
 from dalle_jax.training import host
 
@@ -30,7 +29,6 @@ def measure(model: vqgan.VQGAN, size: int, names: tuple[str, ...]) -> dict[str, 
   """Seconds and FLOPs of each name."""
   x = jax.random.uniform(jax.random.key(0), (_BATCH.value, size, size, 3), minval=-1)
   params = nn.unbox(jax.jit(model.init)(jax.random.key(1), x)['params'])
-  options = host.known_options(common.CONVOLUTIONS_ON_CPU, x.sharding) if jax.default_backend() == 'cpu' else None
   apply = lambda method: jax.jit(lambda p, x: model.apply({'params': p}, x, method=method))
   codes, optimizer = apply('encode')(params, x), optax.adam(1e-4)
 
@@ -38,7 +36,7 @@ def measure(model: vqgan.VQGAN, size: int, names: tuple[str, ...]) -> dict[str, 
     out = model.apply({'params': params}, x)
     return jnp.abs(out.recon - x).mean() + sum(out.quantized.losses.values())
 
-  @functools.partial(jax.jit, compiler_options=options)  # as in the recipes for CPUs
+  @functools.partial(jax.jit, compiler_options=host.convolution_options(x.sharding))  # as by make_step
   def train(params, state):
     updates, state = optimizer.update(jax.grad(loss)(params), state)
     return optax.apply_updates(params, updates), state

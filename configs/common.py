@@ -47,10 +47,6 @@ CHARACTERS = {
   'flintstones': ('fred', 'barney', 'wilma', 'betty', 'pebbles', 'dino', 'slate'),
 }
 
-# For train.xla_options on CPUs: otherwise XLA in jax 0.10 hands all of a small VQGAN to YNNPACK, which takes twice as
-# long for a step.
-CONVOLUTIONS_ON_CPU = dict(xla_cpu_experimental_ynn_fusion_type='LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT')
-
 BOOLS = {'': True, '1': True, 'true': True, 'yes': True, '0': False, 'false': False, 'no': False}
 
 

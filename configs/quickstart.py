@@ -32,7 +32,6 @@ def vqgan(c):
   c.data.source_args.accessories = 0.5  # which the heroes of stories wear
   c.data.batch_size = 16
   c.optim.update(name='adamw', lr=3e-3, b1=0.9, b2=0.95, weight_decay=1e-4, warmup=100, clip=1.0, schedule='cosine')
-  c.train.xla_options = common.CONVOLUTIONS_ON_CPU
   c.train.update(steps=2_500, ema=0.0, log_every=100, checkpoint_every=1_000, eval_every=2_500)
 
 

@@ -29,7 +29,6 @@ def get_config(arg: str = ''):
     c.loss = dict(l2_weight=1.0, disc_weight=0.0, beta=0.1, ema_decay=0.97)
     c.data.augment, c.data.source_args.unit, c.tokenizer.vocab_size = 'random_crop', 'frame', 0
     c.optim.update(lr=1e-3, warmup=100)
-    c.train.xla_options = common.CONVOLUTIONS_ON_CPU
     steps(1_000)
 
   def dalle(c):

@@ -20,5 +20,4 @@ def get_config(arg: str = ''):
   c.optim.update(common.gan_optimizer(2e-4), schedule='constant')
   c.optim.groups = common.gan_groups(2e-4)
   c.train.update(steps=arg.steps, ema=0.99, log_every=50, checkpoint_every=500, eval_every=500, pictures=4)
-  c.train.xla_options = common.CONVOLUTIONS_ON_CPU
   return c

@@ -45,7 +45,6 @@ def upsampler(c):
   c.data.image_size = c.data.source_args.image_size = 2 * SIZE
   c.data.batch_size = 32
   c.optim.update(lr=1e-3, warmup=100)
-  c.train.xla_options = common.CONVOLUTIONS_ON_CPU
   c.train.update(steps=1_500, ema=0.995, log_every=100, checkpoint_every=1_500, eval_every=1_500)
 
 
@@ -57,5 +56,4 @@ def unclip(c):
   c.loss = dict(caption_dropout=0.2)  # the paper's 0.5 would leave too few captioned steps
   c.data.batch_size = 32
   c.optim.update(lr=2e-3, warmup=100)
-  c.train.xla_options = common.CONVOLUTIONS_ON_CPU
   c.train.update(steps=12_000, ema=0.998, log_every=100, checkpoint_every=1_000, eval_every=12_000)

@@ -41,6 +41,8 @@ class StoryGANcObjective:
   descriptions are those of another story of the batch.
   """
 
+  convolutional = True  # see training.state.Objective
+
   def __init__(self, model: storyganc.StoryGANc, tower: caption_encoder.Tower | None, c: ConfigDict):
     self.model, self.tower, self.c = model, tower, c
     self.image_discriminator, self.story_discriminator = storyganc.discriminators(model)

@@ -30,7 +30,7 @@ class UnCLIPObjective:
   Images may be larger than the decoder's, for a CLIP that takes larger ones; the decoder is trained on resized ones.
   """
 
-  rows_apart = True  # see training.state.Objective
+  rows_apart, convolutional = True, True  # see training.state.Objective
 
   def __init__(self, model: unclip.UnCLIP, reader: ClipReader, c: ConfigDict):
     self.model, self.reader, self.c = model, reader, c

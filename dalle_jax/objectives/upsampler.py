@@ -26,7 +26,7 @@ class UpsamplerObjective:
   In sampling the small images are generated ones; training on degraded ones makes the upsampler robust to their flaws.
   """
 
-  rows_apart = True  # see training.state.Objective
+  rows_apart, convolutional = True, True  # see training.state.Objective
 
   def __init__(self, model: upsampler.Upsampler, c: ConfigDict):
     self.model, self.c = model, c

@@ -39,6 +39,8 @@ FROZEN = ('lpips',)  # the frozen networks that it can use
 class VQGANObjective:
   """The players are 'vqgan' and, with a discriminator, 'discriminator'. Batches: image uint8[B, H, W, 3]."""
 
+  convolutional = True  # see training.state.Objective
+
   def __init__(self, model: vqgan.VQGAN, c: ConfigDict, steps: int, perceptual: lpips.LPIPS | None = None):
     self.model, self.c, self.steps, self.perceptual = model, c, steps, perceptual
     self.disc = patchgan.build(c.disc_variant, dtype=model.dtype, **c.disc) if c.disc_weight else None

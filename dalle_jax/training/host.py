@@ -34,11 +34,32 @@ def _mallopt(options: Mapping[int, int]) -> None:
 
 def known_options(options: Mapping[str, Any], where: Sharding) -> dict[str, Any]:
   """The `options` that the compiler for the devices of `where` accepts; prints the others, as flags come and go."""
-  known, number = {}, jax.ShapeDtypeStruct((), jnp.float32, sharding=where)
+  known = {}
   for name, value in options.items():
-    try:
-      jax.jit(lambda x: x, compiler_options={name: value}).lower(number).compile()
+    if error := _refusal(name, value, where):
+      print(f'config.train.xla_options.{name} is left out: {error[:200]}', flush=True)
+    else:
       known[name] = value
-    except Exception as e:  # XLA's errors have no common class
-      print(f'config.train.xla_options.{name} is left out: {" ".join(str(e).split())[:200]}', flush=True)
   return known
+
+
+def convolution_options(where: Sharding) -> dict[str, Any]:
+  """The options with which convolutional networks train fastest, as far as the compiler for `where` has them.
+
+  On CPUs, XLA of jax 0.10 hands more than matrix products to YNNPACK otherwise: steps of a VQGAN then take up to twice
+  as long, but those of a transformer a tenth less.
+  """
+  if next(iter(where.device_set)).platform != 'cpu':
+    return {}
+  options = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'}
+  return {name: value for name, value in options.items() if not _refusal(name, value, where)}
+
+
+def _refusal(name: str, value: Any, where: Sharding) -> str:
+  """What the compiler for the devices of `where` says against an option, in one line; '' if it accepts it."""
+  number = jax.ShapeDtypeStruct((), jnp.float32, sharding=where)
+  try:
+    jax.jit(lambda x: x, compiler_options={name: value}).lower(number).compile()
+  except Exception as e:  # XLA's errors have no common class
+    return ' '.join(str(e).split())
+  return ''

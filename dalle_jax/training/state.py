@@ -39,6 +39,7 @@ class Objective(Protocol):
     adopt(params, config, rng) -> params: makes the parameters of another run fit (`config.init`; train.py calls it).
     rows_apart = True: the loss is a mean over independent rows and there is no mutable state, so that gradient
       accumulation may sum per replica and reduce once.
+    convolutional = True: most of a step is convolutions, for which it is compiled on CPUs.
 
   The module of an objective has `from_config(config, frozen_configs)` and FROZEN, the names of the frozen networks that
   it can use. It may have READS, those of them that a step needs (by default all; the others are copied into the run for

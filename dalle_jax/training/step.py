@@ -103,5 +103,7 @@ def make_step(
     finite = jnp.isfinite(jnp.stack([jnp.asarray(m, jnp.float32) for m in metrics.values()])).all()
     return TrainState(state.step + 1, params, opt_state, average, mutable), metrics, finite
 
-  options = host.known_options(plan.config.train.xla_options, NamedSharding(mesh, PartitionSpec()))
+  where = NamedSharding(mesh, PartitionSpec())
+  options = host.convolution_options(where) if getattr(objective, 'convolutional', False) else {}
+  options |= host.known_options(plan.config.train.xla_options, where)
   return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None, None), compiler_options=options)

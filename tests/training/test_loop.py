@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import RecordWriter
 
 from dalle_jax.aot import costs
 from dalle_jax.evals import loss as eval_loss
 from dalle_jax.evals import pictures
-from dalle_jax.training import checkpoint, loop, metrics, sharding
+from dalle_jax.training import checkpoint, host, loop, metrics, sharding
 from dalle_jax.training.plan import Plan
 from dalle_jax.training.step import make_step
 from tests.training import toy
@@ -256,6 +257,25 @@ def test_replicas_reduce_their_gradients_once_an_update(tmp_path):
 
   assert reduced(4, True) == pytest.approx(reduced(1, False), rel=0.05)  # the metrics are reduced, too
   assert reduced(4, False) > 3 * reduced(1, False)
+
+
+def test_options_of_the_compiler(tmp_path, monkeypatch, capsys):
+  """Those for convolutions are for convolutional objectives alone; of a config, unknown ones are left out."""
+  c, used = toy.config(tmp_path), []
+  monkeypatch.setattr(jax, 'jit', lambda f, jit=jax.jit, **kw: used.append(kw.get('compiler_options')) or jit(f, **kw))
+  with sharding.use(c.mesh, c.rules) as mesh:
+    known = host.convolution_options(sharding.whole(mesh))
+    for convolutional, options in (
+      (False, {'xla_cpu_enable_fast_math': True}),
+      (True, {'xla_cpu_enable_fast_math': True, 'xla_no_such_option': 1}),
+      (True, dict.fromkeys(known, 'LIBRARY_FUSION_TYPE_INVALID')),
+    ):
+      objective, c.train.xla_options = toy.Toy(), ConfigDict(options)
+      objective.convolutional = convolutional
+      make_step(Plan(c, objective, next(toy.batches()), mesh))
+      expected = (known if convolutional else {}) | {k: v for k, v in options.items() if 'no_such' not in k}
+      assert used[-1] == expected
+  assert 'config.train.xla_options.xla_no_such_option is left out' in capsys.readouterr().out
 
 
 def test_parameters_that_are_split_over_data_are_accumulated_too(tmp_path):
