@@ -100,10 +100,11 @@ def run() -> None:
   for name in ('resize', 'fid_reference'):
     if getattr(FLAGS, name) and not any(getattr(FLAGS, kind) for kind in fid.KINDS):
       raise ValueError(f'--{name} is for the FID; give --inception or another network, or leave it out.')
-  evaluation_lib.check_out(Path(FLAGS.out))
-  evaluation_lib.check_kept(Path(FLAGS.out), inputs())
+  out = Path(FLAGS.out).expanduser()
+  evaluation_lib.check_out(out)
+  evaluation_lib.check_kept(out, inputs())
   with layout.asked(FLAGS, common.MESHES['data'], common.RULES) as where:
-    score(where)
+    score(where, out)
 
 
 def inputs() -> Iterator[tuple[str, str]]:
@@ -113,11 +114,11 @@ def inputs() -> Iterator[tuple[str, str]]:
     yield from ((f'--{name}', path) for path in ([value] if isinstance(value, str) else value))
 
 
-def score(where: dict[str, Any]) -> None:
+def score(where: dict[str, Any], out: Path) -> None:
   model, kind = load(where)
   try:
     data = data_of(model)
-    evaluation_lib.check_kept(Path(FLAGS.out), [('the data', data.path)])
+    evaluation_lib.check_kept(out, [('the data', data.path)])
     source = sources.load(data, FLAGS.split)
   except (ValueError, OSError) as e:
     raise ValueError(in_flags(str(e))) from e
@@ -126,7 +127,6 @@ def score(where: dict[str, Any]) -> None:
   distributed.check_same({'data': f'{data.to_json()} {len(source)}', 'checkpoint': str(model.step)})
   evaluation = kind(model, source, settings_of(model, source))
   print(f'devices: {jax.device_count()} x {jax.devices()[0].device_kind}', flush=True)
-  out = Path(FLAGS.out)
   with evaluation_lib.in_place_of(out) as partial:
     evaluation.run(partial, FLAGS.count)
     metrics = evaluation.metrics()

@@ -62,8 +62,8 @@ def prompts() -> list[str]:
   """The captions of --prompt and --prompts."""
   found = list(FLAGS.prompt)
   if FLAGS.prompts:
-    path = Path(FLAGS.prompts)
-    if not path.is_file():
+    path = Path(FLAGS.prompts).expanduser()
+    if not path.exists() or path.is_dir():  # a pipe will do
       raise FileNotFoundError(f'there is no file {path}; expected a text file in UTF-8 with one caption per line.')
     found += caption_lines(path.read_bytes(), str(path))
   if not found:
@@ -77,8 +77,8 @@ def story() -> list[str]:
     raise ValueError(
       '--story gives the captions and --source the image; leave out --prompt, --prompts, --init_image and --keep_rows.'
     )
-  path = Path(FLAGS.story)
-  if not path.is_file():
+  path = Path(FLAGS.story).expanduser()
+  if not path.exists() or path.is_dir():
     raise FileNotFoundError(f'there is no file {path}; expected a JSON file with the captions of a story.')
   try:
     found = json.loads(path.read_text(encoding='utf-8-sig'))

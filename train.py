@@ -42,6 +42,8 @@ def make_tokenizer(config: ConfigDict, before: dict | None, other: dict | None, 
     known = bpe.BPE(other['tokenizer'])
   elif c.path:
     known = bpe.BPE.load(Path(c.path).expanduser())
+  elif other:
+    raise ValueError(f'{config.init.path} has no tokenizer; pass --config.tokenizer.path=FILE with that of its model.')
   else:
     known = bpe.train(captions(source, CAPTIONS), c.vocab_size)
   if not c.new_tokens:

@@ -392,6 +392,11 @@ def test_an_evaluation_does_not_replace_what_it_reads(tmp_path, run, monkeypatch
     lost = f'--out {tmp_path}/out holds {name} {path}, which it would replace; give another directory with --out.'
     assert capsys.readouterr().err == f'error: {lost}\n'
 
+  (tmp_path / 'own').mkdir()
+  (tmp_path / 'own' / 'thesis.tex').touch()
+  assert run('--run', 'RUN', '--out', '~/own') == 2
+  assert f'--out {tmp_path}/own holds other things than an evaluation' in capsys.readouterr().err
+
   data = {'source': 'folder', 'path': str(true)}  # those of training
   model = types.SimpleNamespace(config={'data': data})
   monkeypatch.setattr(evaluate, 'load', lambda _: (model, None))

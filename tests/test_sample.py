@@ -1,6 +1,8 @@
 """What the sampling script reads and writes, without a model."""
 
 import json
+import os
+import threading
 import types
 
 import numpy as np
@@ -30,6 +32,15 @@ def test_only_ends_of_lines_end_a_caption(tmp_path):
   (tmp_path / 'captions.txt').write_bytes('\ta fox\u2028in\x85the\x0csnow\r\n\r\n狐狸 "在"\rדג\n🦊'.encode())
   sample.FLAGS.prompts = str(tmp_path / 'captions.txt')
   assert sample.prompts() == ['a fox\u2028in\x85the\x0csnow', '狐狸 "在"', 'דג', '🦊']
+
+
+def test_captions_from_a_pipe(tmp_path):
+  os.mkfifo(tmp_path / 'pipe')
+  writer = threading.Thread(target=lambda: (tmp_path / 'pipe').write_text('a red circle\ntwo hearts\n'))
+  writer.start()
+  sample.FLAGS.prompts = str(tmp_path / 'pipe')
+  assert sample.prompts() == ['a red circle', 'two hearts']
+  writer.join()
 
 
 def test_a_smaller_set_leaves_nothing_of_a_larger_one_but_what_it_was_given(tmp_path):

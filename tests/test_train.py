@@ -179,6 +179,13 @@ def test_damage_is_one_line_that_says_what_to_do(tmp_path):
     train.run(c)
 
 
+def test_a_run_to_start_from_without_its_tokenizer_is_refused():
+  c = common.base()
+  c.tokenizer.vocab_size, c.init.path = 300, 'runs/other'
+  with pytest.raises(ValueError, match='runs/other has no tokenizer; pass'):
+    train.make_tokenizer(c, None, {'tokenizer': None}, [])
+
+
 def test_a_complete_run_does_not_encode_other_data(tmp_path, monkeypatch):
   encoded_again = []
   monkeypatch.setattr(encode, 'encode_dataset', lambda source, vqgan, folder, *sizes: encoded_again.append(folder.name))
