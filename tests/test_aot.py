@@ -518,7 +518,7 @@ def test_batches_have_what_the_data_of_the_recipes_has(recipe, fields, extra):
 
 
 def test_nothing_is_said_of_sizes_where_the_mesh_splits_no_parameters(monkeypatch, capsys):
-  monkeypatch.setattr(Plan, 'step', lambda plan: None)
+  monkeypatch.setattr(Programs, 'step', lambda plan: None)
   monkeypatch.setattr(command, 'report', lambda *_: True)
   config = tiny()
   config.mesh.update(common.MESHES['data'])
