@@ -74,12 +74,8 @@ def test_errors():
   with pytest.raises(ValueError, match=r'needs captions; set config.tokenizer.vocab_size'):
     clip.from_config(c, {})
   build('max_id', pad=0, end=31)
-  for tokenizer in (
-    dict(),
-    dict(end=31),
-    dict(pad=0),
-    dict(pad=0, end=2),
-  ):  # a word or padding is higher
+  # Otherwise a word or the padding has a higher id.
+  for tokenizer in (dict(), dict(end=31), dict(pad=0), dict(pad=0, end=2)):
     with pytest.raises(ValueError, match='"max_id" would not read captions to their end'):
       build('max_id', **tokenizer)
   c.loss = ConfigDict(dict(margin=1.0))
